@@ -1,0 +1,167 @@
+"""The batched half of the augmentation: flip, jitter, grayscale, blur, solarise, normalise, on the training device.
+
+Each operation follows torchvision's or PIL's formula on images in [0, 1], without the rounding to 8 bits that PIL does
+after every operation. Parameters are drawn on the CPU from the crops' keys, so that which rows an operation concerns is
+known there, and nothing waits for the device.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import rng
+from .views import Crop, Views, crop_key
+
+GRAY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
+SOLARIZE_THRESHOLD = 128 / 255
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """(x - mean) / std for images in [0, 1], one number a channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mean = torch.tensor(self.mean, device=x.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=x.device).view(-1, 1, 1)
+        return (x - mean) / std
+
+    def undo(self, x: Tensor) -> Tensor:
+        return x * torch.tensor(self.std, device=x.device).view(-1, 1, 1) + torch.tensor(
+            self.mean, device=x.device
+        ).view(-1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What happens to R crops; all on the CPU. `order[r, i]` is the jitter operation (0 .. 3) that comes i-th."""
+
+    flip: Tensor  # [R] bool
+    jitter: Tensor  # [R] bool
+    order: Tensor  # [R, 4] int64
+    factors: Tensor  # [R, 4] float32: brightness, contrast, saturation factors and hue shift (in turns)
+    gray: Tensor  # [R] bool
+    blur: Tensor  # [R] bool
+    sigma: Tensor  # [R] float32, pixels
+    solarize: Tensor  # [R] bool
+
+
+def draw(crop: Crop, key: Tensor) -> Parameters:
+    """[R] keys of crops of one kind -> their parameters."""
+    u = rng.uniform(rng.fold_in(key, "colour"), 14)
+    strength = torch.tensor(crop.jitter)
+    low = torch.cat([(1 - strength[:3]).clamp(min=0), -strength[3:]])
+    high = torch.cat([1 + strength[:3], strength[3:]])
+    return Parameters(
+        flip=u[:, 0] < crop.flip_prob,
+        jitter=u[:, 1] < crop.jitter_prob,
+        order=u[:, 2:6].argsort(dim=1),
+        factors=low + (high - low) * u[:, 6:10],
+        gray=u[:, 10] < crop.gray_prob,
+        blur=u[:, 11] < crop.blur_prob,
+        sigma=crop.blur_sigma[0] + (crop.blur_sigma[1] - crop.blur_sigma[0]) * u[:, 12],
+        solarize=u[:, 13] < crop.solarize_prob,
+    )
+
+
+@torch.no_grad()
+def augment(batch: dict[str, Tensor], views: Views, normalize: Normalize, device: torch.device) -> dict[str, Tensor]:
+    """{"key": [B], name: [V, B, C, h, w] uint8 or float in [0, 255]} -> the same, float32 and normalised, on the device."""
+    key = batch["key"]
+    out = {"key": key.to(device, non_blocking=True)}
+    for name, crops in views.items():
+        x = batch[name].to(device, non_blocking=True)
+        drawn = [draw(crop, crop_key(key, name, v)) for v, crop in enumerate(crops)]
+        parameters = Parameters(*(torch.cat([getattr(p, field) for p in drawn]) for field in Parameters.__annotations__))
+        out[name] = normalize(apply(x.flatten(0, 1).float() / 255, parameters)).view(x.shape)
+    return out
+
+
+def apply(x: Tensor, p: Parameters) -> Tensor:
+    """[R, C, h, w] float32 in [0, 1] -> the same, in DINO's order (section 3.2 and BYOL, appendix B)."""
+
+    def on_rows(chosen: Tensor, operation: Callable[..., Tensor], *values: Tensor) -> None:
+        rows = chosen.nonzero().squeeze(1)
+        if len(rows):
+            values = [value[rows].to(x.device, non_blocking=True).view(-1, 1, 1, 1) for value in values]
+            rows = rows.to(x.device, non_blocking=True)
+            x.index_copy_(0, rows, operation(x.index_select(0, rows), *values))
+
+    colour = x.shape[1] == 3
+    on_rows(p.flip, lambda y: y.flip(-1))
+    for place in range(4):
+        for number, operation in enumerate((brightness, contrast, saturation, hue)):
+            if colour or number < 2:
+                on_rows(p.jitter & (p.order[:, place] == number), operation, p.factors[:, number])
+    if colour:
+        on_rows(p.gray, lambda y: gray(y).expand_as(y))
+    on_rows(p.blur, partial(blur, radius=math.ceil(3 * p.sigma.max().item())), p.sigma)  # p lies on the CPU
+    on_rows(p.solarize, solarize)
+    return x
+
+
+def gray(x: Tensor) -> Tensor:
+    """[R, 3, h, w] -> [R, 1, h, w]; images of other channel counts give the mean of their channels."""
+    if x.shape[1] != 3:
+        return x.mean(dim=1, keepdim=True)
+    return GRAY[0] * x[:, :1] + GRAY[1] * x[:, 1:2] + GRAY[2] * x[:, 2:]
+
+
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).clamp_(0, 1)
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = gray(x).mean(dim=(-2, -1), keepdim=True)
+    return (x * factor + mean * (1 - factor)).clamp_(0, 1)
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor + gray(x) * (1 - factor)).clamp_(0, 1)
+
+
+def hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of HSV by `shift` turns, as torchvision's adjust_hue."""
+    value, _ = x.max(dim=1, keepdim=True)
+    chroma = value - x.amin(dim=1, keepdim=True)
+    r, g, b = x.split(1, dim=1)
+    safe = torch.where(chroma == 0, 1.0, chroma)
+    angle = torch.where(
+        value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    )  # in sixths of a turn
+    angle = angle + 6 * shift
+    # A channel is value - chroma * (how far the angle is from the sector in which the channel is at its maximum).
+    channel = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1)
+    distance = (channel + angle) % 6
+    return value - chroma * torch.minimum(distance, 4 - distance).clamp_(0, 1)
+
+
+def blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Gaussian blur with a sigma of its own for each image, edge pixels repeated outward; two matrix products.
+
+    sigma: [R, 1, 1, 1] pixels; radius: pixels, where the Gaussian is cut off. PIL, which the published code calls,
+    approximates the same Gaussian by box filters.
+    """
+    rows = _blur_matrix(x.shape[-2], sigma.view(-1, 1, 1), radius).unsqueeze(1)
+    columns = _blur_matrix(x.shape[-1], sigma.view(-1, 1, 1), radius).unsqueeze(1)
+    return rows @ x @ columns.transpose(-2, -1)
+
+
+def _blur_matrix(n: int, sigma: Tensor, radius: int) -> Tensor:
+    """[R, 1, 1] -> [R, n, n]: row i holds the weights with which the pixels of a line make its pixel i."""
+    source = torch.arange(-radius, n + radius, device=sigma.device)
+    distance = source - torch.arange(n, device=sigma.device).unsqueeze(1)
+    weights = torch.where(distance.abs() <= radius, torch.exp(-0.5 * (distance / sigma) ** 2), 0.0)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    matrix = weights.new_zeros(len(sigma), n, n)
+    return matrix.index_add_(2, source.clamp(0, n - 1), weights)
+
+
+def solarize(x: Tensor) -> Tensor:
+    return torch.where(x >= SOLARIZE_THRESHOLD, 1 - x, x)

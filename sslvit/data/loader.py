@@ -1,0 +1,163 @@
+"""From a source to an endless stream of batches of crops, the same whatever the number of workers and processes.
+
+The order of an epoch is a permutation that is a function of (seed, epoch). Step s of it takes the next
+`global_batch_size` images, dealt to micro-batches and processes; what is left at the end of an epoch and does not fill a
+step is not seen in that epoch. So a run continues at step s by starting the stream at step s.
+"""
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .. import rng
+from ..views import Views, cut
+from . import BadImage, Source
+
+SUBSTITUTES = 50  # images tried in place of one that cannot be read, before the run gives up
+CACHE_SHARE = 0.25  # of the machine's free memory, up to which images are kept by default
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a global batch is dealt out: `batch_size` images to each of `world_size` processes, `accumulate` times."""
+
+    batch_size: int
+    accumulate: int = 1
+    world_size: int = 1
+    rank: int = 0
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.batch_size * self.accumulate * self.world_size
+
+
+class Order(Sampler[tuple[int, Tensor]]):
+    """Yields (epoch, [batch_size] int64 image numbers) for each micro-batch of this process, from one step to another."""
+
+    def __init__(self, seed: int, num_images: int, layout: Layout, first_step: int, last_step: int) -> None:
+        self.seed, self.num_images, self.layout = seed, num_images, layout
+        self.first_step, self.last_step = first_step, last_step
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.layout.accumulate
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        layout, current = self.layout, -1
+        steps_per_epoch = self.num_images // layout.global_batch_size
+        for step in range(self.first_step, self.last_step):
+            epoch, place = divmod(step, steps_per_epoch)
+            if epoch != current:
+                order, current = rng.permutation(rng.fold_in(self.seed, "order", epoch), self.num_images), epoch
+            for micro in range(layout.accumulate):
+                start = place * layout.global_batch_size + (micro * layout.world_size + layout.rank) * layout.batch_size
+                yield epoch, order[start : start + layout.batch_size]
+
+
+class Cropped(Dataset):
+    """Images read and cut: one item is one micro-batch, {"key", "index", name: uint8 crops, "bad": ...}."""
+
+    def __init__(self, source: Source, views: Views, seed: int) -> None:
+        self.source, self.views, self.seed = source, views, seed
+
+    def __getitem__(self, place: tuple[int, Tensor]) -> dict:
+        epoch, index = place
+        key = rng.fold_in(rng.fold_in(self.seed, "image", epoch), index)
+        bad: list[tuple[int, str]] = []
+        images = [self._read(i, bad) for i in index.tolist()]
+        for b in [b for b, image in enumerate(images) if image is None]:
+            images[b] = self._substitute(key[b], bad)
+        if None in images:
+            return {"bad": bad, "failed": True}
+        return {"key": key, "index": index, "bad": bad, **cut(images, key, self.views)}
+
+    def _read(self, index: int, bad: list[tuple[int, str]]) -> Tensor | None:
+        try:
+            return self.source.read(index)
+        except BadImage as error:
+            bad.append((index, str(error)))
+            return None
+
+    def _substitute(self, key: Tensor, bad: list[tuple[int, str]]) -> Tensor | None:
+        """Another image in place of one that cannot be read, chosen by the key."""
+        for draw in rng.bits(rng.fold_in(key, "substitute"), SUBSTITUTES).tolist():
+            image = self._read(draw % len(self.source), bad)
+            if image is not None:
+                return image
+        return None
+
+
+class Cached:
+    """A source whose decoded images stay in memory that all workers share, filled as they are read.
+
+    Only for images of one size and 8 bits; the others are read each time.
+    """
+
+    def __init__(self, source: Source, shape: tuple[int, int, int]) -> None:
+        self.source, self.labels, self.classes = source, source.labels, source.classes
+        self.pixels = _shared(len(source) * int(np.prod(shape))).view(len(source), *shape)
+        self.filled = _shared(len(source))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def read(self, index: int) -> Tensor:
+        if self.filled[index]:
+            return self.pixels[index]
+        image = self.source.read(index)
+        if image.dtype == torch.uint8 and image.shape == self.pixels.shape[1:]:
+            self.pixels[index] = image
+            self.filled[index] = 1  # after the pixels: another worker may be looking
+        return image
+
+
+def cached(source: Source, cache: bool | None, seed: int) -> Source:
+    """The source, in memory if asked (`cache=True`), or if left open (None) and it will probably fit and help."""
+    if cache is False:
+        return source
+    shapes, sample = set(), rng.permutation(rng.fold_in(seed, "sample"), len(source))[:16].tolist()
+    for index in sample:
+        try:
+            image = source.read(index)
+        except BadImage:
+            continue
+        shapes.add((*image.shape, image.dtype))
+    if len(shapes) != 1:
+        return source
+    *shape, dtype = shapes.pop()
+    if dtype != torch.uint8:
+        return source
+    if cache is None and len(source) * int(np.prod(shape)) > CACHE_SHARE * psutil.virtual_memory().available:
+        return source
+    return Cached(source, tuple(shape))
+
+
+def _shared(size: int) -> Tensor:
+    """[size] uint8 zeros that forked processes share. Anonymous memory, because /dev/shm is small in containers."""
+    return torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=torch.uint8)[:size]
+
+
+def make_loader(
+    source: Source, views: Views, layout: Layout, seed: int, steps: tuple[int, int], workers: int, pin_memory: bool
+) -> DataLoader:
+    """Batches of the steps from `steps[0]` to before `steps[1]`, one item for each micro-batch."""
+    return DataLoader(
+        Cropped(source, views, seed),
+        sampler=Order(seed, len(source), layout, *steps),
+        batch_size=None,  # an item is a whole micro-batch already
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=2 if workers else None,
+        multiprocessing_context="fork" if workers else None,  # workers share the index and the cache, and never touch CUDA
+    )

@@ -1,0 +1,71 @@
+"""CIFAR-10, CIFAR-100 and STL-10 by name, through torchvision: downloaded once, where there is a network."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+import torchvision.datasets
+from torch import Tensor
+
+from ..errors import UserError
+from . import Config
+from .decode import MODES
+
+SPLITS = {
+    "cifar10": {"train": {"train": True}, "test": {"train": False}},
+    "cifar100": {"train": {"train": True}, "test": {"train": False}},
+    "stl10": {split: {"split": split} for split in ("train", "test", "unlabeled", "train+unlabeled")},
+}
+CLASSES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
+
+
+class TorchvisionSet:
+    """One split of a set, held in memory as torchvision does: [N, H, W, 3] uint8."""
+
+    def __init__(self, name: str, split: str, config: Config) -> None:
+        if config.in_chans not in (1, 3):
+            raise UserError(f"data: {name} has colour images, and data.in_chans={config.in_chans}: use 3 or 1.")
+        self.title, self.in_chans = f"{name}:{split}", config.in_chans
+        make = getattr(torchvision.datasets, CLASSES[name])
+        root = os.path.expanduser(config.download_dir)
+        try:
+            data = make(root, **SPLITS[name][split], download=True)
+        except Exception as error:
+            raise UserError(
+                f"data: {name} is not in {root} and could not be downloaded ({type(error).__name__}: {error}). "
+                "Put torchvision's files there, or name a folder of images instead."
+            ) from error
+        pixels = data.data if name != "stl10" else data.data.transpose(0, 2, 3, 1)
+        self.pixels = np.ascontiguousarray(pixels)
+        labels = np.asarray(data.targets if name != "stl10" else data.labels, dtype=np.int64)
+        self.labels = labels if (labels >= 0).any() else None
+        self.classes = list(data.classes)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, index: int) -> str:
+        return f"{self.title}[{index}]"
+
+    def fingerprint(self) -> str:
+        return f"{self.title},{self.in_chans},{len(self)}"
+
+    def read(self, index: int) -> Tensor:
+        image = self.pixels[index]
+        if self.in_chans == 1:
+            from PIL import Image
+
+            return torch.from_numpy(np.array(Image.fromarray(image).convert(MODES[1]))).unsqueeze(0)
+        return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def _open(set_name: str, name: str, config: Config) -> TorchvisionSet:
+    split = name.partition(":")[2] or ("unlabeled" if set_name == "stl10" else "train")
+    if split not in SPLITS[set_name]:
+        raise UserError(f"data: {name} has no such split: use {set_name}:{' or :'.join(SPLITS[set_name])}.")
+    return TorchvisionSet(set_name, split, config)
+
+
+SETS: dict[str, Callable[[str, Config], TorchvisionSet]] = {name: partial(_open, name) for name in SPLITS}

@@ -1,0 +1,246 @@
+"""A timm model as an encoder: tokens of a plain ViT, with or without some of its patches, or pooled features of any model."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath as TimmDropPath
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import rng
+from .errors import UserError
+
+Pool = Literal["cls", "mean", "cls+mean", "pooled"]
+
+
+@dataclass
+class Config:
+    name: str = "vit_small_patch16_224"  # a timm model; the size in its name does not bind, data.image_size does
+    args: dict[str, Any] = field(default_factory=dict)  # more arguments of timm.create_model: patch_size, reg_tokens ...
+    grad_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+
+
+class Tokens(NamedTuple):
+    """Normalised output tokens of a ViT."""
+
+    prefix: Tensor  # [B, P, D]: class token first, then registers; P may be 0
+    patches: Tensor  # [B, N, D], row by row; with keep: [B, K, D] in the order of keep
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016) whose draws come from each image's key instead of from a global generator."""
+
+    def __init__(self, rate: float, place: int) -> None:
+        super().__init__()
+        self.rate, self.place = rate, place
+        self.key: Tensor | None = None  # [B], set by the encoder before each forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        assert self.key is not None, "an encoder with drop path was called without keys"
+        rows = x.shape[0] // self.key.shape[0]  # MobileViT folds patches into the batch: then several rows an image
+        draws = rng.uniform(rng.fold_in(self.key, "drop_path", self.place), rows).reshape(-1)
+        scale = (draws >= self.rate).to(x.dtype) / (1 - self.rate)
+        return x * scale.view(-1, *[1] * (x.ndim - 1))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class Encoder(nn.Module):
+    """Wraps a timm model made with `num_classes=0`. `model` stays a plain timm model: its weights are what is exported."""
+
+    def __init__(self, model: nn.Module, image_size: tuple[int, int], in_chans: int, pool: Pool | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.image_size = image_size
+        self.in_chans = in_chans
+        self.is_vit = isinstance(model, VisionTransformer)
+        if pool is None:
+            pool = "pooled" if not self.is_vit else "cls" if model.has_class_token else "mean"
+        self.pool: Pool = pool
+        self._drop_paths = _take_over_drop_paths(model)
+
+    @property
+    def width(self) -> int:
+        """Channels of one token, or of the pooled features of a model that is not a ViT."""
+        return self.model.num_features if self.is_vit else self.model.head_hidden_size
+
+    def feature_dim(self, pool: Pool | None = None) -> int:
+        return self.width * (2 if (pool or self.pool) == "cls+mean" else 1)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.model.patch_embed.patch_size
+
+    def grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(h, w) in pixels, the encoder's own by default -> (h, w) in patches."""
+        h, w = image_size or self.image_size
+        return h // self.patch_size[0], w // self.patch_size[1]
+
+    def why_tokens_cannot_be_dropped(self) -> str | None:
+        """None for a plain ViT, whose blocks treat patches as a set; else the reason, as part of a sentence."""
+        if not self.is_vit:
+            return f"{type(self.model).__name__} works on the whole grid of patches (windows, convolutions or pooling)"
+        embed = self.model.patch_embed
+        if not isinstance(embed, PatchEmbed) or embed.proj.kernel_size != embed.proj.stride:
+            return f"its {type(embed).__name__} stem lets neighbouring patches see each other"
+        return None
+
+    def forward(self, images: Tensor, keep: Tensor | None = None, key: Tensor | None = None) -> Tokens:
+        """[B, C, H, W] float -> Tokens. Plain ViTs only.
+
+        keep: [B, K] int64 patch indices: only these are embedded and encoded. key: [B] int64, needed for drop path.
+        Without keep this equals `timm`'s `forward_features` bit for bit.
+        """
+        vit = self.model
+        x = vit._pos_embed(vit.patch_embed(images)) if keep is None else self._embed_kept(images, keep)
+        x = vit.norm_pre(vit.patch_drop(x))
+        for block in vit.blocks:
+            if vit.grad_checkpointing and self.training:
+                x = checkpoint(self._run, block, x, key, use_reentrant=False)
+            else:
+                x = self._run(block, x, key)
+        x = vit.norm(x)
+        return Tokens(x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :])
+
+    def features(self, images: Tensor, pool: Pool | None = None, key: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] float -> [B, feature_dim]: class token, mean of patches, or both, after the final norm."""
+        pool = pool or self.pool
+        if not self.is_vit:
+            for module in self._drop_paths:
+                module.key = key
+            return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        tokens = self(images, key=key)
+        if pool == "cls":
+            return tokens.prefix[:, 0]
+        if pool == "mean":
+            return tokens.patches.mean(dim=1)
+        return torch.cat([tokens.prefix[:, 0], tokens.patches.mean(dim=1)], dim=1)
+
+    def positions(self, image_size: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+        """Position embedding of the prefix tokens [1, P, D] and of the patches [1, N, D] for images of (h, w) pixels."""
+        vit = self.model
+        if vit.pos_embed is None:
+            return None, None
+        num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        table = resample_abs_pos_embed(
+            vit.pos_embed, self.grid(image_size), old_size=vit.patch_embed.grid_size, num_prefix_tokens=num_prefix
+        )
+        return (table[:, :num_prefix] if num_prefix else None), table[:, num_prefix:]
+
+    def _embed_kept(self, images: Tensor, keep: Tensor) -> Tensor:
+        """[B, C, H, W], [B, K] -> [B, P + K, D]: the embedding of `timm`'s ViT for the kept patches only."""
+        vit = self.model
+        if type(vit)._pos_embed is not VisionTransformer._pos_embed:  # e.g. a distillation token: embed all, then pick
+            x = vit._pos_embed(vit.patch_embed(images))
+            prefix, patches = x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :]
+            return torch.cat([prefix, take(patches, keep)], dim=1)
+        embed = vit.patch_embed
+        patches = take(patchify(images, embed.patch_size), keep)
+        x = embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
+        prefix_positions, positions = self.positions(tuple(images.shape[-2:]))
+        if positions is not None:
+            x = x + take(positions.expand(len(x), -1, -1), keep)
+        prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+        if prefix:
+            tokens = torch.cat(prefix, dim=1)
+            if prefix_positions is not None:
+                tokens = tokens + prefix_positions
+            x = torch.cat([tokens.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        return vit.pos_drop(x)
+
+    @staticmethod
+    def _run(block: nn.Module, x: Tensor, key: Tensor | None) -> Tensor:
+        for module in block.modules():  # here and not once a forward: a recomputed block needs the keys of its own crops
+            if isinstance(module, DropPath):
+                module.key = key
+        return block(x)
+
+
+def patchify(images: Tensor, patch_size: tuple[int, int], channels_last: bool = False) -> Tensor:
+    """[B, C, H, W] -> [B, N, C*p*q], pixels of a patch in channel, row, column order (that of a convolution's weight),
+    or with channels_last in row, column, channel order (that of MAE's targets)."""
+    b, c, h, w = images.shape
+    p, q = patch_size
+    grid = images.reshape(b, c, h // p, p, w // q, q)
+    order = (0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5)
+    return grid.permute(order).reshape(b, (h // p) * (w // q), p * q * c)
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """[B, N, D], [B, K] int64 -> [B, K, D]."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def create(config: Config, image_size: tuple[int, int], in_chans: int = 3, drop_path: float = 0.0) -> Encoder:
+    """Build the encoder of a configuration, randomly initialised as timm does."""
+    for name, place in (("img_size", "data.image_size"), ("in_chans", "data.in_chans")):
+        if name in config.args:
+            raise UserError(f"model.args has {name}={config.args[name]}: set {place} instead.")
+    args = dict(config.args, in_chans=in_chans, num_classes=0)
+    if drop_path:
+        args["drop_path_rate"] = drop_path
+    model = _create_model(config.name, args, image_size)
+    if isinstance(model, VisionTransformer):
+        _check_patches(model.patch_embed.patch_size, image_size)
+        if model.attn_pool is not None or not isinstance(model.fc_norm, nn.Identity):
+            # Pooling by a norm or an attention of its own would leave the tokens without their final norm.
+            pooling = {"global_pool": "token"} if model.has_class_token else {"global_pool": "avg", "fc_norm": False}
+            model = _create_model(config.name, args | pooling, image_size)
+    if config.grad_checkpointing:
+        if drop_path and not isinstance(model, VisionTransformer):
+            raise UserError(
+                f"model.grad_checkpointing with drop path {drop_path} works for plain ViTs only, and {config.name} is a "
+                f"{type(model).__name__}: set objective.drop_path=0 or model.grad_checkpointing=false."
+            )
+        model.set_grad_checkpointing(True)
+    return Encoder(model, image_size, in_chans)
+
+
+def _create_model(name: str, args: dict[str, Any], image_size: tuple[int, int]) -> nn.Module:
+    """timm.create_model with whatever way the family has to be told an image size, or to accept several."""
+    import difflib
+
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=3)
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise UserError(f"model.name={name} is not a model of timm {timm.__version__}.{hint}")
+    size = {"img_size": image_size}
+    for sizing in ({**size, "dynamic_img_size": True}, {**size, "strict_img_size": False}, size, {}):
+        try:
+            return timm.create_model(base, **args, **sizing)
+        except TypeError as error:
+            if not any(key in str(error) for key in sizing):
+                raise UserError(f"timm cannot make {name} with model.args={args}: {error}.") from error
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise UserError(f"timm cannot make {name} for images of {image_size} with {args}: {error}.") from error
+    raise AssertionError("the last attempt has no sizing argument to blame")
+
+
+def _check_patches(patch_size: tuple[int, int], image_size: tuple[int, int]) -> None:
+    for side, patch in zip(image_size, patch_size, strict=True):
+        if side % patch or side < patch:
+            near = sorted({max(patch, side // patch * patch), math.ceil(side / patch) * patch})
+            raise UserError(
+                f"An image size of {image_size[0]}x{image_size[1]} is not divisible by the patch size {patch}: "
+                f"use {' or '.join(map(str, near))}, or another patch_size."
+            )
+
+
+def _take_over_drop_paths(model: nn.Module) -> list[DropPath]:
+    found: list[DropPath] = []
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, TimmDropPath):
+                found.append(DropPath(child.drop_prob, place=len(found)))
+                setattr(parent, name, found[-1])
+    return found

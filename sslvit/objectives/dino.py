@@ -1,0 +1,228 @@
+"""DINO: a student sees crops of an image, a teacher that is its moving average sees the large ones, and they agree.
+
+Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021 (arXiv 2104.14294). Sections below
+are of that paper. The released code computes one softmax for each of the (teacher crop, student crop) pairs; here the
+teacher's distributions are summed first, so each student crop needs one, with the same loss and gradients.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import data, encoder, rng, schedules
+from ..distributed import all_reduce_sum, world_size
+from ..encoder import Encoder
+from ..errors import UserError
+from ..heads import DINOHead
+from ..views import Crop, Views, crop_key
+
+
+@dataclass
+class Config:
+    prototypes: int = 65536  # K, the size of the output distribution
+    hidden_dim: int = 2048  # of the head
+    bottleneck_dim: int = 256
+    head_layers: int = 3
+    norm_last_layer: bool = True  # prototypes of unit length; false lets their gains learn, safe for ViT-S only
+    student_temp: float = 0.1
+    teacher_temp: float = 0.04
+    teacher_temp_start: float = 0.04  # at the start of its warm-up
+    teacher_temp_warmup_epochs: float = 0.0
+    center_momentum: float = 0.9
+    momentum: float = 0.996  # of the teacher at the start; 0.9995 for a global batch of 256
+    momentum_end: float = 1.0  # reached on half a cosine
+    freeze_last_layer_epochs: float = 1.0  # the prototypes do not learn before
+    drop_path: float = 0.1  # stochastic depth of the student, rising linearly over its blocks
+    global_crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
+    local_crops: int = 8
+    local_crop_size: int | tuple[int, int] = 96  # pixels; global crops have data.image_size
+    local_crop_scale: tuple[float, float] = (0.05, 0.4)
+    flip_prob: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+    jitter_prob: float = 0.8
+    gray_prob: float = 0.2
+    blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)  # first global, second global, local crops
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    solarize_prob: float = 0.2  # of the second global crop
+
+
+# The released code's defaults, with which ViT-S/16 reaches 69.3 % k-NN in 100 epochs (its README, "vanilla").
+DEFAULTS = {
+    "epochs": 100,
+    "global_batch_size": 512,
+    "optim": {
+        "base_lr": 5e-4,
+        "min_lr": 1e-6,
+        "warmup_epochs": 10,
+        "lr_schedule": "dino",
+        "weight_decay": 0.04,
+        "weight_decay_end": 0.4,
+        "betas": (0.9, 0.999),
+        "clip": 3.0,
+        "clip_mode": "tensor",
+    },
+}
+
+
+def views(config: Config, data_config: data.Config) -> Views:
+    """Two global crops and several local ones (section 3.1, multi-crop), with BYOL's colours (section 3.2)."""
+
+    def crop(
+        size: int | tuple[int, int], scale: tuple[float, float], blur_prob: float, solarize_prob: float = 0.0
+    ) -> Crop:
+        return Crop(
+            size=(size, size) if isinstance(size, int) else tuple(size),
+            scale=tuple(scale),
+            flip_prob=config.flip_prob,
+            jitter=tuple(config.jitter),
+            jitter_prob=config.jitter_prob,
+            gray_prob=config.gray_prob,
+            blur_prob=blur_prob,
+            blur_sigma=tuple(config.blur_sigma),
+            solarize_prob=solarize_prob,
+        )
+
+    size, scale = data.image_size(data_config), config.global_crop_scale
+    crops = {
+        "global": [
+            crop(size, scale, config.blur_prob[0]),
+            crop(size, scale, config.blur_prob[1], config.solarize_prob),
+        ]
+    }
+    if config.local_crops:
+        local = crop(config.local_crop_size, config.local_crop_scale, config.blur_prob[2])
+        crops["local"] = [local] * config.local_crops
+    return crops
+
+
+def build(config: Config, model: encoder.Config, data_config: data.Config, steps_per_epoch: int, steps: int) -> "DINO":
+    for key in ("student_temp", "teacher_temp", "teacher_temp_start"):
+        if not getattr(config, key) > 0:
+            raise UserError(f"objective.{key}={getattr(config, key)} must be above 0.")
+    if config.teacher_temp_warmup_epochs * steps_per_epoch > steps:
+        raise UserError(
+            f"objective.teacher_temp_warmup_epochs={config.teacher_temp_warmup_epochs:g} is longer than the run of "
+            f"{steps / steps_per_epoch:g} epochs: lower it, or set it to 0 and teacher_temp to the value that you want."
+        )
+    size = data.image_size(data_config)
+    student = encoder.create(model, size, data_config.in_chans, drop_path=config.drop_path)
+    teacher = encoder.create(model, size, data_config.in_chans)
+    _check_crop_sizes(config, data_config, teacher, model.name)
+    return DINO(config, student, teacher, steps_per_epoch, steps)
+
+
+@torch.no_grad()
+def _check_crop_sizes(config: Config, data_config: data.Config, built: Encoder, name: str) -> None:
+    """Ask the model itself whether it takes crops of every size: families differ, and few say so."""
+    for crops in views(config, data_config).values():
+        h, w = crops[0].size
+        try:
+            built.eval().features(torch.zeros(1, data_config.in_chans, h, w))
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{name} made for {'x'.join(map(str, built.image_size))} pixels does not take crops of {h}x{w} ({reason}): "
+                "set objective.local_crop_size to a size that it takes, or objective.local_crops=0."
+            ) from error
+        finally:
+            built.train()
+
+
+class Network(nn.Module):
+    """An encoder and a head: what the student and the teacher are."""
+
+    def __init__(self, encoder: Encoder, head: DINOHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, resolutions: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """For each resolution crops [R, C, h, w] and their keys [R] -> [sum of R, K] float32 logits.
+
+        Crops of one resolution pass the encoder together, all of them the head together (section 3.2).
+        """
+        features = [self.encoder.features(crops, key=key) for crops, key in resolutions]
+        return self.head(torch.cat([feature.float() for feature in features]))
+
+
+class DINO(nn.Module):
+    def __init__(self, config: Config, student: Encoder, teacher: Encoder, steps_per_epoch: int, steps: int) -> None:
+        super().__init__()
+        self.config, self.steps_per_epoch, self.steps = config, steps_per_epoch, steps
+
+        def network(encoder: Encoder, train_gain: bool) -> Network:
+            head = DINOHead(
+                encoder.feature_dim(), config.prototypes, config.hidden_dim, config.bottleneck_dim, config.head_layers,
+                train_gain,
+            )  # fmt: skip
+            return Network(encoder, head)
+
+        self.student = network(student, train_gain=not config.norm_last_layer)
+        self.teacher = network(teacher, train_gain=False)
+        for module in student.modules():  # the released ViT draws its class token like the weights; timm smaller
+            if isinstance(getattr(module, "cls_token", None), nn.Parameter):
+                nn.init.trunc_normal_(module.cls_token, std=0.02)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.register_buffer("center", torch.zeros(1, config.prototypes))
+        # What the micro-batches of a step leave for after_step.
+        self.register_buffer("logit_sum", torch.zeros(1, config.prototypes), persistent=False)
+        self.register_buffer("logit_count", torch.zeros(()), persistent=False)
+
+    def forward(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """{"key": [B], "global": [2, B, C, H, W], "local": [V, B, C, h, w]} -> {"loss": scalar, ...}."""
+        resolutions = [
+            (views[name].flatten(0, 1), torch.cat([crop_key(views["key"], name, v) for v in range(len(views[name]))]))
+            for name in ("global", "local")
+            if name in views
+        ]
+        with torch.no_grad():
+            teacher_logits = self.teacher(resolutions[:1])
+            self.logit_sum += teacher_logits.sum(dim=0, keepdim=True)
+            self.logit_count += len(teacher_logits)
+        student_logits = self.student(resolutions)
+        return self.loss(student_logits, teacher_logits, self.teacher_temp(step))
+
+    def loss(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> dict[str, Tensor]:
+        """[(2 + V) * B, K] and [2 * B, K], view after view -> the mean over the 2 (1 + V) pairs of a teacher crop t and
+        another student crop s of the cross-entropy -P_t log P_s (equation 3)."""
+        target = ((teacher_logits - self.center) / teacher_temp).softmax(dim=-1)
+        first, second = target.chunk(2)
+        num_views = len(student_logits) // len(first)
+        # For student crop s the targets of all its pairs add up: the other global crop, or for a local crop both.
+        targets = torch.cat([second, first, *[first + second] * (num_views - 2)])
+        log_p = (student_logits / self.config.student_temp).log_softmax(dim=-1)
+        pairs = 2 * (num_views - 1)
+        loss = -(targets * log_p).sum() / (len(first) * pairs)
+        entropy = -(target * target.clamp(min=1e-12).log()).sum(dim=-1).mean()
+        return {"loss": loss, "teacher_entropy": entropy}
+
+    def teacher_temp(self, step: int) -> float:
+        """Changes once an epoch if its warm-up is given in whole epochs, as in the released code, else every step."""
+        c, warmup = self.config, self.config.teacher_temp_warmup_epochs
+        epoch = step // self.steps_per_epoch if warmup == int(warmup) else step / self.steps_per_epoch
+        return schedules.teacher_temperature(epoch, c.teacher_temp_start, c.teacher_temp, warmup)
+
+    def momentum(self, step: int) -> float:
+        return schedules.cosine(self.config.momentum, self.config.momentum_end, step / self.steps)
+
+    def before_step(self, step: int) -> None:
+        """Hold the prototypes (section 3.2, "avoiding collapse" in the code): without a gradient AdamW skips them, with
+        a gradient of zeros it would still decay them."""
+        if step < self.config.freeze_last_layer_epochs * self.steps_per_epoch:
+            for parameter in self.student.head.last_layer.parameters():
+                parameter.grad = None
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Move the teacher and the center (algorithm 1). The center of a step is the one before it: equation 4 comes
+        after the loss."""
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        torch._foreach_lerp_(teacher, student, 1 - self.momentum(step))  # parameters only: buffers are not averaged
+        mean = all_reduce_sum(self.logit_sum) / (self.logit_count * world_size())
+        self.center.lerp_(mean, 1 - self.config.center_momentum)
+        self.logit_sum.zero_()
+        self.logit_count.zero_()
+
+    def exported_encoder(self) -> Encoder:
+        return self.teacher.encoder

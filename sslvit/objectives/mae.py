@@ -1,0 +1,180 @@
+"""MAE: hide most patches, encode the rest, decode all, predict the pixels of what was hidden.
+
+He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022 (arXiv 2111.06377). Sections below are of that
+paper. The released code sorts twice, embeds and predicts patches that it throws away, and puts tokens back in order for
+the decoder; here the decoder sees [kept, hidden] with their positions, which attention cannot tell from the ordered
+sequence, and only hidden patches are predicted. Losses and gradients are the same.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from .. import data, encoder, masks
+from ..encoder import Encoder, patchify, take
+from ..errors import UserError
+from ..views import Crop, Views
+
+
+@dataclass
+class Config:
+    mask_ratio: float = 0.75  # share of patches hidden from the encoder
+    norm_pix: bool = True  # predict pixels normalised by the mean and deviation of their patch
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
+
+
+# The recipe of appendix A.1, table 8.
+DEFAULTS = {
+    "epochs": 800,
+    "global_batch_size": 4096,
+    "optim": {"base_lr": 1.5e-4, "min_lr": 0.0, "warmup_epochs": 40, "weight_decay": 0.05, "betas": (0.9, 0.95)},
+}
+
+
+def views(config: Config, data_config: data.Config) -> Views:
+    """One crop and a flip, no colours (section 4.1, "Data augmentation")."""
+    return {"image": [Crop(data.image_size(data_config), config.crop_scale)]}
+
+
+def build(config: Config, model: encoder.Config, data_config: data.Config, steps_per_epoch: int, steps: int) -> "MAE":
+    if not 0 < config.mask_ratio < 1:
+        raise UserError(f"objective.mask_ratio={config.mask_ratio} must lie between 0 and 1, both excluded.")
+    if config.decoder_width % config.decoder_heads or config.decoder_width % 4:
+        raise UserError(
+            f"objective.decoder_width={config.decoder_width} must be divisible by decoder_heads={config.decoder_heads}, "
+            "and by 4 for the position embedding."
+        )
+    built = encoder.create(model, data.image_size(data_config), data_config.in_chans)
+    reason = built.why_tokens_cannot_be_dropped()
+    if reason:
+        raise UserError(
+            f"method=mae drops hidden patches before the encoder, and {model.name} cannot do without them: {reason}. "
+            "Use a plain ViT (vit_*, deit_*) or method=dino."
+        )
+    if built.model.pos_embed is None or built.width % 4:
+        raise UserError(f"method=mae needs a position embedding whose width is divisible by 4, not {model.name}.")
+    return MAE(config, built)
+
+
+class MAE(nn.Module):
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        encoder.pool = "mean"
+        self.patch_size, self.grid = encoder.patch_size, encoder.grid()
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.num_kept = masks.num_kept(self.num_patches, config.mask_ratio)
+        if not 0 < self.num_kept < self.num_patches:
+            raise UserError(
+                f"objective.mask_ratio={config.mask_ratio} leaves {self.num_kept} of {self.num_patches} patches visible: "
+                "some must be, and some must not."
+            )
+        num_prefix, width = encoder.model.num_prefix_tokens, config.decoder_width
+
+        self.decoder_embed = nn.Linear(encoder.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(sincos(width, self.grid, num_prefix), requires_grad=False)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.decoder_blocks = nn.ModuleList(
+            Block(width, config.decoder_heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm)
+            for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = norm(width)
+        self.decoder_pred = nn.Linear(width, math.prod(self.patch_size) * encoder.in_chans)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Appendix A.1: Xavier uniform for all linear layers. The qkv matrix is filled as one (3D, D) matrix, which
+        makes q, k and v 0.707 times what filling them one by one would, as in the released code."""
+        vit = self.encoder.model
+        num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        vit.pos_embed.copy_(sincos(self.encoder.width, self.grid, num_prefix))
+        vit.pos_embed.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        embed = vit.patch_embed.proj.weight
+        nn.init.xavier_uniform_(embed.view(len(embed), -1))  # its bias keeps the convolution's default
+        for token in (vit.cls_token, vit.reg_token, self.mask_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+
+    def forward(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """{"key": [B], "image": [1, B, C, H, W] normalised} -> {"loss": scalar}."""
+        return {"loss": self.loss(views["image"][0], masks.random_order(views["key"], self.num_patches))}
+
+    def loss(self, images: Tensor, order: Tensor) -> Tensor:
+        """[B, C, H, W], [B, N] -> mean squared error over the pixels of hidden patches, a scalar (section 3)."""
+        keep, hide = masks.split(order, self.num_kept)
+        prediction = self.predict(self.decode(self.encode(images, keep), keep, hide)[:, -hide.shape[1] :])
+        return (prediction.float() - take(self.target(images), hide)).square().mean()
+
+    def encode(self, images: Tensor, keep: Tensor) -> Tensor:
+        """[B, C, H, W], [B, K] -> [B, P + K, D]: prefix tokens and kept patches, normalised ("MAE encoder")."""
+        return torch.cat(self.encoder(images, keep=keep), dim=1)
+
+    def decode(self, latent: Tensor, keep: Tensor, hide: Tensor) -> Tensor:
+        """[B, P + K, D] -> [B, P + N, width] in the order prefix, kept, hidden ("MAE decoder")."""
+        x = self.decoder_embed(latent)
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hide.shape[1], -1)], dim=1)
+        num_prefix = latent.shape[1] - keep.shape[1]
+        prefix, patches = self.decoder_pos_embed[:, :num_prefix], self.decoder_pos_embed[0, num_prefix:]
+        positions = patches[torch.cat([keep, hide], dim=1)]
+        x = x + torch.cat([prefix.expand(len(x), -1, -1), positions], dim=1)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return x
+
+    def predict(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., p*q*C] pixels."""
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def target(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, N, p*q*C], pixels of a patch in row, column, channel order ("Reconstruction target").
+
+        With norm_pix by the mean and the unbiased variance over all values of the patch, 1e-6 inside the root.
+        """
+        patches = patchify(images, self.patch_size, channels_last=True)
+        if self.config.norm_pix:
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+            patches = (patches - mean) / (variance + 1e-6).sqrt()
+        return patches
+
+    def before_step(self, step: int) -> None:
+        pass
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def exported_encoder(self) -> Encoder:
+        return self.encoder
+
+
+def sincos(width: int, grid: tuple[int, int], num_prefix: int) -> Tensor:
+    """[1, num_prefix + h*w, width] fixed 2-D sine-cosine embedding; prefix tokens have zeros (section 3).
+
+    Half of the channels encode the column, then half the row, each as all sines followed by all cosines of
+    position / 10000^(k / (width / 4)). That the column comes first is the released code's order: transposing it would
+    turn released checkpoints by a quarter.
+    """
+    frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    h, w = grid
+
+    def code(position: Tensor) -> Tensor:
+        angle = position.double().unsqueeze(1) * frequencies
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    column, row = torch.arange(w).repeat(h), torch.arange(h).repeat_interleave(w)
+    table = torch.cat([code(column), code(row)], dim=1)
+    return torch.cat([torch.zeros(num_prefix, width), table]).float().unsqueeze(0)

@@ -1,0 +1,109 @@
+"""AdamW with the parameter groups, schedules and clipping of the published recipes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from . import schedules
+from .errors import UserError
+
+REFERENCE_BATCH = 256  # base_lr is the learning rate at this global batch size
+
+
+@dataclass
+class Config:
+    base_lr: float = 1.5e-4  # learning rate at a global batch of 256 images; scaled linearly
+    min_lr: float = 0.0  # at the end of the run
+    warmup_epochs: float = 40.0  # linear warm-up of the learning rate from 0
+    lr_schedule: Literal["mae", "dino"] = "mae"  # dino: the warm-up includes its peak, one step earlier
+    weight_decay: float = 0.05  # of everything but biases and one-dimensional parameters
+    weight_decay_end: float | None = None  # reached on half a cosine; null: constant
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip: float | None = None  # largest gradient norm; null: no clipping
+    clip_mode: Literal["tensor", "global"] = "global"  # tensor: each parameter by itself, as DINO's code does
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and weight decay as functions of the step."""
+
+    config: Config
+    global_batch_size: int
+    warmup_steps: int
+    total_steps: int
+
+    @property
+    def peak_lr(self) -> float:
+        return self.config.base_lr * self.global_batch_size / REFERENCE_BATCH
+
+    def lr(self, step: int) -> float:
+        shape = schedules.warmup_cosine if self.config.lr_schedule == "mae" else schedules.linspace_cosine
+        return shape(step, self.peak_lr, self.config.min_lr, self.warmup_steps, self.total_steps)
+
+    def weight_decay(self, step: int) -> float:
+        start, end = self.config.weight_decay, self.config.weight_decay_end
+        return start if end is None else schedules.cosine(start, end, step / self.total_steps)
+
+
+def check(config: Config) -> None:
+    """Raises UserError for values without a meaning."""
+    for key in ("base_lr", "eps"):
+        if not getattr(config, key) > 0:
+            raise UserError(f"optim.{key}={getattr(config, key)} must be above 0.")
+    for key in ("min_lr", "warmup_epochs", "weight_decay"):
+        if not getattr(config, key) >= 0:
+            raise UserError(f"optim.{key}={getattr(config, key)} must be 0 or above.")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise UserError(f"optim.betas={list(config.betas)} must lie in [0, 1).")
+    if config.clip is not None and not config.clip > 0:
+        raise UserError(f"optim.clip={config.clip} must be above 0, or null for no clipping.")
+
+
+def parameter_groups(module: nn.Module) -> list[dict]:
+    """Two groups: with weight decay, and without (biases and one-dimensional parameters).
+
+    As in both published codes, class, mask and register tokens are decayed, and so are DINO's position embedding and
+    prototype gains; MAE's position embeddings are frozen and in neither group.
+    """
+    decayed, others = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (others if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
+    return [{"params": decayed, "decayed": True}, {"params": others, "decayed": False, "weight_decay": 0.0}]
+
+
+def make_optimizer(config: Config, module: nn.Module) -> torch.optim.AdamW:
+    groups = parameter_groups(module)
+    fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
+    return torch.optim.AdamW(
+        groups, lr=config.base_lr, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay,
+        fused=fused or None, foreach=None if fused else True,
+    )  # fmt: skip
+
+
+def set_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = schedule.lr(step)
+        if group["decayed"]:
+            group["weight_decay"] = schedule.weight_decay(step)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], config: Config) -> torch.Tensor:
+    """Clip in place and return the norm of all gradients before it, a scalar on the device (nothing waits for it).
+
+    "tensor" scales each gradient by min(1, clip / (norm + 1e-6)) of its own norm, as DINO's released code does.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    total = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+    if config.clip is not None:
+        if config.clip_mode == "tensor":
+            scales = [(config.clip / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+        else:
+            scales = [(config.clip / (total + 1e-6)).clamp(max=1.0)] * len(gradients)
+        torch._foreach_mul_(gradients, scales)
+    return total

@@ -1,0 +1,59 @@
+"""Randomness is an address, not a history: every draw is a function of (seed, place), never of what was drawn before.
+
+A key is a 64-bit integer. `fold_in(seed, "crops", epoch, index)` names one place, `uniform(key, n)` are the numbers that
+lie there. Nothing has a state, so nothing has to be saved, and neither the number of workers, processes or micro-batches
+nor a restart changes any draw. The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators", OOPSLA 2014), in wrapping int64 arithmetic that is the same on every device.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio; as a signed integer, because torch has no uint64 product
+MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # >> repeats the sign bit, the mask takes it away
+
+
+def _mix(x: Tensor) -> Tensor:
+    """int64 -> int64, a bijection whose output bits all depend on all input bits."""
+    x = (x ^ _shift_right(x, 30)) * MIX_1
+    x = (x ^ _shift_right(x, 27)) * MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def _as_int64(place: int | str | Tensor) -> Tensor:
+    if isinstance(place, str):
+        place = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little", signed=True)
+    if isinstance(place, Tensor):
+        return place.to(torch.int64)
+    return torch.tensor((place + (1 << 63)) % (1 << 64) - (1 << 63), dtype=torch.int64)
+
+
+def fold_in(key: int | Tensor, *places: int | str | Tensor) -> Tensor:
+    """The key of a place inside a place: integers, names, or int64 tensors of places (then a tensor of keys)."""
+    key = _as_int64(key)
+    for place in places:
+        key = _mix(key ^ _mix(_as_int64(place).to(key.device) + GAMMA))
+    return key
+
+
+def bits(key: Tensor, n: int) -> Tensor:
+    """[...] int64 keys -> [..., n] int64, 64 random bits each."""
+    counter = torch.arange(1, n + 1, device=key.device, dtype=torch.int64)
+    return _mix(key.unsqueeze(-1) + counter * GAMMA)
+
+
+def uniform(key: Tensor, n: int) -> Tensor:
+    """[...] int64 keys -> [..., n] float32 in [0, 1), multiples of 2^-24."""
+    return _shift_right(bits(key, n), 40).to(torch.float32) * 2.0**-24
+
+
+def permutation(key: Tensor, n: int) -> Tensor:
+    """[n] int64, a random order of 0 .. n-1: the order of n different 64-bit draws."""
+    return bits(key, n).argsort()

@@ -1,0 +1,108 @@
+"""What one image becomes: crops, cut on the CPU as uint8 from a single decode, and what is later done to their colours.
+
+A crop's box is a function of the image's key and the crop's place, and so are its colour parameters, which `augment`
+draws when it applies them to a whole batch on the training device. Workers therefore send nothing but pixels and keys.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import rng
+
+TRIES = 10  # torchvision's RandomResizedCrop draws up to ten boxes and then takes the centre
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One random crop and its colours. The defaults do nothing to the colours."""
+
+    size: tuple[int, int]  # (h, w) in pixels of the result
+    scale: tuple[float, float]  # share of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the box
+    flip_prob: float = 0.5  # left-right
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
+    jitter_prob: float = 0.0
+    gray_prob: float = 0.0
+    blur_prob: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    solarize_prob: float = 0.0
+
+
+Views = dict[str, list[Crop]]  # crops of one name have one size and travel as one tensor
+
+
+def draw_boxes(crop: Crop, key: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Boxes of torchvision's RandomResizedCrop, for many images at once.
+
+    key, height, width: [B] int64 -> [B, 4] int64: top, left, height, width in pixels.
+    """
+    u = rng.uniform(rng.fold_in(key, "box"), 2 * TRIES + 2).double()
+    area = (height * width).double().unsqueeze(1) * (crop.scale[0] + (crop.scale[1] - crop.scale[0]) * u[:, :TRIES])
+    log_lo, log_hi = math.log(crop.ratio[0]), math.log(crop.ratio[1])
+    ratio = torch.exp(log_lo + (log_hi - log_lo) * u[:, TRIES : 2 * TRIES])
+    w = (area * ratio).sqrt().round().long()
+    h = (area / ratio).sqrt().round().long()
+    fits = (w > 0) & (h > 0) & (w <= width.unsqueeze(1)) & (h <= height.unsqueeze(1))
+    first = fits.int().argmax(dim=1, keepdim=True)  # argmax gives the first of equal values
+    h, w = h.gather(1, first).squeeze(1), w.gather(1, first).squeeze(1)
+    top = (u[:, -2] * (height - h + 1)).long()
+    left = (u[:, -1] * (width - w + 1)).long()
+    boxes = torch.stack([top, left, h, w], dim=1)
+    return torch.where(fits.any(dim=1, keepdim=True), boxes, _centre_boxes(crop, height, width))
+
+
+def _centre_boxes(crop: Crop, height: Tensor, width: Tensor) -> Tensor:
+    """What torchvision falls back to: the largest centred box whose aspect ratio is allowed."""
+    image_ratio = width / height
+    h = torch.where(image_ratio < crop.ratio[0], (width / crop.ratio[0]).round().long(), height)
+    w = torch.where(image_ratio > crop.ratio[1], (height * crop.ratio[1]).round().long(), width)
+    h, w = torch.minimum(h.clamp(min=1), height), torch.minimum(w.clamp(min=1), width)
+    return torch.stack([(height - h) // 2, (width - w) // 2, h, w], dim=1)
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """[C, H, W] uint8 or float -> [C, h, w] of the same type: antialiased bicubic, as PIL's."""
+    if tuple(image.shape[-2:]) == size:
+        return image
+    resized = F.interpolate(image.unsqueeze(0), size, mode="bicubic", antialias=True, align_corners=False)
+    return resized.squeeze(0).clamp_(0, 255)
+
+
+def cut(images: Sequence[Tensor], key: Tensor, views: Views) -> dict[str, Tensor]:
+    """B images [C, H, W] of any sizes, uint8 or float in [0, 255] -> {name: [V, B, C, h, w]}, view after view."""
+    height = torch.tensor([image.shape[-2] for image in images])
+    width = torch.tensor([image.shape[-1] for image in images])
+    deep = any(image.is_floating_point() for image in images)
+    batch = {}
+    for name, crops in views.items():
+        shape = (len(crops), len(images), images[0].shape[0], *crops[0].size)
+        out = torch.empty(shape, dtype=torch.float32 if deep else torch.uint8)
+        for v, crop in enumerate(crops):
+            boxes = draw_boxes(crop, crop_key(key, name, v), height, width).tolist()
+            for b, (image, (top, left, h, w)) in enumerate(zip(images, boxes, strict=True)):
+                out[v, b] = resize(image[:, top : top + h, left : left + w], crop.size)
+        batch[name] = out
+    return batch
+
+
+def crop_key(key: Tensor, name: str, view: int) -> Tensor:
+    """[B] keys of images -> [B] keys of their crop number `view` of the given name."""
+    return rng.fold_in(key, name, view)
+
+
+def centre(image: Tensor, size: tuple[int, int], resize_ratio: float = 1.0) -> Tensor:
+    """[C, H, W] -> [C, h, w]: the image scaled until it covers `size / resize_ratio`, then its centre (for evaluation).
+
+    resize_ratio 224 / 256 is the published evaluation at 224 pixels.
+    """
+    target = (size[0] / resize_ratio, size[1] / resize_ratio)
+    factor = max(target[0] / image.shape[-2], target[1] / image.shape[-1])
+    h, w = (max(side, round(length * factor)) for side, length in zip(size, image.shape[-2:], strict=True))
+    image = resize(image, (h, w))
+    top, left = round((h - size[0]) / 2), round((w - size[1]) / 2)
+    return image[:, top : top + size[0], left : left + size[1]]
