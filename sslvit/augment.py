@@ -72,13 +72,16 @@ def draw(crop: Crop, key: Tensor) -> Parameters:
 
 @torch.no_grad()
 def augment(batch: dict[str, Tensor], views: Views, normalize: Normalize, device: torch.device) -> dict[str, Tensor]:
-    """{"key": [B], name: [V, B, C, h, w] uint8 or float in [0, 255]} -> the same, float32 and normalised, on the device."""
+    """{"key": [B], name: [V, B, C, h, w] uint8 or float in [0, 255]} -> the same, float32 and normalised, on the
+    device."""
     key = batch["key"]
     out = {"key": key.to(device, non_blocking=True)}
     for name, crops in views.items():
         x = batch[name].to(device, non_blocking=True)
         drawn = [draw(crop, crop_key(key, name, v)) for v, crop in enumerate(crops)]
-        parameters = Parameters(*(torch.cat([getattr(p, field) for p in drawn]) for field in Parameters.__annotations__))
+        parameters = Parameters(
+            *(torch.cat([getattr(p, field) for p in drawn]) for field in Parameters.__annotations__)
+        )
         out[name] = normalize(apply(x.flatten(0, 1).float() / 255, parameters)).view(x.shape)
     return out
 

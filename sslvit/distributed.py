@@ -37,3 +37,8 @@ def gather_objects(value: Any) -> list[Any]:
 def barrier() -> None:
     if active():
         dist.barrier()
+
+
+def any_process(flag: bool) -> bool:
+    """Whether it is true on any process; the same answer on all."""
+    return any(gather_objects(flag))

@@ -1,5 +1,7 @@
-"""A timm model as an encoder: tokens of a plain ViT, with or without some of its patches, or pooled features of any model."""
+"""A timm model as an encoder: tokens of a plain ViT, with or without some of its patches, or pooled features of any
+model."""
 
+import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -22,7 +24,9 @@ Pool = Literal["cls", "mean", "cls+mean", "pooled"]
 @dataclass
 class Config:
     name: str = "vit_small_patch16_224"  # a timm model; the size in its name does not bind, data.image_size does
-    args: dict[str, Any] = field(default_factory=dict)  # more arguments of timm.create_model: patch_size, reg_tokens ...
+    args: dict[str, Any] = field(
+        default_factory=dict
+    )  # more arguments of timm.create_model: patch_size, reg_tokens ...
     grad_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
 
 
@@ -34,7 +38,8 @@ class Tokens(NamedTuple):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016) whose draws come from each image's key instead of from a global generator."""
+    """Stochastic depth (Huang et al., 2016) whose draws come from each image's key instead of from a global
+    generator."""
 
     def __init__(self, rate: float, place: int) -> None:
         super().__init__()
@@ -55,17 +60,25 @@ class DropPath(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Wraps a timm model made with `num_classes=0`. `model` stays a plain timm model: its weights are what is exported."""
+    """Wraps a timm model made with `num_classes=0`. `model` stays a plain timm model: its weights are what is
+    exported."""
 
-    def __init__(self, model: nn.Module, image_size: tuple[int, int], in_chans: int, pool: Pool | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        image_size: tuple[int, int],
+        in_chans: int,
+        architecture: str,
+        model_args: dict[str, Any],
+    ) -> None:
+        """architecture, model_args: what `timm.create_model` needs to make this model again, but for in_chans."""
         super().__init__()
         self.model = model
         self.image_size = image_size
         self.in_chans = in_chans
+        self.architecture, self.model_args = architecture, model_args
         self.is_vit = isinstance(model, VisionTransformer)
-        if pool is None:
-            pool = "pooled" if not self.is_vit else "cls" if model.has_class_token else "mean"
-        self.pool: Pool = pool
+        self.pool: Pool = "pooled" if not self.is_vit else "cls" if model.has_class_token else "mean"
         self._drop_paths = _take_over_drop_paths(model)
 
     @property
@@ -126,7 +139,7 @@ class Encoder(nn.Module):
         return torch.cat([tokens.prefix[:, 0], tokens.patches.mean(dim=1)], dim=1)
 
     def positions(self, image_size: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
-        """Position embedding of the prefix tokens [1, P, D] and of the patches [1, N, D] for images of (h, w) pixels."""
+        """Position embeddings of prefix tokens [1, P, D] and of patches [1, N, D] for images of (h, w) pixels."""
         vit = self.model
         if vit.pos_embed is None:
             return None, None
@@ -159,7 +172,9 @@ class Encoder(nn.Module):
 
     @staticmethod
     def _run(block: nn.Module, x: Tensor, key: Tensor | None) -> Tensor:
-        for module in block.modules():  # here and not once a forward: a recomputed block needs the keys of its own crops
+        for (
+            module
+        ) in block.modules():  # here and not once a forward: a recomputed block needs the keys of its own crops
             if isinstance(module, DropPath):
                 module.key = key
         return block(x)
@@ -180,47 +195,51 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def create(config: Config, image_size: tuple[int, int], in_chans: int = 3, drop_path: float = 0.0) -> Encoder:
-    """Build the encoder of a configuration, randomly initialised as timm does."""
+def create(
+    config: Config, image_size: tuple[int, int], in_chans: int = 3, drop_path: float = 0.0, pretrained: bool = False
+) -> Encoder:
+    """Build the encoder of a configuration, initialised as timm does, or with the weights that timm fetches."""
     for name, place in (("img_size", "data.image_size"), ("in_chans", "data.in_chans")):
         if name in config.args:
             raise UserError(f"model.args has {name}={config.args[name]}: set {place} instead.")
-    args = dict(config.args, in_chans=in_chans, num_classes=0)
+    extra = {"in_chans": in_chans, "pretrained": pretrained}
     if drop_path:
-        args["drop_path_rate"] = drop_path
-    model = _create_model(config.name, args, image_size)
+        extra["drop_path_rate"] = drop_path
+    model, args = _create_model(config.name, dict(config.args), image_size, extra)
     if isinstance(model, VisionTransformer):
         _check_patches(model.patch_embed.patch_size, image_size)
         if model.attn_pool is not None or not isinstance(model.fc_norm, nn.Identity):
             # Pooling by a norm or an attention of its own would leave the tokens without their final norm.
             pooling = {"global_pool": "token"} if model.has_class_token else {"global_pool": "avg", "fc_norm": False}
-            model = _create_model(config.name, args | pooling, image_size)
+            model, args = _create_model(config.name, config.args | pooling, image_size, extra)
     if config.grad_checkpointing:
         if drop_path and not isinstance(model, VisionTransformer):
             raise UserError(
-                f"model.grad_checkpointing with drop path {drop_path} works for plain ViTs only, and {config.name} is a "
-                f"{type(model).__name__}: set objective.drop_path=0 or model.grad_checkpointing=false."
+                f"model.grad_checkpointing with drop path {drop_path} works for plain ViTs only, not for {config.name}: "
+                "set objective.drop_path=0 or model.grad_checkpointing=false."
             )
         model.set_grad_checkpointing(True)
-    return Encoder(model, image_size, in_chans)
+    return Encoder(model, image_size, in_chans, config.name.split(".")[0], args)
 
 
-def _create_model(name: str, args: dict[str, Any], image_size: tuple[int, int]) -> nn.Module:
-    """timm.create_model with whatever way the family has to be told an image size, or to accept several."""
-    import difflib
-
+def _create_model(
+    name: str, args: dict[str, Any], image_size: tuple[int, int], extra: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """timm.create_model with whatever way the family has to be told an image size, or to accept several: the model, and
+    args with that way."""
     base = name.split(".")[0]
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=3)
-        hint = f" Did you mean {', '.join(near)}?" if near else ""
-        raise UserError(f"model.name={name} is not a model of timm {timm.__version__}.{hint}")
-    size = {"img_size": image_size}
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"{name} is not a model of timm {timm.__version__}.{hint}")
+    size = {"img_size": list(image_size)}
     for sizing in ({**size, "dynamic_img_size": True}, {**size, "strict_img_size": False}, size, {}):
         try:
-            return timm.create_model(base, **args, **sizing)
+            model = timm.create_model(name if extra["pretrained"] else base, num_classes=0, **extra, **args, **sizing)
+            return model, {**args, **sizing}
         except TypeError as error:
             if not any(key in str(error) for key in sizing):
-                raise UserError(f"timm cannot make {name} with model.args={args}: {error}.") from error
+                raise UserError(f"timm cannot make {name} with {args}: {error}.") from error
         except (AssertionError, ValueError, RuntimeError) as error:
             raise UserError(f"timm cannot make {name} for images of {image_size} with {args}: {error}.") from error
     raise AssertionError("the last attempt has no sizing argument to blame")

@@ -1,9 +1,9 @@
 """Randomness is an address, not a history: every draw is a function of (seed, place), never of what was drawn before.
 
-A key is a 64-bit integer. `fold_in(seed, "crops", epoch, index)` names one place, `uniform(key, n)` are the numbers that
-lie there. Nothing has a state, so nothing has to be saved, and neither the number of workers, processes or micro-batches
-nor a restart changes any draw. The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014), in wrapping int64 arithmetic that is the same on every device.
+A key is a 64-bit integer. `fold_in(seed, "crops", epoch, index)` names one place, `uniform(key, n)` are the numbers
+that lie there. Nothing has a state, so nothing has to be saved, and neither the number of workers, processes or
+micro-batches nor a restart changes any draw. The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable
+pseudorandom number generators", OOPSLA 2014), in wrapping int64 arithmetic that is the same on every device.
 """
 
 import hashlib

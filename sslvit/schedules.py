@@ -21,7 +21,8 @@ def warmup_cosine(step: int, peak: float, end: float, warmup_steps: int, total_s
 
 def linspace_cosine(step: int, peak: float, end: float, warmup_steps: int, total_steps: int) -> float:
     """DINO's learning rate: the warm-up is a linspace that includes the peak, so step `warmup_steps - 1` and step
-    `warmup_steps` both have it; then half a cosine over the remaining steps (DINO, section 3.2 and its released code)."""
+    `warmup_steps` both have it; then half a cosine over the remaining steps (DINO, section 3.2 and its released
+    code)."""
     if step < warmup_steps:
         return peak * step / (warmup_steps - 1) if warmup_steps > 1 else 0.0
     return cosine(peak, end, (step - warmup_steps) / max(1, total_steps - warmup_steps))

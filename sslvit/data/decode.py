@@ -23,8 +23,8 @@ def decode(data: bytes, in_chans: int) -> Tensor:
     """Bytes of an image file -> [in_chans, H, W] uint8, or float32 in [0, 255] where the file has more than 8 bits.
 
     Colour becomes gray by ITU-R 601 weights and gray becomes colour by repetition; an alpha channel is dropped unless
-    in_chans asks for it (2: gray and alpha, 4: colour and alpha). JPEG goes through torchvision, everything else through
-    PIL; both give the same pixels and both refuse truncated files.
+    in_chans asks for it (2: gray and alpha, 4: colour and alpha). JPEG goes through torchvision, everything else
+    through PIL; both give the same pixels and both refuse truncated files.
     """
     if not data:
         raise BadImage("the file is empty")
@@ -40,7 +40,9 @@ def decode(data: bytes, in_chans: int) -> Tensor:
             return _convert(image, in_chans)
     except BadImage:
         raise
-    except Exception as error:  # decoders raise whatever they like: OSError, RuntimeError, SyntaxError, struct.error ...
+    except (
+        Exception
+    ) as error:  # decoders raise whatever they like: OSError, RuntimeError, SyntaxError, struct.error ...
         raise BadImage(_first_line(error)) from error
 
 

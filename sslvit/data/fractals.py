@@ -1,10 +1,11 @@
 """Images from a formula: fractals of iterated function systems, one class for each set of parameters.
 
-FractalDB (Kataoka et al., "Pre-training without Natural Images", ACCV 2020, section 3): a class is a random set of 2 to 8
-affine maps, chosen with a probability proportional to the absolute value of their determinants and accepted if the
-attractor fills enough of the picture; the images of a class vary one parameter by up to 20 % and flip the picture. Here
-the 4 flips are the 8 symmetries of the square, and each image has a foreground and a background colour of its own, so
-that neither pixels nor colours give the class away. Every image is a function of (seed, split, index): no download.
+FractalDB (Kataoka et al., "Pre-training without Natural Images", ACCV 2020, section 3): a class is a random set of 2
+to 8 affine maps, chosen with a probability proportional to the absolute value of their determinants and accepted if
+the attractor fills enough of the picture; the images of a class vary one parameter by up to 20 % and flip the
+picture. Here the 4 flips are the 8 symmetries of the square, and each image has a foreground and a background colour
+of its own, so that neither pixels nor colours give the class away. Every image is a function of (seed, split, index):
+no download.
 """
 
 import numpy as np
@@ -47,7 +48,13 @@ class Fractals:
     """`count` images of `size` x `size` pixels in `classes` classes; image i has label i % classes."""
 
     def __init__(
-        self, split: str = "train", classes: int = 20, count: int = 10_000, size: int = 32, seed: int = 0, in_chans: int = 3
+        self,
+        split: str = "train",
+        classes: int = 20,
+        count: int = 10_000,
+        size: int = 32,
+        seed: int = 0,
+        in_chans: int = 3,
     ) -> None:
         self.split, self.count, self.size, self.seed, self.in_chans = split, count, size, seed, in_chans
         self.key = rng.fold_in(seed, "fractals")
@@ -89,8 +96,8 @@ def _system(key: Tensor) -> np.ndarray:
     """The first random system from this key whose attractor fills the picture: [n, 6] float64, rows (a, b, c, d, e, f)
     of the map (x, y) -> (a x + b y + e, c x + d y + f).
 
-    Every map contracts, also when a parameter grows by 20 %: then the attractor is bounded. FractalDB draws from the same
-    distribution and rejects what runs away when it is rendered.
+    Every map contracts, also when a parameter grows by 20 %: then the attractor is bounded. FractalDB draws from the
+    same distribution and rejects what runs away when it is rendered.
     """
     attempt = 0
     while True:

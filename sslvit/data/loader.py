@@ -1,8 +1,8 @@
 """From a source to an endless stream of batches of crops, the same whatever the number of workers and processes.
 
 The order of an epoch is a permutation that is a function of (seed, epoch). Step s of it takes the next
-`global_batch_size` images, dealt to micro-batches and processes; what is left at the end of an epoch and does not fill a
-step is not seen in that epoch. So a run continues at step s by starting the stream at step s.
+`global_batch_size` images, dealt to micro-batches and processes; what is left at the end of an epoch and does not
+fill a step is not seen in that epoch. So a run continues at step s by starting the stream at step s.
 """
 
 import mmap
@@ -38,7 +38,8 @@ class Layout:
 
 
 class Order(Sampler[tuple[int, Tensor]]):
-    """Yields (epoch, [batch_size] int64 image numbers) for each micro-batch of this process, from one step to another."""
+    """Yields (epoch, [batch_size] int64 image numbers) for each micro-batch of this process, from one step to
+    another."""
 
     def __init__(self, seed: int, num_images: int, layout: Layout, first_step: int, last_step: int) -> None:
         self.seed, self.num_images, self.layout = seed, num_images, layout
@@ -149,7 +150,7 @@ def _shared(size: int) -> Tensor:
 
 
 def make_loader(
-    source: Source, views: Views, layout: Layout, seed: int, steps: tuple[int, int], workers: int, pin_memory: bool
+    source: Source, views: Views, layout: Layout, seed: int, steps: tuple[int, int], workers: int, device: torch.device
 ) -> DataLoader:
     """Batches of the steps from `steps[0]` to before `steps[1]`, one item for each micro-batch."""
     return DataLoader(
@@ -157,7 +158,9 @@ def make_loader(
         sampler=Order(seed, len(source), layout, *steps),
         batch_size=None,  # an item is a whole micro-batch already
         num_workers=workers,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         prefetch_factor=2 if workers else None,
-        multiprocessing_context="fork" if workers else None,  # workers share the index and the cache, and never touch CUDA
+        multiprocessing_context="fork"
+        if workers
+        else None,  # workers share the index and the cache, and never touch CUDA
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import data, encoder, rng, schedules
+from .. import data, encoder, schedules
 from ..distributed import all_reduce_sum, world_size
 from ..encoder import Encoder
 from ..errors import UserError

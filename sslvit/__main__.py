@@ -1,0 +1,110 @@
+"""`sslvit <command> ...`, the same as `accelerate launch -m sslvit <command> ...`. Parse, call, print."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+from .errors import UserError
+from .words import help_lines, parse
+
+USAGE = """\
+sslvit <command> [words]
+
+  pretrain [recipe.yaml] [folder] [key=value ...]    train an encoder on unlabeled images
+  knn      run=... data.train=... data.test=...      k-NN classification with its frozen features
+  linear   run=... data.train=... data.test=...      linear probe of its frozen features
+  export   run=... to=timm out=<folder>              write it in a form that timm loads
+
+`sslvit <command> --help` lists the keys of a command. On several GPUs: accelerate launch -m sslvit <command> ...
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 2 for a mistake of the user's, which is one sentence and no traceback."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    command, words = words[0], words[1:]
+    try:
+        _find(command)(words)
+        return 0
+    except UserError as error:
+        print(f"sslvit {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+def _find(command: str) -> Callable[[list[str]], None]:
+    commands = {"pretrain": _pretrain, "knn": _knn, "linear": _linear, "export": _export}
+    if command not in commands:
+        near = difflib.get_close_matches(command, commands, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"there is no command {command}.{hint} Commands: {', '.join(commands)}.")
+    return commands[command]
+
+
+def _wants_help(words: list[str]) -> bool:
+    return any(word in ("-h", "--help", "help") for word in words)
+
+
+def _pretrain(words: list[str]) -> None:
+    from . import config
+    from .metrics import duration
+
+    if _wants_help(words):
+        method = next((word.split("=", 1)[1] for word in words if word.startswith("method=")), "mae")
+        print("sslvit pretrain [recipe.yaml] [folder of images] [key=value ...]\n")
+        print(f"Keys with their defaults for method={method}; a key may be given by its last name alone:\n")
+        print(config.help_text(method))
+        return
+    from .pretrain import pretrain
+
+    result = pretrain(config.load(words))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"Done: {result.images_seen} images in {duration(result.seconds)}, {result.run_dir}")
+        if result.knn_before is not None and result.knn_after is not None:
+            gain = result.knn_after - result.knn_before
+            print(
+                f"k-NN accuracy on images it never trained on: untrained encoder {result.knn_before:.1f}%, "
+                f"trained encoder {result.knn_after:.1f}% ({gain:+.1f} points)."
+            )
+
+
+def _evaluate(words: list[str], command: str, module: ModuleType) -> None:
+    if _wants_help(words):
+        print(f"sslvit {command} run=... data.train=... data.test=... [key=value ...]\n")
+        print(f"{module.__doc__.strip()}\n\nKeys with their defaults; a key may be given by its last name alone:\n")
+        print("\n".join(help_lines(module.Config())))
+    else:
+        module.run(parse(module.Config(), words, command))
+
+
+def _knn(words: list[str]) -> None:
+    from .evaluation import knn
+
+    _evaluate(words, "knn", knn)
+
+
+def _linear(words: list[str]) -> None:
+    from .evaluation import linear
+
+    _evaluate(words, "linear", linear)
+
+
+def _export(words: list[str]) -> None:
+    from . import export
+
+    if _wants_help(words):
+        print("sslvit export run=... to=timm out=<folder>\n")
+        print("\n".join(help_lines(export.Config())))
+    else:
+        export.run(parse(export.Config(), words, "export"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""The configuration of a run: dataclass defaults < the method's defaults < a YAML recipe < key=value words.
+
+Every key is declared in a dataclass beside the code that reads it. Nothing is changed after loading: what follows
+from the configuration is computed by `make_plan`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from . import objectives
+from .data import Config as DataConfig
+from .data.loader import Layout
+from .encoder import Config as ModelConfig
+from .errors import UserError
+from .evaluation.online import Config as EvalConfig
+from .hardware import Precision
+from .metrics import Config as LogConfig
+from .optim import Config as OptimConfig
+from .state import Config as SaveConfig
+from .words import assignments, check_keys, flatten, full_key, help_lines, merge, nested, read_yaml, shown
+
+DURATIONS = ("epochs", "steps", "images")
+
+
+@dataclass
+class RunConfig:
+    method: str = "mae"  # mae, dino, or the dotted name of a module of your own
+    out: str = ""  # the run directory; empty: runs/ and the name of the recipe
+    seed: int = 0
+    epochs: float | None = None  # how long: passes over the images ...
+    steps: int | None = None  # ... or optimizer steps ...
+    images: int | None = None  # ... or images seen; exactly one of the three
+    global_batch_size: int = 256  # images for one optimizer step, over all processes
+    batch_size: int | None = (
+        None  # images in memory at once, on each process; null: all of its share of the global batch
+    )
+    precision: Precision = "auto"  # auto: bf16 where the hardware is fast at it, else float32
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: Any = None  # the method's Config
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from a configuration, the number of images and the number of processes."""
+
+    layout: Layout
+    steps_per_epoch: int
+    steps: int
+    warmup_steps: int
+
+
+def load(words: list[str]) -> RunConfig:
+    """The configuration that the words of a command line stand for: a recipe (*.yaml), a folder of images, key=value.
+
+    Raises UserError.
+    """
+    recipes = [Path(word) for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
+    folders = [word for word in words if "=" not in word and Path(word) not in recipes]
+    for word in folders:
+        if not Path(word).expanduser().is_dir():
+            raise UserError(f"{word} is neither a recipe (*.yaml), nor a folder of images, nor key=value.")
+    if len(recipes) > 1 or len(folders) > 1:
+        raise UserError(f"Give one recipe and one folder at most, not {', '.join(map(str, recipes + folders))}.")
+    given = [("data.train", folder) for folder in folders] + assignments([word for word in words if "=" in word])
+    values = read_yaml(recipes[0]) if recipes else {}
+
+    method = str(next((v for k, v in reversed(given) if k == "method"), values.get("method") or RunConfig.method))
+    config = _defaults(method)
+    keys = list(flatten(config))
+    for layer, where in [(values, str(recipes[0]))] if recipes else []:
+        check_keys(layer, keys, where, "pretrain")
+        config = merge(config, _with_one_duration(layer), where)
+    for key, value in given:
+        layer = nested(full_key(key, keys, "pretrain"), value)
+        config = merge(config, _with_one_duration(layer), f"{key}={shown(value)}")
+    config.out = config.out or f"runs/{recipes[0].stem if recipes else method}"
+    return OmegaConf.to_object(config)
+
+
+def _defaults(method: str) -> DictConfig:
+    """The dataclasses' defaults under those of the method's paper."""
+    module = objectives.find(method)
+    return OmegaConf.merge(OmegaConf.structured(RunConfig(method=method, objective=module.Config())), module.DEFAULTS)
+
+
+def _with_one_duration(values: dict[str, Any]) -> dict[str, Any]:
+    """A new length of the run replaces the old one, whatever its unit was."""
+    given = any(values.get(key) is not None for key in DURATIONS)
+    return dict.fromkeys(DURATIONS) | values if given else values
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write what `load` reads back."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def differences(old: Path, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """{key: (value in the file, value now)} where a stored configuration and a new one differ."""
+    before, now = flatten(OmegaConf.load(old)), flatten(OmegaConf.structured(new))
+    return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
+
+
+def help_text(method: str) -> str:
+    """All keys of a method with their defaults and what they mean."""
+    return "\n".join(help_lines(OmegaConf.to_object(_defaults(method))))
+
+
+def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) -> Plan:
+    """Batches, steps and warm-up of a run. Raises UserError for what cannot be."""
+    total = config.global_batch_size
+    if total < 1 or total % world_size:
+        raise UserError(f"global_batch_size={total} must be a multiple of the number of processes, {world_size}.")
+    batch_size = config.batch_size or total // world_size
+    if batch_size < 1 or total % (batch_size * world_size):
+        raise UserError(
+            f"global_batch_size={total} is not a multiple of batch_size={batch_size} on {world_size} processes: "
+            f"choose a batch_size that divides {total // world_size}."
+        )
+    if total > num_images:
+        raise UserError(
+            f"global_batch_size={total} is larger than the {num_images} images of {config.data.train}: "
+            f"use at most {num_images}."
+        )
+    given = [key for key in DURATIONS if getattr(config, key) is not None]
+    if len(given) != 1 or not getattr(config, given[0]) > 0:
+        values = ", ".join(f"{key}={getattr(config, key)}" for key in DURATIONS)
+        raise UserError(f"The length of the run must be one number above 0, as epochs, steps or images, not {values}.")
+    steps_per_epoch = num_images // total
+    steps = {
+        "epochs": lambda: round(config.epochs * steps_per_epoch),
+        "steps": lambda: config.steps,
+        "images": lambda: config.images // total,
+    }[given[0]]()
+    if steps < 1:
+        raise UserError(
+            f"{given[0]}={getattr(config, given[0])} is less than one step of {total} images: make it longer."
+        )
+    warmup_steps = round(config.optim.warmup_epochs * steps_per_epoch)
+    if warmup_steps >= steps:
+        raise UserError(
+            f"optim.warmup_epochs={config.optim.warmup_epochs:g} is not shorter than the run of "
+            f"{steps / steps_per_epoch:g} epochs: a tenth of the run is usual, "
+            f"optim.warmup_epochs={steps / steps_per_epoch / 10:.2g}."
+        )
+    layout = Layout(batch_size, total // (batch_size * world_size), world_size, rank)
+    return Plan(layout, steps_per_epoch, steps, warmup_steps)

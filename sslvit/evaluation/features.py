@@ -1,0 +1,129 @@
+"""Frozen features: each image passes the encoder once, on any number of processes."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..augment import Normalize
+from ..data import BadImage, Source
+from ..distributed import gather_objects
+from ..encoder import Encoder, Pool
+from ..errors import UserError
+from ..hardware import default_workers
+from ..views import centre
+
+CROP_RATIO = 224 / 256  # the published evaluation resizes to 256 and cuts the central 224
+
+
+@dataclass
+class Features:
+    """Features of the readable images of a source, in its order."""
+
+    values: Tensor  # [N, D] float32 on the CPU
+    labels: Tensor  # [N] int64, -1 where an image has none
+    classes: list[str]
+    index: Tensor  # [N] int64, numbers of the images in the source
+    unreadable: int = 0
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def normalized(self) -> Tensor:
+        return F.normalize(self.values, dim=1)
+
+
+class Centred(Dataset):
+    """Images as an evaluation sees them: resized and centred, or as they are if they have the encoder's size."""
+
+    def __init__(self, source: Source, index: Tensor, size: tuple[int, int]) -> None:
+        self.source, self.index, self.size = source, index, size
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, place: int) -> tuple[int, Tensor | None]:
+        number = int(self.index[place])
+        try:
+            image = self.source.read(number)
+        except BadImage:
+            return number, None
+        if tuple(image.shape[-2:]) != self.size:
+            image = centre(image, self.size, CROP_RATIO)
+        return number, image
+
+
+@torch.inference_mode()
+def extract(
+    encoder: Encoder,
+    source: Source,
+    normalize: Normalize,
+    accelerator: Accelerator,
+    pool: Pool | None = None,
+    batch_size: int = 256,
+    workers: int | None = None,
+) -> Features:
+    """Features of all images of a source. Every process computes its share and gets the whole."""
+    device = accelerator.device
+    mine = torch.arange(accelerator.process_index, len(source), accelerator.num_processes)
+    loader = DataLoader(
+        Centred(source, mine, encoder.image_size),
+        batch_size=batch_size,
+        num_workers=default_workers(device) if workers is None else workers,
+        collate_fn=_collate,
+        multiprocessing_context="fork" if workers != 0 and default_workers(device) else None,
+    )
+    was_training = encoder.training
+    encoder.eval()
+    values, numbers, unreadable = [], [], 0
+    for index, images, failed in loader:
+        unreadable += failed
+        if len(index):
+            x = normalize(images.to(device, non_blocking=True).float() / 255)
+            with accelerator.autocast():
+                values.append(encoder.features(x, pool).float().cpu())
+            numbers.append(index)
+    encoder.train(was_training)
+    width = encoder.feature_dim(pool)
+    part = (
+        torch.cat([torch.zeros(0, width), *values]),
+        torch.cat([torch.zeros(0, dtype=torch.long), *numbers]),
+        unreadable,
+    )
+    parts = gather_objects(part)
+    index = torch.cat([p[1] for p in parts])
+    order = index.argsort()
+    if not len(index):
+        raise UserError(f"None of the {len(source)} images can be read, the first is {source.name(0)}.")
+    index = index[order]
+    labels = torch.full_like(index, -1) if source.labels is None else torch.from_numpy(source.labels)[index]
+    return Features(torch.cat([p[0] for p in parts])[order], labels, source.classes, index, sum(p[2] for p in parts))
+
+
+def _collate(items: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor | None, int]:
+    good = [(number, image) for number, image in items if image is not None]
+    images = torch.stack([image for _, image in good]) if good else None
+    return torch.tensor([number for number, _ in good], dtype=torch.long), images, len(items) - len(good)
+
+
+def align_labels(train: Features, test: Features, names: tuple[str, str]) -> tuple[Tensor, Tensor, list[str]]:
+    """Labels of both sets by the training set's class names, and these names. Raises UserError."""
+    for features, name in ((train, names[0]), (test, names[1])):
+        if not features.classes or (features.labels < 0).all():
+            raise UserError(
+                f"{name} has no labels: evaluation needs one folder a class, <folder>/<class>/<image>, "
+                "or a labelled set by name."
+            )
+    unknown = sorted(set(test.classes) - set(train.classes))
+    if unknown:
+        raise UserError(
+            f"{names[1]} has classes that {names[0]} has not: {', '.join(unknown[:5])}{' ...' * (len(unknown) > 5)}. "
+            f"{names[0]} has {', '.join(train.classes[:5])}{' ...' * (len(train.classes) > 5)}."
+        )
+    number = {name: i for i, name in enumerate(train.classes)}
+    mapping = torch.tensor([number[name] for name in test.classes])
+    test_labels = torch.where(test.labels >= 0, mapping[test.labels.clamp(min=0)], -1)
+    return train.labels, test_labels, train.classes

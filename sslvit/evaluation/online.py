@@ -1,0 +1,54 @@
+"""k-NN of the encoder while it is being trained, by the protocol of `sslvit knn`."""
+
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+
+from .. import data
+from ..augment import Normalize
+from ..data import Source, open_source
+from ..data.loader import cached
+from ..encoder import Encoder
+from ..errors import UserError
+from .features import align_labels, extract
+from .knn import TEMPERATURE, classify
+
+
+@dataclass
+class Config:
+    train: str = ""  # labelled images to compare with, a folder or a set by name; empty: no evaluation during the run
+    test: str = ""  # labelled images to classify, never trained on
+    every_epochs: float | None = None  # null: before the first step and after the last only
+    k: int = 20
+
+
+class OnlineKNN:
+    """Classifies `test` by `train` whenever asked. The sources are opened at once, so that mistakes show at the
+    start."""
+
+    def __init__(self, config: Config, data_config: data.Config, seed: int) -> None:
+        self.config, self.data_config = config, data_config
+        if not (config.train and config.test):
+            missing = "eval.test" if config.train else "eval.train"
+            raise UserError(f"{missing} is empty: k-NN during the run needs eval.train and eval.test, or neither.")
+        self.normalize = Normalize(*data.normalization(data_config))
+        self.sources: list[Source] = []
+        for name in (config.train, config.test):
+            source = open_source(name, data_config)
+            if source.labels is None:
+                raise UserError(
+                    f"eval: {name} has no labels: k-NN needs one folder a class, or a labelled set by name."
+                )
+            self.sources.append(cached(source, data_config.cache, seed))
+        if config.k > len(self.sources[0]):
+            raise UserError(f"eval.k={config.k} is larger than the {len(self.sources[0])} images of {config.train}.")
+
+    def __call__(self, encoder: Encoder, accelerator: Accelerator) -> float:
+        """Top-1 accuracy in percent, the same on every process."""
+        train, test = (extract(encoder, source, self.normalize, accelerator) for source in self.sources)
+        train_labels, test_labels, classes = align_labels(train, test, (self.config.train, self.config.test))
+        k = self.config.k
+        top1, _ = classify(
+            train.normalized(), train_labels, test.normalized(), test_labels, len(classes), (k,), (TEMPERATURE,)
+        )[k, TEMPERATURE]
+        return top1

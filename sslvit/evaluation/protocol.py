@@ -1,0 +1,141 @@
+"""What all evaluations share: which encoder, which images, and how a result is written down."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor
+
+from .. import pretrained
+from ..augment import Normalize
+from ..data import open_source
+from ..data.loader import cached
+from ..distributed import rank
+from ..errors import UserError
+from ..hardware import Precision, choose_attention, resolve_precision
+from ..pretrained import Pretrained
+from ..run import say, versions
+from .features import Features, align_labels, extract
+
+
+@dataclass
+class Sets:
+    train: str = ""  # labelled images to learn from: a folder with a sub-folder for each class, or a set by name
+    test: str = ""  # labelled images to be judged on
+
+
+@dataclass
+class Config:
+    run: str = ""  # a run directory, an exported folder, timm:<name>, or random:<name> for the untrained encoder
+    data: Sets = field(default_factory=Sets)
+    pool: Literal["auto", "cls", "mean", "cls+mean", "pooled"] = (
+        "auto"  # class token, mean of patches; auto: the method's
+    )
+    image_size: int | tuple[int, int] | None = None  # for timm: and random: only; null: the model's own
+    model_args: dict[str, Any] = field(default_factory=dict)  # for timm: and random: only, such as {patch_size: 4}
+    batch_size: int = 256
+    workers: int | None = None  # null: by the number of cores
+    precision: Precision = "auto"  # of the encoder; auto: bf16 where the hardware is fast at it, else float32
+    seed: int = 0
+    out: str = ""  # file for the result; empty: <run>/eval/<name>.json
+
+
+@dataclass
+class Task:
+    """Frozen features of both sets, with labels by the training set's class names."""
+
+    subject: Pretrained
+    train: Features
+    test: Features
+    train_labels: Tensor
+    test_labels: Tensor
+    classes: list[str]
+    record: dict[str, Any]  # the protocol, for the result
+
+
+def prepare(config: Config, name: str) -> Task:
+    """Load the encoder, open the images, compute the features. Raises UserError before the features where it can."""
+    began = time.perf_counter()
+    for key in ("train", "test"):
+        if not getattr(config.data, key):
+            raise UserError(
+                f"data.{key} is missing: {name} needs labelled images, data.train=<folder> data.test=<folder>."
+            )
+    subject = pretrained.load(config.run, config.image_size, config.model_args, config.seed)
+    encoder = subject.encoder
+    pool = encoder.pool if config.pool == "auto" else config.pool
+    if (pool == "pooled") == encoder.is_vit or ("cls" in pool and not getattr(encoder.model, "has_class_token", False)):
+        raise UserError(f"pool={pool} is not something that {config.run} has: use pool={encoder.pool}.")
+    precision = resolve_precision(config.precision, PartialState().device)
+    AcceleratorState._reset_state()  # an evaluation in the process of a run may have another precision
+    accelerator = Accelerator(mixed_precision={"float32": "no"}.get(precision, precision))
+    encoder.to(accelerator.device)
+    choose_attention(encoder, accelerator.device, precision)
+    sources = []
+    for word in (config.data.train, config.data.test):
+        source = open_source(word, subject.data_config)
+        if source.labels is None:
+            raise UserError(
+                f"{word} has no labels: evaluation needs <folder>/<class>/<image>, or a labelled set by name."
+            )
+        sources.append(cached(source, False, config.seed))
+    normalize = Normalize(subject.mean, subject.std)
+    train, test = (
+        extract(encoder, source, normalize, accelerator, pool, config.batch_size, config.workers) for source in sources
+    )
+    train_labels, test_labels, classes = align_labels(train, test, (config.data.train, config.data.test))
+    record = {
+        "evaluation": name,
+        "run": config.run,
+        **subject.detail,
+        "train": {"data": config.data.train, "images": len(train), "unreadable": train.unreadable},
+        "test": {"data": config.data.test, "images": len(test), "unreadable": test.unreadable},
+        "classes": len(classes),
+        "features": describe_pool(pool),
+        "width": train.values.shape[1],
+        "image_size": list(encoder.image_size),
+        "precision": precision,
+        "seed": config.seed,
+        "versions": versions(),
+        "feature_seconds": round(time.perf_counter() - began, 1),
+    }
+    say(
+        f"{name} of {config.run}: {record['features']}, {record['width']} wide, {precision}; "
+        f"{len(train)} training and {len(test)} test images in {len(classes)} classes"
+    )
+    return Task(subject, train, test, train_labels, test_labels, classes, record)
+
+
+def describe_pool(pool: str) -> str:
+    return {
+        "cls": "class token",
+        "mean": "mean of patches",
+        "cls+mean": "class token and mean of patches",
+        "pooled": "the model's pooled features",
+    }[pool]
+
+
+def write(config: Config, task: Task, name: str, results: Any) -> Path | None:
+    """Write the result as JSON, on the first process: (protocol, results)."""
+    folder = task.subject.run_dir
+    if not config.out and folder is None:
+        return None
+    path = Path(config.out) if config.out else folder / "eval" / f"{name}.json"
+    if rank() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({**task.record, "results": results}, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"The result cannot be written to {path}: {error.strerror}.") from error
+    say(f"written to {path}")
+    return path
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Right-aligned columns."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]

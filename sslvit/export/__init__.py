@@ -1,0 +1,24 @@
+"""Writing a pretrained encoder in the form that other programs load; each form ends by checking its own output."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .. import pretrained
+from ..errors import UserError
+
+
+@dataclass
+class Config:
+    run: str = ""  # a run directory, an exported folder, or timm:<name>
+    to: Literal["timm"] = "timm"  # the form
+    out: str = ""  # the folder to write; empty: <run>/export/<form>
+
+
+def run(config: Config) -> None:
+    """Write and check the export. Raises UserError."""
+    from . import timm_folder
+
+    subject = pretrained.load(config.run)
+    if not config.out and subject.run_dir is None:
+        raise UserError("out= is missing: give the folder to write.")
+    timm_folder.export(subject, config.out or subject.run_dir / "export" / config.to)

@@ -1,0 +1,139 @@
+"""What a run writes while it goes: metrics.jsonl, TensorBoard, the console line."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .distributed import all_reduce_sum, world_size
+
+
+@dataclass
+class Config:
+    every_steps: int = 50  # a line in metrics.jsonl and on the console
+    tensorboard: bool = True
+
+
+class Window:
+    """Means of what the objective returned since the last line, kept on the device until a line is due."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def add(self, values: dict[str, Tensor], weight: float = 1.0) -> None:
+        for name, value in values.items():
+            value = value.detach().float() * weight
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def state(self) -> dict:
+        """Sums over the window, averaged over all processes: what a checkpoint holds of an unfinished line."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        values = all_reduce_sum(torch.stack([self.sums[name].cpu() for name in names])) / world_size()
+        return {"steps": self.steps, "sums": dict(zip(names, values.tolist(), strict=True))}
+
+    def load(self, state: dict) -> None:
+        self.steps = state.get("steps", 0)
+        self.sums = {name: torch.tensor(value) for name, value in state.get("sums", {}).items()}
+
+    def close(self) -> dict[str, float]:
+        """The means of the window, which begins anew."""
+        state = self.state()
+        self.sums, self.steps = {}, 0
+        return {name: value / state["steps"] for name, value in state["sums"].items()} if state else {}
+
+
+class MetricsLog:
+    """metrics.jsonl, one object a line, in the order of the steps; and the same for TensorBoard."""
+
+    def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
+        """Lines after `step` belong to a future that a killed run had and this one has not: they are dropped."""
+        self.path = run_dir / "metrics.jsonl"
+        _rewind(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+
+    def write(self, record: dict[str, float | int]) -> None:
+        self._file.write(json.dumps({k: _round(v) for k, v in record.items()}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _rewind(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that was being written when the run was killed
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def _round(value: float | int) -> float | int:
+    return value if isinstance(value, int) else float(f"{value:.7g}")
+
+
+class Stopwatch:
+    """Images a second and the share of time spent waiting for data, since the last look."""
+
+    def __init__(self) -> None:
+        self.began, self.waited = time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def look(self, images: int) -> dict[str, float]:
+        now = time.perf_counter()
+        elapsed = max(1e-9, now - self.began)
+        result = {"images_per_second": images / elapsed, "data_wait": self.waited / elapsed}
+        self.began, self.waited = now, 0.0
+        return result
+
+
+def console_line(record: dict[str, float], total_steps: int, total_epochs: float) -> str:
+    """step 1200/3900  epoch 3.08/10  loss 0.4321  412 images/s  wait 2%  6m31s left"""
+    parts = [
+        f"step {record['step']}/{total_steps}",
+        f"epoch {record['epoch']:.2f}/{total_epochs:g}",
+        f"loss {record['loss']:.4f}",
+        f"{record['images_per_second']:.0f} images/s" if record["images_per_second"] >= 10
+        else f"{record['images_per_second']:.2g} images/s",
+        f"wait {record['data_wait']:.0%}",
+        f"{duration(record['seconds_left'])} left",
+    ]  # fmt: skip
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1h02m, 65 -> 1m05s."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

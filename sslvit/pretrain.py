@@ -1,0 +1,162 @@
+"""START HERE. `pretrain(config)` is the whole run: images in, a run directory with checkpoints out.
+
+Read next: an objective (objectives/mae.py or dino.py), encoder.py, data/loader.py, state.py, rng.py.
+"""
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, PartialState
+from torch import nn
+
+from . import config as configuration
+from . import data, objectives, optim, rng, state
+from .augment import Normalize, augment
+from .config import Plan, RunConfig
+from .data.loader import cached, make_loader
+from .distributed import any_process, rank
+from .evaluation.online import OnlineKNN
+from .hardware import choose_attention, default_workers, resolve_precision
+from .run import BadImages, Recorder, open_run, say, versions
+
+
+@dataclass
+class Result:
+    """What a finished run has to tell."""
+
+    run_dir: Path
+    steps: int
+    images_seen: int
+    seconds: float  # of training, over all starts
+    knn_before: float | None  # top-1 in percent, of the untrained and of the trained encoder
+    knn_after: float | None
+
+
+def pretrain(config: RunConfig) -> Result:
+    """Train to the configured end, from the newest checkpoint of the run directory if it has one. Raises UserError."""
+    accelerator = start(config)
+    device = accelerator.device
+    method = objectives.find(config.method)
+    source = data.open_source(config.data.train, config.data)
+    plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
+    views, normalize = method.views(config.objective, config.data), Normalize(*data.normalization(config.data))
+    knn = OnlineKNN(config.eval, config.data, config.seed) if config.eval.train or config.eval.test else None
+    optim.check(config.optim)
+    torch.manual_seed(int(rng.fold_in(config.seed, "weights")))
+    objective = method.build(config.objective, config.model, config.data, plan.steps_per_epoch, plan.steps).to(device)
+    choose_attention(objective, device, accelerator.mixed_precision)
+    optimizer = optim.make_optimizer(config.optim, objective)
+    schedule = optim.Schedule(config.optim, plan.layout.global_batch_size, plan.warmup_steps, plan.steps)
+
+    run_dir, run, saved = Path(config.out), state.RunState(), {}
+    open_run(run_dir, config, str(device))
+    if state.steps_saved(run_dir):
+        run, saved, complaints = state.restore(run_dir, objective, optimizer)
+        say(*complaints, f"Resuming {run_dir} at step {run.step} of {plan.steps}.")
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    source = cached(source, config.data.cache, config.seed)
+    workers = default_workers(device) if config.data.workers is None else config.data.workers
+    say(*header(config, plan, schedule, objective, len(source), accelerator, workers))
+    batches = iter(make_loader(source, views, plan.layout, config.seed, (run.step, plan.steps), workers, device))
+    recorder, bad = Recorder(run_dir, config, plan, schedule, run), BadImages(run_dir, config.data, source, run)
+
+    def evaluate() -> float | None:
+        if knn is None:
+            return None
+        top1 = knn(objective.exported_encoder(), accelerator)
+        say(f"step {run.step}/{plan.steps}  k-NN {top1:.1f}% (k={config.eval.k}) of {config.eval.test}")
+        recorder.write({"step": run.step, "images": run.images_seen, "knn/top1": top1})
+        recorder.pause()
+        return top1
+
+    def save() -> None:
+        run.window = recorder.window.state()
+        if rank() == 0:
+            record = {"knn_before": knn_before, "encoder": where(objective), "versions": versions()}
+            state.save(run_dir, objective, optimizer.optimizer, run, record)
+            state.prune(run_dir, config.save.keep_last)
+
+    knn_before = saved["knn_before"] if saved else evaluate()
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
+    objective.train()
+    clock = last_save = time.perf_counter()
+    for step in range(run.step, plan.steps):
+        optim.set_schedule(optimizer, schedule, step)
+        for micro in range(plan.layout.accumulate):
+            with recorder.watch.waiting():
+                batch = next(batches)
+            bad.note(batch)
+            batch = augment(batch, views, normalize, device)
+            # What is drawn without an image's key (dropout, in a model that has it) has an address too.
+            torch.manual_seed(int(rng.fold_in(config.seed, "model", step, micro, rank())))
+            last = micro == plan.layout.accumulate - 1
+            with nullcontext() if last else accelerator.no_sync(model):
+                values = model(batch, step)
+                accelerator.backward(values["loss"] / plan.layout.accumulate)
+            recorder.window.add(values, 1 / plan.layout.accumulate)
+        accelerator.unscale_gradients(optimizer)
+        recorder.window.add({"grad_norm": optim.clip_gradients(trained, config.optim)})
+        objective.before_step(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        objective.after_step(step)
+        recorder.window.steps += 1
+        run.step, run.images_seen = step + 1, run.images_seen + plan.layout.global_batch_size
+        run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
+
+        save_now = run.step == plan.steps or bool(config.save.every_steps and run.step % config.save.every_steps == 0)
+        if recorder.due(run.step):
+            say(*bad.report(run.images_seen))
+            recorder.line(run)
+            minutes = (clock - last_save) / 60
+            save_now |= any_process(bool(config.save.every_minutes and minutes > config.save.every_minutes))
+        if save_now:
+            save()
+            last_save = time.perf_counter()
+        if run.step % evaluate_every == 0 and run.step < plan.steps:
+            evaluate()
+            clock = time.perf_counter()
+
+    knn_after = evaluate()
+    recorder.close()
+    return Result(run_dir, run.step, run.images_seen, run.seconds, knn_before, knn_after)
+
+
+def start(config: RunConfig) -> Accelerator:
+    """The device, the processes and the precision."""
+    precision = resolve_precision(config.precision, PartialState().device)
+    AcceleratorState._reset_state()  # a second run in the same process may have another precision
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)
+    return Accelerator(mixed_precision={"float32": "no"}.get(precision, precision), kwargs_handlers=[ddp])
+
+
+def where(objective: nn.Module) -> dict[str, str]:
+    """Where in the objective's state dict the exported encoder's model is, and how its tokens become one feature."""
+    encoder = objective.exported_encoder()
+    prefix = next(name for name, module in objective.named_modules() if module is encoder)
+    return {"prefix": f"{prefix}.model.", "pool": encoder.pool}
+
+
+def header(
+    config: RunConfig, plan: Plan, schedule: optim.Schedule, objective: nn.Module, num_images: int,
+    accelerator: Accelerator, workers: int,
+) -> list[str]:  # fmt: skip
+    """What is about to happen, with the derived values."""
+    layout, encoder = plan.layout, objective.exported_encoder()
+    weights = sum(p.numel() for p in encoder.parameters()) / 1e6
+    heads = sum(p.numel() for p in objective.parameters() if p.requires_grad) / 1e6
+    size = "x".join(map(str, data.image_size(config.data)))
+    return [
+        f"{config.method}: {config.model.name} ({weights:.1f}M parameters, {heads:.1f}M trained), {size} pixels, "
+        f"{num_images} images of {config.data.train}",
+        f"{plan.steps} steps = {plan.steps / plan.steps_per_epoch:g} epochs of {plan.steps_per_epoch} steps, "
+        f"global batch {layout.global_batch_size} = {layout.batch_size} x {layout.accumulate} micro-batches x "
+        f"{layout.world_size} processes, learning rate {schedule.peak_lr:.3g} after {plan.warmup_steps} steps",
+        f"{accelerator.device}, {resolve_precision(config.precision, accelerator.device)}, {workers} loader processes, "
+        f"writing to {config.out}",
+    ]

@@ -1,0 +1,158 @@
+"""An encoder by what a user calls it: a run directory, an exported folder, `timm:<name>`, or `random:<name>`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from torch import Tensor
+
+from . import data, encoder, rng, state
+from .encoder import Encoder
+from .errors import UserError
+
+
+@dataclass
+class Pretrained:
+    """A frozen encoder with what its images must look like."""
+
+    encoder: Encoder
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    name: str  # as the user gave it
+    detail: dict[str, Any]  # for the record: step, images seen, matched weights ...
+    run_dir: Path | None = None  # where results are filed, if it is a run or a folder
+
+    @property
+    def data_config(self) -> data.Config:
+        """How images are opened for it."""
+        return data.Config(
+            image_size=self.encoder.image_size, in_chans=self.encoder.in_chans, mean=self.mean, std=self.std
+        )
+
+
+def load(
+    name: str, image_size: int | tuple[int, int] | None = None, model_args: dict[str, Any] | None = None, seed: int = 0
+) -> Pretrained:
+    """The encoder that `name` stands for. Raises UserError.
+
+    image_size: pixels, for `timm:` and `random:` (null: the model's own). model_args: more arguments of
+    `timm.create_model`, for the same two.
+    """
+    if not name:
+        raise UserError("run= is missing: give a run directory, an exported folder, timm:<name> or random:<name>.")
+    kind, colon, rest = name.partition(":")
+    if colon and kind == "timm":
+        return _from_timm(rest, name, image_size, model_args or {})
+    if colon and kind == "random":
+        return _random(rest, name, image_size, model_args or {}, seed)
+    path = Path(name).expanduser()
+    if image_size is not None or model_args:
+        raise UserError(f"image_size and model_args belong to timm: and random:, and {name} is neither.")
+    if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
+        return _from_run(path)
+    if (path / "config.json").is_file():
+        return _from_folder(path, name)
+    if not path.exists():
+        raise UserError(
+            f"run={name} does not exist: give a run directory, an exported folder, timm:<name> or random:<name>."
+        )
+    raise UserError(
+        f"run={name} is neither a run (no checkpoints in it) nor an exported encoder (no config.json in it)."
+    )
+
+
+def _from_run(run_dir: Path) -> Pretrained:
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"run={run_dir} has no config.yaml: it is not a run directory.")
+    folder, record, tensors, complaints = state.latest(run_dir)
+    stored = OmegaConf.load(run_dir / "config.yaml")
+    data_config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(data.Config), stored.data))
+    model_config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(encoder.Config), stored.model))
+    built = encoder.create(model_config, data.image_size(data_config), data_config.in_chans)
+    prefix, built.pool = record["encoder"]["prefix"], record["encoder"]["pool"]
+    weights = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+    load_weights(built, weights, str(folder))
+    mean, std = data.normalization(data_config)
+    detail = {
+        "checkpoint": str(folder),
+        "step": record["step"],
+        "images_seen": record["images_seen"],
+        "notes": complaints,
+    }
+    return Pretrained(built.eval(), mean, std, str(run_dir), detail, run_dir)
+
+
+def _from_folder(path: Path, name: str) -> Pretrained:
+    """A folder that `sslvit export to=timm` or timm's own save_for_hf wrote."""
+    try:
+        stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        cfg, args = stored["pretrained_cfg"], stored.get("model_args", {})
+        model = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
+        in_chans, *size = cfg["input_size"]
+        built = Encoder(model, tuple(size), in_chans, stored["architecture"], args)
+        if built.is_vit and model.global_pool == "avg":
+            built.pool = "mean"
+        return Pretrained(built.eval(), tuple(cfg["mean"]), tuple(cfg["std"]), name, {"folder": str(path)}, path)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"run={name} is no encoder that timm can load: {type(error).__name__}: {_line(error)}."
+        ) from error
+
+
+def _from_timm(
+    model_name: str, name: str, image_size: int | tuple[int, int] | None, args: dict[str, Any]
+) -> Pretrained:
+    try:
+        built, mean, std = _architecture(model_name, image_size, args, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # no network, no such weights, no room on the disk ...
+        raise UserError(
+            f"run={name}: timm cannot fetch these weights ({type(error).__name__}: {_line(error)})."
+        ) from error
+    return Pretrained(built.eval(), mean, std, name, {"weights": model_name})
+
+
+def _random(
+    model_name: str, name: str, image_size: int | tuple[int, int] | None, args: dict[str, Any], seed: int
+) -> Pretrained:
+    torch.manual_seed(int(rng.fold_in(seed, "weights")))
+    built, mean, std = _architecture(model_name, image_size, args, pretrained=False)
+    return Pretrained(built.eval(), mean, std, name, {"weights": f"random, seed {seed}"})
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def load_weights(built: Encoder, weights: dict[str, Tensor], where: str) -> None:
+    """Load the weights of a timm model into an encoder, all of them or none. Raises UserError with the counts."""
+    own = built.model.state_dict()
+    matched = [key for key, value in weights.items() if key in own and own[key].shape == value.shape]
+    if len(matched) < len(own):
+        missing = [key for key in own if key not in matched]
+        raise UserError(
+            f"{where} has {len(matched)} of the {len(own)} weights that this encoder needs; missing or of another shape: "
+            f"{', '.join(missing[:3])}{' ...' * (len(missing) > 3)}. It belongs to another model."
+        )
+    built.model.load_state_dict({key: weights[key] for key in own})
+
+
+def _architecture(
+    model_name: str, image_size: int | tuple[int, int] | None, args: dict[str, Any], pretrained: bool
+) -> tuple[Encoder, tuple[float, ...], tuple[float, ...]]:
+    """The encoder and the mean and standard deviation that timm has for it."""
+    cfg = timm.get_pretrained_cfg(model_name) if timm.is_model(model_name.split(".")[0]) else None
+    size = image_size or (cfg.input_size[1:] if cfg else 224)
+    args = dict(args)
+    in_chans = args.pop("in_chans", 3)
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    built = encoder.create(encoder.Config(model_name, args), size, in_chans, pretrained=pretrained)
+    if cfg and in_chans == len(cfg.mean):
+        return built, tuple(cfg.mean), tuple(cfg.std)
+    return built, *data.normalization(data.Config(in_chans=in_chans))

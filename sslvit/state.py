@@ -1,0 +1,175 @@
+"""Checkpoints of a run: written beside, synced, renamed; with checksums; the newest that is whole is taken up again.
+
+A checkpoint is a folder `checkpoints/step_<n>` with model.safetensors (the whole objective: student, teacher, center),
+optimizer.safetensors (AdamW's moments by parameter name) and state.json (counters, checksums). There is no random state
+in it, because nothing random has one (see rng.py). Nothing is pickled, so a checkpoint from elsewhere cannot run code.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .errors import UserError
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass
+class Config:
+    every_minutes: float | None = 15.0  # a checkpoint each so often ...
+    every_steps: int | None = None  # ... and each so many steps; the end of the run always has one
+    keep_last: int = 2  # older ones are deleted
+
+
+@dataclass
+class RunState:
+    """All that a run knows beside its weights. Everything else is a function of `step` and the configuration."""
+
+    step: int = 0  # optimizer steps done
+    images_seen: int = 0
+    seconds: float = 0.0  # of training, over all starts
+    window: dict[str, Any] = field(default_factory=dict)  # sums of the unfinished line of metrics.jsonl
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+def save(
+    run_dir: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, run_state: RunState, extra: dict[str, Any]
+) -> Path:
+    """Write `checkpoints/step_<n>` so that it is there whole or not at all. `extra` goes into state.json."""
+    folder = run_dir / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step_{run_state.step:09d}"
+    fresh = folder / f".writing_{run_state.step:09d}"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    save_file(_on_host(objective.state_dict()), fresh / MODEL)
+    save_file(_on_host(optimizer_tensors(objective, optimizer)), fresh / OPTIMIZER)
+    sums = {name: _checksum(fresh / name) for name in (MODEL, OPTIMIZER)}
+    record = {"format": FORMAT, **asdict(run_state), **extra, "sha256": sums, "written": time.strftime("%F %T%z")}
+    (fresh / STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    for name in (MODEL, OPTIMIZER, STATE):
+        _sync(fresh / name)
+    _sync(fresh)
+    if final.exists():  # the same step, saved again after a resume that did nothing new
+        shutil.rmtree(final)
+    os.rename(fresh, final)
+    _sync(folder)
+    return final
+
+
+def steps_saved(run_dir: Path) -> list[int]:
+    """The steps of which there are checkpoints, oldest first."""
+    found = (run_dir / "checkpoints").glob("step_*")
+    return sorted(int(path.name[5:]) for path in found if path.name[5:].isdigit())
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:09d}"
+
+
+def prune(run_dir: Path, keep_last: int) -> None:
+    for step in steps_saved(run_dir)[: -max(1, keep_last)]:
+        shutil.rmtree(folder_of(run_dir, step), ignore_errors=True)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """state.json and the model's tensors, checked. Raises Damaged."""
+    try:
+        record = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        sums = record["sha256"]
+        if record["format"] != FORMAT:
+            raise Damaged(f"its format is {record['format']}, and this version reads {FORMAT}")
+        if sums[MODEL] != _checksum(folder / MODEL):
+            raise Damaged(f"{MODEL} has changed since it was written")
+        return record, load_file(folder / MODEL)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise Damaged(str(error) or type(error).__name__) from error
+
+
+def latest(run_dir: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor], list[str]]:
+    """The newest whole checkpoint, and a sentence for each newer one that is damaged. Raises UserError if none is."""
+    complaints: list[str] = []
+    for step in reversed(steps_saved(run_dir)):
+        folder = folder_of(run_dir, step)
+        try:
+            return folder, *read(folder), complaints
+        except Damaged as error:
+            complaints.append(f"The checkpoint {folder} is damaged ({error}); the one before it is taken.")
+    detail = " ".join(complaints) or "It has not saved one yet, or it is no run directory."
+    raise UserError(f"There is no checkpoint that can be read in {run_dir}. {detail}")
+
+
+def restore(
+    run_dir: Path, objective: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[RunState, dict[str, Any], list[str]]:
+    """Load the newest whole checkpoint into objective and optimizer: (run state, state.json, complaints)."""
+    complaints: list[str] = []
+    for step in reversed(steps_saved(run_dir)):
+        folder = folder_of(run_dir, step)
+        try:
+            record, model = read(folder)
+            if record["sha256"][OPTIMIZER] != _checksum(folder / OPTIMIZER):
+                raise Damaged(f"{OPTIMIZER} has changed since it was written")
+            moments = load_file(folder / OPTIMIZER)
+        except (Damaged, OSError, SafetensorError, KeyError) as error:
+            complaints.append(f"The checkpoint {folder} is damaged ({error}); the one before it is taken.")
+            continue
+        objective.load_state_dict(model)
+        load_optimizer_tensors(objective, optimizer, moments)
+        state = RunState(**{name: record[name] for name in RunState.__annotations__})
+        return state, record, complaints
+    raise UserError(
+        f"{run_dir} has checkpoints, and none of them can be read: {' '.join(complaints)} Restore one, or give another out."
+    )
+
+
+def optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """{"<parameter>/exp_avg": ...}: by name, so that neither their order nor their grouping matters."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in objective.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    states: dict[str, dict[str, Tensor]] = {}
+    for path, value in tensors.items():
+        name, key = path.rsplit("/", 1)
+        states.setdefault(name, {})[key] = value
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    current = optimizer.state_dict()
+    current["state"] = {i: states[names[p]] for i, p in enumerate(parameters) if names[p] in states}
+    optimizer.load_state_dict(current)  # which brings each tensor to the device and type that the optimizer wants
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

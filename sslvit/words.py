@@ -1,0 +1,157 @@
+"""From the words of a command line and a YAML file to a typed dataclass, by OmegaConf, with errors that help.
+
+Every key is declared in a dataclass; a key nobody declared is an error that names the nearest one. A word may use a
+key's last name alone (`mask_ratio=0.6` for `objective.mask_ratio=0.6`) if no other key ends in it.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .errors import UserError
+
+OPEN = ("model.args", "model_args")  # keys whose value is a dictionary that timm checks
+
+
+def parse(schema: Any, words: list[str], command: str) -> Any:
+    """key=value words into a copy of the dataclass instance `schema`. Raises UserError."""
+    config = OmegaConf.structured(schema)
+    for key, value in assignments(words):
+        config = merge(config, nested(full_key(key, list(flatten(config)), command), value), f"{key}={shown(value)}")
+    return OmegaConf.to_object(config)
+
+
+def assignments(words: list[str]) -> list[tuple[str, Any]]:
+    """[("optim.base_lr", 0.001), ...] with the values as YAML reads them."""
+    pairs = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word} is not of the form key=value.")
+        try:
+            pairs.append((key.lstrip("-"), OmegaConf.from_dotlist([f"value={value}"]).value))
+        except Exception as error:  # whatever YAML's parser raises
+            raise UserError(f"{word} cannot be read: {first_line(error)}.") from error
+    return pairs
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The plain values of a YAML file. No tag in it can make an object."""
+    if not path.is_file():
+        here = [other.name for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, here, n=1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"There is no file {path}.{hint}")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:  # whatever YAML's parser raises, and OmegaConf for interpolations
+        raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, not a {type(values).__name__}.")
+    return values
+
+
+def flatten(config: DictConfig | dict, prefix: str = "") -> dict[str, Any]:
+    """{"optim.base_lr": 1.5e-4, ...}. What is open to any key (model.args) counts as one value."""
+    if isinstance(config, DictConfig):
+        config = OmegaConf.to_container(config, resolve=True)
+    leaves = {}
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and path not in OPEN:
+            leaves.update(flatten(value, f"{path}."))
+        else:
+            leaves[path] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+def check_keys(values: dict[str, Any], keys: list[str], where: str, command: str) -> None:
+    """Raises UserError for a key that is not among the declared ones."""
+    for key in flatten(values):
+        if key not in keys and not _is_open(key):
+            raise UserError(f"{where}: {_unknown(key, keys, command)}")
+
+
+def full_key(key: str, keys: list[str], command: str) -> str:
+    """The declared key that a word means: itself, one inside an open value, or the only one that ends in it."""
+    sections = {full[: m.start()] for full in keys for m in re.finditer(r"\.", full)}
+    if key in keys or key in sections or _is_open(key):
+        return key
+    matches = [full for full in keys if full.endswith(f".{key}")]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(f"The key {key} could mean {' or '.join(matches)}: write it in full.")
+    raise UserError(_unknown(key, keys, command))
+
+
+def _is_open(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in OPEN)
+
+
+def _unknown(key: str, keys: list[str], command: str) -> str:
+    last = {full.rsplit(".", 1)[-1]: full for full in keys}
+    near = difflib.get_close_matches(key, keys, n=1) or [
+        last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1)
+    ]
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"There is no key {key}.{hint} `sslvit {command} --help` lists them all."
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """("a.b", 1) -> {"a": {"b": 1}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def merge(config: DictConfig, values: dict[str, Any], where: str) -> DictConfig:
+    """The configuration with new values, checked against its types. Raises UserError that begins with `where`."""
+    try:
+        merged = OmegaConf.merge(config, values)
+        OmegaConf.to_object(merged)  # checks tuples and what is interpolated
+        return merged
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {first_line(error)}.") from error
+
+
+def shown(value: Any) -> str:
+    """As a user would write it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(shown, value))}]"
+    return str(value)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, with the key that OmegaConf names below it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key:")), "")
+    text = lines[0].rstrip(".")
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def help_lines(node: Any, prefix: str = "") -> list[str]:
+    """A line for each key of a dataclass instance: default, and the comment beside the field in the source."""
+    comments = dict(
+        match
+        for cls in reversed(type(node).__mro__[:-1])
+        for match in re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), flags=re.MULTILINE)
+    )
+    lines = []
+    for item in dataclasses.fields(node):
+        value = getattr(node, item.name)
+        if dataclasses.is_dataclass(value):
+            lines += help_lines(value, f"{prefix}{item.name}.")
+        else:
+            lines.append(f"  {f'{prefix}{item.name}={shown(value)}':<44} {comments.get(item.name, '')}".rstrip())
+    return lines
