@@ -215,7 +215,7 @@ def create(
     if config.grad_checkpointing:
         if drop_path and not isinstance(model, VisionTransformer):
             raise UserError(
-                f"model.grad_checkpointing with drop path {drop_path} works for plain ViTs only, not for {config.name}: "
+                f"model.grad_checkpointing with drop path {drop_path} works for plain ViTs only, not {config.name}: "
                 "set objective.drop_path=0 or model.grad_checkpointing=false."
             )
         model.set_grad_checkpointing(True)

@@ -1,4 +1,4 @@
-"""Which patches are hidden: per-image index arithmetic, without any model. In a mask, True = hidden from the encoder."""
+"""Which patches are hidden: index arithmetic for each image. In a mask, True = hidden from the encoder."""
 
 from torch import Tensor
 

@@ -137,8 +137,8 @@ def load_weights(built: Encoder, weights: dict[str, Tensor], where: str) -> None
     if len(matched) < len(own):
         missing = [key for key in own if key not in matched]
         raise UserError(
-            f"{where} has {len(matched)} of the {len(own)} weights that this encoder needs; missing or of another shape: "
-            f"{', '.join(missing[:3])}{' ...' * (len(missing) > 3)}. It belongs to another model."
+            f"{where} has {len(matched)} of the {len(own)} weights that this encoder needs; missing or of another "
+            f"shape: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}. It belongs to another model."
         )
     built.model.load_state_dict({key: weights[key] for key in own})
 

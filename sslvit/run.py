@@ -25,8 +25,8 @@ from .state import RunState, steps_saved
 
 # Keys that may change when a run goes on: they say how long, on what and how it is watched, not what is learned.
 FREE = {
-    "out", "epochs", "steps", "images", "batch_size", "precision", "model.grad_checkpointing", "data.workers", "data.cache",
-    "data.download_dir", "data.bad_ratio",
+    "out", "epochs", "steps", "images", "batch_size", "precision", "model.grad_checkpointing", "data.workers",
+    "data.cache", "data.download_dir", "data.bad_ratio",
 }  # fmt: skip
 FREE_SECTIONS = ("save.", "log.", "eval.")
 

@@ -133,7 +133,7 @@ def restore(
         state = RunState(**{name: record[name] for name in RunState.__annotations__})
         return state, record, complaints
     raise UserError(
-        f"{run_dir} has checkpoints, and none of them can be read: {' '.join(complaints)} Restore one, or give another out."
+        f"{run_dir} has checkpoints, and none can be read: {' '.join(complaints)} Restore one, or give another out."
     )
 
 

@@ -86,8 +86,8 @@ def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_heads(
-    x: Tensor, labels: Tensor, num_classes: int, lrs: Sequence[float], epochs: int, weight_decay: float, batch_size: int,
-    seed: int,
+    x: Tensor, labels: Tensor, num_classes: int, lrs: Sequence[float], epochs: int, weight_decay: float,
+    batch_size: int, seed: int,
 ) -> Tensor:  # fmt: skip
     """[N, D] features, [N] labels -> [H, D + 1, num_classes] weights (the last row is the bias), one head for each
     rate.

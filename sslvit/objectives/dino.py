@@ -122,7 +122,7 @@ def _check_crop_sizes(config: Config, data_config: data.Config, built: Encoder, 
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{name} made for {'x'.join(map(str, built.image_size))} pixels does not take crops of {h}x{w} ({reason}): "
+                f"{name} for {'x'.join(map(str, built.image_size))} pixels does not take crops of {h}x{w} ({reason}): "
                 "set objective.local_crop_size to a size that it takes, or objective.local_crops=0."
             ) from error
         finally:

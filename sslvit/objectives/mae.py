@@ -48,8 +48,8 @@ def build(config: Config, model: encoder.Config, data_config: data.Config, steps
         raise UserError(f"objective.mask_ratio={config.mask_ratio} must lie between 0 and 1, both excluded.")
     if config.decoder_width % config.decoder_heads or config.decoder_width % 4:
         raise UserError(
-            f"objective.decoder_width={config.decoder_width} must be divisible by decoder_heads={config.decoder_heads}, "
-            "and by 4 for the position embedding."
+            f"objective.decoder_width={config.decoder_width} must be divisible by decoder_heads="
+            f"{config.decoder_heads}, and by 4 for the position embedding."
         )
     built = encoder.create(model, data.image_size(data_config), data_config.in_chans)
     reason = built.why_tokens_cannot_be_dropped()
@@ -74,8 +74,8 @@ class MAE(nn.Module):
         self.num_kept = masks.num_kept(self.num_patches, config.mask_ratio)
         if not 0 < self.num_kept < self.num_patches:
             raise UserError(
-                f"objective.mask_ratio={config.mask_ratio} leaves {self.num_kept} of {self.num_patches} patches visible: "
-                "some must be, and some must not."
+                f"objective.mask_ratio={config.mask_ratio} leaves {self.num_kept} of {self.num_patches} patches "
+                "visible: some must be, and some must not."
             )
         num_prefix, width = encoder.model.num_prefix_tokens, config.decoder_width
 
