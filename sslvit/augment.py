@@ -50,6 +50,7 @@ class Parameters:
     blur: Tensor  # [R] bool
     sigma: Tensor  # [R] float32, pixels
     solarize: Tensor  # [R] bool
+    radius: Tensor  # [R] int64, pixels: where the Gaussian is cut off; of the largest sigma possible, not of this batch
 
 
 def draw(crop: Crop, key: Tensor) -> Parameters:
@@ -67,6 +68,7 @@ def draw(crop: Crop, key: Tensor) -> Parameters:
         blur=u[:, 11] < crop.blur_prob,
         sigma=crop.blur_sigma[0] + (crop.blur_sigma[1] - crop.blur_sigma[0]) * u[:, 12],
         solarize=u[:, 13] < crop.solarize_prob,
+        radius=torch.full((len(key),), math.ceil(3 * crop.blur_sigma[1])),
     )
 
 
@@ -104,7 +106,7 @@ def apply(x: Tensor, p: Parameters) -> Tensor:
                 on_rows(p.jitter & (p.order[:, place] == number), operation, p.factors[:, number])
     if colour:
         on_rows(p.gray, lambda y: gray(y).expand_as(y))
-    on_rows(p.blur, partial(blur, radius=math.ceil(3 * p.sigma.max().item())), p.sigma)  # p lies on the CPU
+    on_rows(p.blur, partial(blur, radius=int(p.radius.max())), p.sigma)  # p lies on the CPU: nothing waits
     on_rows(p.solarize, solarize)
     return x
 
@@ -146,10 +148,11 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Gaussian blur with a sigma of its own for each image, edge pixels repeated outward; two matrix products.
+    """Gaussian blur with a sigma of its own for each image, by two matrix products.
 
     sigma: [R, 1, 1, 1] pixels; radius: pixels, where the Gaussian is cut off. PIL, which the published code calls,
-    approximates the same Gaussian by box filters.
+    approximates the same Gaussian by three box filters. Edges are mirrored: that is nearest to PIL, which repeats the
+    edge pixel before each of the three (measured at 16 pixels, sigma 2: off by 1.2 levels; 2.2 with one repetition).
     """
     rows = _blur_matrix(x.shape[-2], sigma.view(-1, 1, 1), radius).unsqueeze(1)
     columns = _blur_matrix(x.shape[-1], sigma.view(-1, 1, 1), radius).unsqueeze(1)
@@ -162,8 +165,9 @@ def _blur_matrix(n: int, sigma: Tensor, radius: int) -> Tensor:
     distance = source - torch.arange(n, device=sigma.device).unsqueeze(1)
     weights = torch.where(distance.abs() <= radius, torch.exp(-0.5 * (distance / sigma) ** 2), 0.0)
     weights = weights / weights.sum(dim=-1, keepdim=True)
+    mirrored = torch.where(source < 0, -1 - source, torch.where(source >= n, 2 * n - 1 - source, source))
     matrix = weights.new_zeros(len(sigma), n, n)
-    return matrix.index_add_(2, source.clamp(0, n - 1), weights)
+    return matrix.index_add_(2, mirrored.clamp(0, n - 1), weights)
 
 
 def solarize(x: Tensor) -> Tensor:

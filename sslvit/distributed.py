@@ -42,3 +42,9 @@ def barrier() -> None:
 def any_process(flag: bool) -> bool:
     """Whether it is true on any process; the same answer on all."""
     return any(gather_objects(flag))
+
+
+def say(*lines: str) -> None:
+    """Print on the first process only, at once."""
+    if rank() == 0 and lines:
+        print("\n".join(lines), flush=True)

@@ -1,6 +1,8 @@
-"""What this machine does fast: which precision, which attention, how many loader processes."""
+"""What this machine has and does fast: versions, precision, attention, number of loader processes."""
 
+import importlib.metadata
 import os
+import platform
 from typing import Literal
 
 import torch
@@ -49,3 +51,14 @@ def default_workers(device: torch.device) -> int:
     if device.type == "cpu":
         return 1 if cores > 1 else 0
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def versions() -> dict[str, str]:
+    packages = ("sslvit", "torch", "torchvision", "timm", "accelerate", "faiss-cpu", "omegaconf", "numpy")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found

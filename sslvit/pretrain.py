@@ -18,10 +18,10 @@ from . import data, objectives, optim, rng, state
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
 from .data.loader import cached, make_loader
-from .distributed import any_process, rank
+from .distributed import any_process, rank, say
 from .evaluation.online import OnlineKNN
-from .hardware import choose_attention, default_workers, resolve_precision
-from .run import BadImages, Recorder, open_run, say, versions
+from .hardware import choose_attention, default_workers, resolve_precision, versions
+from .run import BadImages, Recorder, open_run
 
 
 @dataclass

@@ -4,7 +4,6 @@ config.yaml (resolved), starts.jsonl (command, versions and hardware of every st
 checkpoints/, bad_images.txt, eval/*.json.
 """
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,8 +16,9 @@ from . import config as configuration
 from . import data
 from .config import Plan, RunConfig
 from .data import Source
-from .distributed import barrier, gather_objects, rank
+from .distributed import barrier, gather_objects, rank, say
 from .errors import UserError
+from .hardware import versions
 from .metrics import MetricsLog, Stopwatch, Window, console_line
 from .optim import Schedule
 from .state import RunState, steps_saved
@@ -72,17 +72,6 @@ def _refuse_other_settings(run_dir: Path, differences: dict[str, tuple]) -> None
         )
 
 
-def versions() -> dict[str, str]:
-    packages = ("sslvit", "torch", "torchvision", "timm", "accelerate", "faiss-cpu", "omegaconf", "numpy")
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
-
-
 class Recorder:
     """Writes a run's lines: to metrics.jsonl and TensorBoard, and on the console of the first process."""
 
@@ -129,12 +118,6 @@ class Recorder:
     def close(self) -> None:
         if self.log:
             self.log.close()
-
-
-def say(*lines: str) -> None:
-    """Print on the first process only, at once."""
-    if rank() == 0 and lines:
-        print("\n".join(lines), flush=True)
 
 
 class BadImages:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed import say
 from ..errors import UserError
-from ..run import say
 from . import protocol
 
 KS = (10, 20, 100, 200)

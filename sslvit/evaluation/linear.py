@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import rng, schedules
+from ..distributed import say
 from ..errors import UserError
-from ..run import say
 from . import protocol
 
 

@@ -14,11 +14,10 @@ from .. import pretrained
 from ..augment import Normalize
 from ..data import open_source
 from ..data.loader import cached
-from ..distributed import rank
+from ..distributed import rank, say
 from ..errors import UserError
-from ..hardware import Precision, choose_attention, resolve_precision
+from ..hardware import Precision, choose_attention, resolve_precision, versions
 from ..pretrained import Pretrained
-from ..run import say, versions
 from .features import Features, align_labels, extract
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..distributed import say
 from ..encoder import Encoder
 from ..errors import UserError
 from ..pretrained import Pretrained
-from ..run import say
 
 FILES = ("config.json", "model.safetensors")
 TOLERANCE = 1e-5  # of features, relative to their largest value

@@ -1,0 +1,104 @@
+"""What the tests share: a tiny encoder, 37 images (a prime), the published numbers, and the command line in-process."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sslvit.__main__ import main
+
+OFFICIAL = Path(__file__).parent / "golden" / "official"
+TINY_MODEL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
+TINY = [
+    "model.name=vit_tiny_patch16_224",
+    "model.args={patch_size:8,embed_dim:48,depth:2,num_heads:2}",
+    "image_size=32",
+    "log.tensorboard=false",
+]
+METHODS = {
+    "mae": ["method=mae", "decoder_width=32", "decoder_depth=1", "decoder_heads=2"],
+    "dino": [
+        "method=dino",
+        "prototypes=64",
+        "hidden_dim=32",
+        "bottleneck_dim=16",
+        "local_crops=2",
+        "local_crop_size=16",
+    ],
+}
+
+
+def words(method: str, *more: str) -> list[str]:
+    """The words of a run that takes a second: 37 images in steps of 8."""
+    return [*TINY, *METHODS[method], "global_batch_size=8", "epochs=2", "warmup_epochs=1", "log.every_steps=1", *more]
+
+
+@pytest.fixture(scope="session")
+def official():
+    """{name: (settings, tensors)} of the published code's numbers."""
+
+    def read(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+        return json.loads((OFFICIAL / f"{name}.json").read_text()), load_file(OFFICIAL / f"{name}.safetensors")
+
+    return read
+
+
+def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 36), seed: int = 0) -> Path:
+    """PNG files of smooth random colours, (h, w) pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize(size[::-1], Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """A flat folder of 37 images without labels."""
+    return write_images(tmp_path_factory.mktemp("images"), 37)
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> Path:
+    """train/ and test/ with three class folders each; the classes differ in colour."""
+    root = tmp_path_factory.mktemp("labelled")
+    generator = np.random.default_rng(1)
+    for split, count in (("train", 12), ("test", 6)):
+        for c, colour in enumerate(((200, 40, 40), (40, 200, 40), (40, 40, 200))):
+            folder = root / split / f"class{c}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = generator.integers(-30, 30, (32, 32, 3))
+                Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run a command in this process: (exit status, standard output, standard error)."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        status = main([str(word) for word in argv])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def fails(cli):
+    """Run a command that must end with one sentence and no traceback; returns the sentence."""
+
+    def run(*argv: str) -> str:
+        status, _, error = cli(*argv)
+        assert status == 2
+        assert error.count("\n") == 1, error
+        assert "Traceback" not in error
+        return error
+
+    return run

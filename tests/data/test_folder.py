@@ -1,0 +1,87 @@
+import os
+import shutil
+
+import pytest
+
+from sslvit.data import Config, open_source
+from sslvit.data.folder import Folder, Names
+from sslvit.errors import UserError
+from tests.conftest import write_images
+
+
+def test_a_flat_folder_has_no_labels_and_the_order_of_its_names(images):
+    source = open_source(str(images), Config())
+    assert len(source) == 37
+    assert source.labels is None
+    assert source.classes == []
+    assert [os.path.basename(source.name(i)) for i in range(37)] == [f"{i:03d}.png" for i in range(37)]
+    assert source.read(5).shape == (3, 40, 36)
+
+
+def test_class_folders_give_labels_by_name(labelled):
+    source = open_source(str(labelled / "train"), Config())
+    assert source.classes == ["class0", "class1", "class2"]
+    assert source.labels.tolist() == [0] * 12 + [1] * 12 + [2] * 12
+    assert all(f"class{label}" in source.name(i) for i, label in enumerate(source.labels))
+
+
+def test_nested_folders_hidden_files_and_other_files(tmp_path):
+    write_images(tmp_path / "a" / "deep" / "deeper", 2)
+    write_images(tmp_path / "b", 1)
+    write_images(tmp_path / ".hidden", 1)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "a" / "._000.png").write_bytes(b"resource fork")
+    (tmp_path / "b" / "LOUD.JPG").write_bytes(b"counts as an image by its name")
+    source = Folder(tmp_path)
+    assert len(source) == 4
+    assert source.classes == ["a", "b"]
+
+
+def test_one_image_beside_the_folders_means_no_labels(tmp_path):
+    write_images(tmp_path / "a", 2)
+    write_images(tmp_path, 1)
+    assert Folder(tmp_path).labels is None
+
+
+def test_links_are_followed_once(tmp_path):
+    write_images(tmp_path / "real", 2)
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "linked").symlink_to(tmp_path / "real")
+    (root / "linked_loop").symlink_to(root)
+    assert len(Folder(root)) == 2
+
+
+def test_an_empty_folder_says_what_it_found(tmp_path):
+    with pytest.raises(UserError, match="the folder is empty"):
+        Folder(tmp_path)
+    for i in range(3):
+        (tmp_path / f"{i}.dcm").write_bytes(b"")
+    (tmp_path / "readme.txt").write_text("")
+    with pytest.raises(UserError, match=r"4 other files \(3 \.dcm, 1 \.txt\)"):
+        Folder(tmp_path)
+
+
+def test_a_missing_folder_a_file_and_a_misspelt_set(tmp_path, images):
+    with pytest.raises(UserError, match="neither a folder nor one of"):
+        open_source(str(tmp_path / "nowhere"), Config())
+    with pytest.raises(UserError, match="is a file"):
+        open_source(str(images / "000.png"), Config())
+    with pytest.raises(UserError, match="Did you mean cifar10"):
+        open_source("cifar_10", Config())
+
+
+def test_names_are_kept_whatever_they_are():
+    names = ["a", "", "ä/ö.png", os.fsdecode(b"\xff\xfe.png"), "x" * 1000]
+    kept = Names(names)
+    assert [kept[i] for i in range(len(kept))] == names
+
+
+def test_the_fingerprint_changes_with_the_images(tmp_path):
+    write_images(tmp_path, 3)
+    before = Folder(tmp_path).fingerprint()
+    assert Folder(tmp_path).fingerprint() == before
+    shutil.copy(tmp_path / "000.png", tmp_path / "zzz.png")
+    added = Folder(tmp_path).fingerprint()
+    (tmp_path / "000.png").write_bytes(b"other")
+    assert len({before, added, Folder(tmp_path).fingerprint()}) == 3

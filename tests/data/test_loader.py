@@ -1,0 +1,124 @@
+import numpy as np
+import pytest
+import torch
+
+from sslvit import rng
+from sslvit.data import BadImage, Config, open_source
+from sslvit.data.loader import Cached, Layout, Order, cached, make_loader
+from sslvit.views import Crop
+
+VIEWS = {"image": [Crop((16, 16), (0.2, 1.0))]}
+CPU = torch.device("cpu")
+
+
+class Broken:
+    """A source of 37 images, some of which cannot be read."""
+
+    classes, labels = [], None
+
+    def __init__(self, bad: set[int]) -> None:
+        self.bad = bad
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return 37
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def read(self, index: int) -> torch.Tensor:
+        self.reads += 1
+        if index in self.bad:
+            raise BadImage("broken on purpose")
+        return torch.full((3, 20, 20), index, dtype=torch.uint8)
+
+
+def order(layout: Layout, first: int = 0, last: int = 9, n: int = 37) -> list[tuple[int, list[int]]]:
+    return [(epoch, index.tolist()) for epoch, index in Order(0, n, layout, first, last)]
+
+
+def test_an_epoch_sees_each_image_at_most_once_and_epochs_differ():
+    batches = order(Layout(8))
+    epochs = [[i for epoch, index in batches if epoch == e for i in index] for e in range(3)]
+    assert [len(seen) for seen in epochs] == [32, 32, 8]
+    assert all(len(set(seen)) == len(seen) for seen in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_the_stream_is_the_same_for_every_layout_and_start():
+    whole = order(Layout(8))
+    by_micro = order(Layout(2, accumulate=4))
+    assert [i for _, index in whole for i in index] == [i for _, index in by_micro for i in index]
+    ranks = [order(Layout(2, accumulate=2, world_size=2, rank=r)) for r in range(2)]
+    for step in range(9):
+        together = [i for micro in range(2) for r in range(2) for i in ranks[r][2 * step + micro][1]]
+        assert together == whole[step][1]
+    assert order(Layout(8), first=5) == whole[5:]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_do_not_depend_on_the_number_of_workers_or_the_start(images, workers):
+    source = open_source(str(images), Config())
+    plain = list(make_loader(source, VIEWS, Layout(8), 0, (0, 6), 0, CPU))
+    other = list(make_loader(source, VIEWS, Layout(8), 0, (0, 6), workers, CPU))
+    resumed = list(make_loader(source, VIEWS, Layout(8), 0, (3, 6), workers, CPU))
+    for a, b in zip(plain + plain[3:], other + resumed, strict=True):
+        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["key"], b["key"])
+    assert len(plain) == 6
+
+
+def test_an_image_is_cropped_anew_in_every_epoch():
+    source = Broken(set())
+    keys = torch.cat([batch["key"] for batch in make_loader(source, VIEWS, Layout(8), 0, (0, 12), 0, CPU)])
+    assert len(keys.unique()) == 96
+
+
+def test_images_that_cannot_be_read_are_replaced_by_others_and_reported():
+    batches = list(make_loader(Broken({3, 5, 30}), VIEWS, Layout(8), 0, (0, 12), 0, CPU))
+    again = list(make_loader(Broken({3, 5, 30}), VIEWS, Layout(8), 0, (0, 12), 2, CPU))
+    seen = torch.cat([batch["image"][0, :, 0, 0, 0] for batch in batches])
+    assert len(seen) == 96
+    assert not {3, 5, 30} & set(seen.tolist())
+    assert {index for batch in batches for index, _ in batch["bad"]} == {3, 5, 30}
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(batches, again, strict=True))
+
+
+def test_a_source_without_a_readable_image_fails_instead_of_looping():
+    batch = next(iter(make_loader(Broken(set(range(37))), VIEWS, Layout(8), 0, (0, 1), 0, CPU)))
+    assert batch["failed"]
+    assert len(batch["bad"]) >= 50
+
+
+def test_the_cache_reads_each_image_once_and_workers_share_it():
+    source = Broken({4})
+    kept = Cached(source, (3, 20, 20))
+    for _ in make_loader(kept, VIEWS, Layout(8), 0, (0, 12), 2, CPU):
+        pass
+    assert kept.filled.sum() >= 30  # filled by the workers, seen here
+    source.reads = 0
+    for index in kept.filled.nonzero().squeeze(1).tolist():
+        assert torch.equal(kept.read(index), torch.full((3, 20, 20), index, dtype=torch.uint8))
+    assert source.reads == 0
+    with pytest.raises(BadImage):
+        kept.read(4)
+
+
+def test_the_cache_is_chosen_when_sizes_agree_and_can_be_refused(images, tmp_path):
+    source = open_source(str(images), Config())
+    assert isinstance(cached(source, None, 0), Cached)
+    assert cached(source, False, 0) is source
+
+    class Mixed(Broken):
+        def read(self, index: int) -> torch.Tensor:
+            return torch.zeros(3, 20, 20 + index % 2, dtype=torch.uint8)
+
+    mixed = Mixed(set())
+    assert cached(mixed, None, 0) is mixed
+
+
+def test_keys_are_those_of_seed_epoch_and_image():
+    batch = next(iter(make_loader(Broken(set()), VIEWS, Layout(8), 5, (4, 5), 0, CPU)))
+    expected = [int(rng.fold_in(5, "image", 1, int(i))) for i in batch["index"]]
+    assert batch["key"].tolist() == expected
+    assert np.all(batch["index"].numpy() < 37)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from torch import nn
+
+from sslvit import data, encoder, optim
+from sslvit.errors import UserError
+from sslvit.objectives import dino, mae
+
+from .conftest import TINY_MODEL
+
+MODEL = encoder.Config("vit_tiny_patch16_224", TINY_MODEL)
+
+
+def group_names(module: nn.Module) -> tuple[set[str], set[str]]:
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    decayed, others = optim.parameter_groups(module)
+    return {names[p] for p in decayed["params"]}, {names[p] for p in others["params"]}
+
+
+def test_mae_decays_its_tokens_but_no_bias_norm_or_frozen_embedding():
+    decayed, others = group_names(
+        mae.build(mae.Config(decoder_width=32, decoder_heads=2), MODEL, data.Config(image_size=32), 1, 2)
+    )
+    assert {"mask_token", "encoder.model.cls_token", "decoder_embed.weight"} <= decayed
+    assert not any("pos_embed" in name for name in decayed | others)
+    assert all(name.endswith(("bias", "norm1.weight", "norm2.weight", "norm.weight")) for name in others)
+
+
+def test_dino_decays_its_position_embedding_and_its_gains_if_they_learn():
+    config = dino.Config(prototypes=8, norm_last_layer=False, local_crops=0)
+    decayed, others = group_names(dino.build(config, MODEL, data.Config(image_size=32), 1, 2))
+    assert {"student.encoder.model.pos_embed", "student.encoder.model.cls_token"} <= decayed
+    assert {"student.head.last_layer.weight_g", "student.head.last_layer.weight_v"} <= decayed
+    assert not any(name.startswith("teacher.") for name in decayed | others)
+
+
+def parameters(*gradients: list[float]) -> list[nn.Parameter]:
+    result = []
+    for gradient in gradients:
+        result.append(nn.Parameter(torch.zeros(len(gradient))))
+        result[-1].grad = torch.tensor(gradient)
+    return result
+
+
+def test_clipping_each_tensor_by_itself_is_not_clipping_all_together():
+    each, together = parameters([3.0, 4.0], [0.3, 0.4]), parameters([3.0, 4.0], [0.3, 0.4])
+    norm = optim.clip_gradients(each, optim.Config(clip=1.0, clip_mode="tensor"))
+    assert norm.item() == pytest.approx(25.25**0.5)
+    assert each[0].grad.tolist() == pytest.approx([0.6, 0.8], abs=1e-5)
+    assert each[1].grad.tolist() == pytest.approx([0.3, 0.4])
+    optim.clip_gradients(together, optim.Config(clip=1.0, clip_mode="global"))
+    assert torch.cat([p.grad for p in together]).norm().item() == pytest.approx(1.0, abs=1e-5)
+    assert together[1].grad.norm() / together[0].grad.norm() == pytest.approx(0.1)
+
+
+def test_without_a_limit_nothing_is_clipped_and_missing_gradients_are_passed_over():
+    some = [*parameters([30.0, 40.0]), nn.Parameter(torch.zeros(3))]
+    assert optim.clip_gradients(some, optim.Config(clip=None)).item() == pytest.approx(50)
+    assert some[0].grad.tolist() == [30.0, 40.0]
+
+
+@pytest.mark.parametrize("change", [{"base_lr": 0}, {"weight_decay": -1}, {"betas": (0.9, 1.0)}, {"clip": 0.0}])
+def test_values_without_meaning_are_refused(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        optim.check(optim.Config(**change))

@@ -1,0 +1,190 @@
+"""The published implementations' numbers, at the tolerances that tests/golden/official/README.md names."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sslvit import data, encoder, optim
+from sslvit.evaluation import knn
+from sslvit.objectives import dino, mae
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
+
+
+def vit(settings: dict) -> encoder.Config:
+    """A timm ViT of the given shape."""
+    args = {"patch_size": settings["patch_size"], "embed_dim": settings["embed_dim"], "depth": settings["depth"]}
+    return encoder.Config("vit_tiny_patch16_224", args | {"num_heads": settings["num_heads"]})
+
+
+def theirs_mae(name: str) -> str:
+    return name.replace("encoder.model.", "")
+
+
+def theirs_dino(name: str) -> str:
+    return name.split(".", 1)[1].replace("encoder.model.", "backbone.")
+
+
+@pytest.fixture
+def published_mae(official):
+    settings, tensors = official("mae")
+    c = settings["config"]
+    config = mae.Config(c["mask_ratio"], c["norm_pix_loss"], c["decoder_embed_dim"], c["decoder_depth"], 2)
+    module = mae.build(config, vit(c), data.Config(image_size=c["img_size"]), steps_per_epoch=2, steps=4)
+    module.load_state_dict({name: tensors["init." + theirs_mae(name)] for name in module.state_dict()})
+    assert {theirs_mae(name) for name in module.state_dict()} == {k[5:] for k in tensors if k.startswith("init.")}
+    return settings, tensors, module
+
+
+def test_mae_forward_equals_the_published_one(published_mae):
+    _, t, module = published_mae
+    images, order = t["batch0.images"], t["batch0.noise"].argsort(dim=1)
+    keep, hide = order[:, :4], order[:, 4:]
+    latent = module.encode(images, keep)
+    assert torch.allclose(latent, t["forward.latent"], atol=1e-5)
+    patches = module.predict(module.decode(latent, keep, hide))[:, 1:]
+    in_order = patches.gather(1, order.argsort(dim=1).unsqueeze(-1).expand_as(patches))
+    assert torch.allclose(in_order, t["forward.pred"], atol=1e-5)
+    assert torch.equal(order.argsort(dim=1), t["forward.ids_restore"])
+    assert torch.equal(torch.ones(4, 16).scatter(1, keep, 0.0), t["forward.mask"])
+    module.config.norm_pix = False
+    assert torch.allclose(module.target(images), t["forward.patchify"])
+    assert module.loss(images, order).item() == pytest.approx(t["forward.loss_norm_pix_false"].item(), abs=1e-5)
+    module.config.norm_pix = True
+    assert module.loss(images, order).item() == pytest.approx(t["forward.loss_norm_pix_true"].item(), abs=1e-5)
+
+
+def test_mae_training_equals_the_published_one(published_mae):
+    settings, t, module = published_mae
+    config = optim.Config(base_lr=settings["optimizer"]["base_lr"], betas=(0.9, 0.95), weight_decay=0.05)
+    schedule = optim.Schedule(config, global_batch_size=256, warmup_steps=2, total_steps=4)
+    optimizer = optim.make_optimizer(config, module)
+    for i in range(settings["steps"]):
+        assert schedule.lr(i) == pytest.approx(t["train.lr"][i].item(), rel=1e-12)
+        optim.set_schedule(optimizer, schedule, i)
+        loss = module.loss(t[f"batch{i}.images"], t[f"batch{i}.noise"].argsort(dim=1))
+        assert loss.item() == pytest.approx(t["train.loss"][i].item(), abs=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        if i == 0:
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    assert relative(parameter.grad, t["grad0." + theirs_mae(name)]) < 1e-4, name
+        optimizer.step()
+    for name, value in module.state_dict().items():
+        assert torch.allclose(value, t["final." + theirs_mae(name)], atol=1e-4), name
+
+
+@pytest.fixture
+def published_dino(official):
+    settings, tensors = official("dino")
+    head, loss = settings["head"], settings["loss"]
+    config = dino.Config(
+        prototypes=head["out_dim"],
+        hidden_dim=head["hidden_dim"],
+        bottleneck_dim=head["bottleneck_dim"],
+        norm_last_layer=head["norm_last_layer"],
+        teacher_temp=loss["teacher_temp"],
+        teacher_temp_start=loss["warmup_teacher_temp"],
+        teacher_temp_warmup_epochs=loss["warmup_teacher_temp_epochs"],
+        center_momentum=loss["center_momentum"],
+        momentum=settings["optimizer"]["momentum_teacher"][0],
+        momentum_end=settings["optimizer"]["momentum_teacher"][1],
+        freeze_last_layer_epochs=settings["optimizer"]["freeze_last_layer_epochs"],
+        drop_path=0.0,
+        local_crops=settings["ncrops"] - 2,
+        local_crop_size=24,
+    )
+    module = dino.build(config, vit(settings["backbone"]), data.Config(image_size=24), steps_per_epoch=2, steps=6)
+    own = module.state_dict()
+    module.load_state_dict({k: v if k == "center" else tensors["init." + theirs_dino(k)] for k, v in own.items()})
+    assert {theirs_dino(k) for k in own if k != "center"} == {k[5:] for k in tensors if k.startswith("init.")}
+    return settings, tensors, module
+
+
+def test_dino_forward_equals_the_published_one(published_dino):
+    _, t, module = published_dino
+    crops = t["batch0.crops"]
+    flat = crops.flatten(0, 1)
+    assert torch.allclose(module.student([(flat, torch.arange(16))]), t["forward.student_output"], atol=1e-5)
+    assert torch.allclose(module.teacher([(flat[:8], torch.arange(8))]), t["forward.teacher_output"], atol=1e-5)
+    assert torch.allclose(module.student.encoder.features(crops[0]), t["forward.student_cls"], atol=1e-5)
+
+
+def test_dino_training_equals_the_published_one(published_dino):
+    settings, t, module = published_dino
+    o = settings["optimizer"]
+    config = optim.Config(
+        base_lr=o["lr"][0],
+        min_lr=o["lr"][1],
+        lr_schedule="dino",
+        weight_decay=o["weight_decay"][0],
+        weight_decay_end=o["weight_decay"][1],
+        betas=tuple(o["betas"]),
+        clip=o["clip_grad_per_parameter"],
+        clip_mode="tensor",
+    )
+    schedule = optim.Schedule(config, global_batch_size=256, warmup_steps=2, total_steps=6)
+    optimizer = optim.make_optimizer(config, module)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for i in range(6):
+        assert schedule.lr(i) == pytest.approx(t["train.lr"][i].item(), rel=1e-12)
+        assert schedule.weight_decay(i) == pytest.approx(t["train.weight_decay"][i].item(), rel=1e-12)
+        assert module.momentum(i) == pytest.approx(t["train.momentum"][i].item(), rel=1e-12)
+        assert module.teacher_temp(i) == pytest.approx(t["train.teacher_temp"][i // 2].item(), rel=1e-12)
+        optim.set_schedule(optimizer, schedule, i)
+        crops = t[f"batch{i}.crops"]
+        loss = module({"key": torch.arange(4), "global": crops[:2], "local": crops[2:]}, i)["loss"]
+        assert loss.item() == pytest.approx(t["train.loss"][i].item(), abs=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        if i == 0:
+            for name, parameter in module.student.named_parameters(prefix="student"):
+                if parameter.requires_grad:
+                    assert relative(parameter.grad, t["grad0." + theirs_dino(name)]) < 1e-4, name
+        optim.clip_gradients(trained, config)
+        module.before_step(i)
+        optimizer.step()
+        module.after_step(i)
+        assert torch.allclose(module.center[0], t["train.center"][i], atol=1e-5)
+    for name, value in module.student.state_dict(prefix="student.").items():
+        assert torch.allclose(value, t["final_student." + theirs_dino(name)], atol=1e-4), name
+    for name, value in module.teacher.state_dict(prefix="teacher.").items():
+        assert torch.allclose(value, t["final_teacher." + theirs_dino(name)], atol=1e-4), name
+
+
+def test_knn_votes_equal_the_published_ones(official):
+    settings, t = official("knn")
+    results = knn.classify(
+        F.normalize(t["train_features"], dim=1),
+        t["train_labels"],
+        F.normalize(t["test_features"], dim=1),
+        t["test_labels"],
+        settings["num_classes"],
+        ks=(1, 5, 10, 20, 100, 200),
+        temperatures=(0.04, 0.07, 0.2),
+    )
+    published = settings["top1_top5"]
+    assert {f"k={k},T={temperature}": list(value) for (k, temperature), value in results.items()} == published
+
+
+def test_lars_steps_equal_the_published_ones(official):
+    settings, t = official("misc")
+    s = settings["lars"]
+    weight = torch.nn.Parameter(t["lars.init.weight"].clone())
+    bias = torch.nn.Parameter(t["lars.init.bias"].clone())
+    optimizer = optim.LARS([weight, bias], s["lr"], s["weight_decay"], s["momentum"], s["trust_coefficient"])
+    for i in range(5):
+        weight.grad, bias.grad = t[f"lars.grad{i}.weight"], t[f"lars.grad{i}.bias"]
+        optimizer.step()
+        assert torch.allclose(weight, t[f"lars.step{i}.weight"], atol=1e-6)
+        assert torch.allclose(bias, t[f"lars.step{i}.bias"], atol=1e-6)
+
+
+@pytest.mark.parametrize(("width", "side"), [(64, 4), (96, 7)])
+def test_position_embedding_equals_the_published_one(official, width, side):
+    _, t = official("misc")
+    ours = mae.sincos(width, (side, side), num_prefix=1)[0]
+    assert torch.allclose(ours, t[f"sincos.dim{width}.grid{side}"], atol=1e-6)
