@@ -29,14 +29,12 @@ DURATIONS = ("epochs", "steps", "images")
 class RunConfig:
     method: str = "mae"  # mae, dino, or the dotted name of a module of your own
     out: str = ""  # the run directory; empty: runs/ and the name of the recipe
-    seed: int = 0
+    seed: int = 0  # of everything random: another number is another run
     epochs: float | None = None  # how long: passes over the images ...
     steps: int | None = None  # ... or optimizer steps ...
     images: int | None = None  # ... or images seen; exactly one of the three
     global_batch_size: int = 256  # images for one optimizer step, over all processes
-    batch_size: int | None = (
-        None  # images in memory at once, on each process; null: all of its share of the global batch
-    )
+    batch_size: int | None = None  # images in memory at once, on each process; null: its share of the global batch
     precision: Precision = "auto"  # auto: bf16 where the hardware is fast at it, else float32
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -24,9 +24,7 @@ Pool = Literal["cls", "mean", "cls+mean", "pooled"]
 @dataclass
 class Config:
     name: str = "vit_small_patch16_224"  # a timm model; the size in its name does not bind, data.image_size does
-    args: dict[str, Any] = field(
-        default_factory=dict
-    )  # more arguments of timm.create_model: patch_size, reg_tokens ...
+    args: dict[str, Any] = field(default_factory=dict)  # more for timm.create_model: {patch_size: 4, reg_tokens: 4}
     grad_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
 
 
@@ -202,6 +200,10 @@ def create(
     for name, place in (("img_size", "data.image_size"), ("in_chans", "data.in_chans")):
         if name in config.args:
             raise UserError(f"model.args has {name}={config.args[name]}: set {place} instead.")
+    for key, value in config.args.items():
+        if value is None:  # timm would pass over it in silence
+            hint = f"; write {{{key.replace(':', ': ', 1)}}} with a space after the colon" if ":" in key else ""
+            raise UserError(f"model.args has {key} without a value{hint}.")
     extra = {"in_chans": in_chans, "pretrained": pretrained}
     if drop_path:
         extra["drop_path_rate"] = drop_path

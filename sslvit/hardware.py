@@ -6,12 +6,33 @@ import platform
 from typing import Literal
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, PartialState
 from timm.layers import Attention
 from torch import nn
 
 from .errors import UserError
 
 Precision = Literal["auto", "float32", "bf16", "fp16"]
+
+
+def start_accelerator(wanted: Precision) -> Accelerator:
+    """The device, the processes and the precision. Raises UserError if the processes that were started do not meet."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    # accelerate joins CPU processes that torchrun started only if it is told that there is nothing but CPUs.
+    cpu = asked or not torch.accelerator.is_available()
+    precision = resolve_precision(wanted, PartialState(cpu=cpu).device)
+    AcceleratorState._reset_state()  # a second run in one process may have another precision
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision={"float32": "no"}.get(precision, precision), kwargs_handlers=[ddp]
+    )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were started and accelerate sees "
+            f"{accelerator.num_processes}: start them with accelerate launch or torchrun."
+        )
+    return accelerator
 
 
 def resolve_precision(wanted: Precision, device: torch.device) -> Literal["float32", "bf16", "fp16"]:

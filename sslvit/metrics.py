@@ -17,7 +17,7 @@ from .distributed import all_reduce_sum, world_size
 @dataclass
 class Config:
     every_steps: int = 50  # a line in metrics.jsonl and on the console
-    tensorboard: bool = True
+    tensorboard: bool = True  # the same numbers in <run>/tensorboard
 
 
 class Window:

@@ -21,8 +21,8 @@ class Config:
     lr_schedule: Literal["mae", "dino"] = "mae"  # dino: the warm-up includes its peak, one step earlier
     weight_decay: float = 0.05  # of everything but biases and one-dimensional parameters
     weight_decay_end: float | None = None  # reached on half a cosine; null: constant
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    eps: float = 1e-8  # of AdamW
     clip: float | None = None  # largest gradient norm; null: no clipping
     clip_mode: Literal["tensor", "global"] = "global"  # tensor: each parameter by itself, as DINO's code does
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState, PartialState
+from accelerate import Accelerator
 from torch import nn
 
 from . import config as configuration
@@ -20,7 +19,7 @@ from .config import Plan, RunConfig
 from .data.loader import cached, make_loader
 from .distributed import any_process, rank, say
 from .evaluation.online import OnlineKNN
-from .hardware import choose_attention, default_workers, resolve_precision, versions
+from .hardware import choose_attention, default_workers, resolve_precision, start_accelerator, versions
 from .run import BadImages, Recorder, open_run
 
 
@@ -38,7 +37,7 @@ class Result:
 
 def pretrain(config: RunConfig) -> Result:
     """Train to the configured end, from the newest checkpoint of the run directory if it has one. Raises UserError."""
-    accelerator = start(config)
+    accelerator = start_accelerator(config.precision)
     device = accelerator.device
     method = objectives.find(config.method)
     source = data.open_source(config.data.train, config.data)
@@ -125,14 +124,6 @@ def pretrain(config: RunConfig) -> Result:
     knn_after = evaluate()
     recorder.close()
     return Result(run_dir, run.step, run.images_seen, run.seconds, knn_before, knn_after)
-
-
-def start(config: RunConfig) -> Accelerator:
-    """The device, the processes and the precision."""
-    precision = resolve_precision(config.precision, PartialState().device)
-    AcceleratorState._reset_state()  # a second run in the same process may have another precision
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)
-    return Accelerator(mixed_precision={"float32": "no"}.get(precision, precision), kwargs_handlers=[ddp])
 
 
 def where(objective: nn.Module) -> dict[str, str]:

@@ -69,7 +69,7 @@ def load(
 def _from_run(run_dir: Path) -> Pretrained:
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"run={run_dir} has no config.yaml: it is not a run directory.")
-    folder, record, tensors, complaints = state.latest(run_dir)
+    folder, record, (tensors,), complaints = state.latest(run_dir, state.MODEL)
     stored = OmegaConf.load(run_dir / "config.yaml")
     data_config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(data.Config), stored.data))
     model_config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(encoder.Config), stored.model))

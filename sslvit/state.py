@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .errors import UserError
 
 FORMAT = 1
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "sha256.txt"
 
 
 @dataclass
@@ -58,10 +58,12 @@ def save(
     fresh.mkdir()
     save_file(_on_host(objective.state_dict()), fresh / MODEL)
     save_file(_on_host(optimizer_tensors(objective, optimizer)), fresh / OPTIMIZER)
-    sums = {name: _checksum(fresh / name) for name in (MODEL, OPTIMIZER)}
-    record = {"format": FORMAT, **asdict(run_state), **extra, "sha256": sums, "written": time.strftime("%F %T%z")}
+    record = {"format": FORMAT, **asdict(run_state), **extra, "written": time.strftime("%F %T%z")}
     (fresh / STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    for name in (MODEL, OPTIMIZER, STATE):
+    names = (MODEL, OPTIMIZER, STATE)
+    sums = "".join(f"{_checksum(fresh / name)}  {name}\n" for name in names)  # what `sha256sum -c` reads
+    (fresh / SUMS).write_text(sums, encoding="utf-8")
+    for name in (*names, SUMS):
         _sync(fresh / name)
     _sync(fresh)
     if final.exists():  # the same step, saved again after a resume that did nothing new
@@ -86,55 +88,51 @@ def prune(run_dir: Path, keep_last: int) -> None:
         shutil.rmtree(folder_of(run_dir, step), ignore_errors=True)
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """state.json and the model's tensors, checked. Raises Damaged."""
+def read(folder: Path, *names: str) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    """state.json and the tensors of the named files, checked. Raises Damaged."""
     try:
+        listed = dict(reversed(line.split("  ")) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())
+        for name in (STATE, *names):
+            if listed[name] != _checksum(folder / name):
+                raise Damaged(f"{name} is not what was written")
         record = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        sums = record["sha256"]
         if record["format"] != FORMAT:
             raise Damaged(f"its format is {record['format']}, and this version reads {FORMAT}")
-        if sums[MODEL] != _checksum(folder / MODEL):
-            raise Damaged(f"{MODEL} has changed since it was written")
-        return record, load_file(folder / MODEL)
+        return record, [load_file(folder / name) for name in names]
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename).name} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise Damaged(str(error) or type(error).__name__) from error
+        raise Damaged(f"{type(error).__name__}: {error}") from error
 
 
-def latest(run_dir: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor], list[str]]:
-    """The newest whole checkpoint, and a sentence for each newer one that is damaged. Raises UserError if none is."""
+def latest(run_dir: Path, *names: str) -> tuple[Path, dict[str, Any], list[dict[str, Tensor]], list[str]]:
+    """The newest whole checkpoint: (folder, state.json, tensors of the named files, a sentence for each damaged one).
+
+    Raises UserError if there is none.
+    """
     complaints: list[str] = []
     for step in reversed(steps_saved(run_dir)):
         folder = folder_of(run_dir, step)
         try:
-            return folder, *read(folder), complaints
+            return folder, *read(folder, *names), complaints
         except Damaged as error:
             complaints.append(f"The checkpoint {folder} is damaged ({error}); the one before it is taken.")
-    detail = " ".join(complaints) or "It has not saved one yet, or it is no run directory."
-    raise UserError(f"There is no checkpoint that can be read in {run_dir}. {detail}")
+    if complaints:
+        raise UserError(
+            f"None of the {len(complaints)} checkpoints in {run_dir} can be read. {' '.join(complaints)[:600]} "
+            "Restore one of them, or begin anew with another out=."
+        )
+    raise UserError(f"{run_dir} has no checkpoint yet: run=<directory> must be that of a run that has saved one.")
 
 
 def restore(
     run_dir: Path, objective: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[RunState, dict[str, Any], list[str]]:
     """Load the newest whole checkpoint into objective and optimizer: (run state, state.json, complaints)."""
-    complaints: list[str] = []
-    for step in reversed(steps_saved(run_dir)):
-        folder = folder_of(run_dir, step)
-        try:
-            record, model = read(folder)
-            if record["sha256"][OPTIMIZER] != _checksum(folder / OPTIMIZER):
-                raise Damaged(f"{OPTIMIZER} has changed since it was written")
-            moments = load_file(folder / OPTIMIZER)
-        except (Damaged, OSError, SafetensorError, KeyError) as error:
-            complaints.append(f"The checkpoint {folder} is damaged ({error}); the one before it is taken.")
-            continue
-        objective.load_state_dict(model)
-        load_optimizer_tensors(objective, optimizer, moments)
-        state = RunState(**{name: record[name] for name in RunState.__annotations__})
-        return state, record, complaints
-    raise UserError(
-        f"{run_dir} has checkpoints, and none can be read: {' '.join(complaints)} Restore one, or give another out."
-    )
+    _, record, (weights, moments), complaints = latest(run_dir, MODEL, OPTIMIZER)
+    objective.load_state_dict(weights)
+    load_optimizer_tensors(objective, optimizer, moments)
+    return RunState(**{name: record[name] for name in RunState.__annotations__}), record, complaints
 
 
 def optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ OFFICIAL = Path(__file__).parent / "golden" / "official"
 TINY_MODEL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
 TINY = [
     "model.name=vit_tiny_patch16_224",
-    "model.args={patch_size:8,embed_dim:48,depth:2,num_heads:2}",
+    "model.args={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 2}",
     "image_size=32",
     "log.tensorboard=false",
 ]

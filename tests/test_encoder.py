@@ -158,6 +158,7 @@ def test_recomputed_blocks_draw_the_same_paths():
         (Config("vit_tinny_patch16_224"), (32, 32), ["vit_tinny_patch16_224", "Did you mean vit_tiny_patch16_224"]),
         (Config("vit_tiny_patch16_224", {"patch_size": 4}), (30, 30), ["30x30", "patch size 4", "28 or 32"]),
         (Config("vit_tiny_patch16_224", {"patchsize": 4}), (32, 32), ["patchsize"]),
+        (Config("vit_tiny_patch16_224", {"patch_size:4": None}), (32, 32), ["{patch_size: 4}"]),
         (Config("vit_tiny_patch16_224", {"img_size": 64}), (32, 32), ["img_size=64", "data.image_size"]),
     ],
 )

@@ -19,18 +19,14 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass
 class Config:
-    train: str = (
-        "fractals"  # a folder of images, or fractals, cifar10, cifar100, stl10; `sslvit pretrain --help` says more
-    )
+    train: str = "fractals"  # a folder of images, or fractals, cifar10, cifar100, stl10
     image_size: int | tuple[int, int] = 224  # pixels, one number or [height, width]
     in_chans: int = 3  # channels that the encoder sees; images are converted
     mean: tuple[float, ...] | None = None  # of each channel, in [0, 1]; null: ImageNet's for 3 channels, 0.5 otherwise
     std: tuple[float, ...] | None = None  # likewise; null: ImageNet's for 3 channels, 0.25 otherwise
     download_dir: str = "~/.cache/sslvit"  # where torchvision's data sets are or will be
     workers: int | None = None  # processes that load images, for each training process; null: by the number of cores
-    cache: bool | None = (
-        None  # keep decoded images in memory, shared by the workers; null: if all have one size and fit
-    )
+    cache: bool | None = None  # keep decoded images in memory; null: if all have one size and fit
     bad_ratio: float = 0.01  # the run stops when more than this share of the images cannot be read
 
 

@@ -19,7 +19,7 @@ class Config:
     train: str = ""  # labelled images to compare with, a folder or a set by name; empty: no evaluation during the run
     test: str = ""  # labelled images to classify, never trained on
     every_epochs: float | None = None  # null: before the first step and after the last only
-    k: int = 20
+    k: int = 20  # neighbours that vote
 
 
 class OnlineKNN:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
 from .. import pretrained
@@ -16,7 +14,7 @@ from ..data import open_source
 from ..data.loader import cached
 from ..distributed import rank, say
 from ..errors import UserError
-from ..hardware import Precision, choose_attention, resolve_precision, versions
+from ..hardware import Precision, choose_attention, resolve_precision, start_accelerator, versions
 from ..pretrained import Pretrained
 from .features import Features, align_labels, extract
 
@@ -69,9 +67,8 @@ def prepare(config: Config, name: str) -> Task:
     pool = encoder.pool if config.pool == "auto" else config.pool
     if (pool == "pooled") == encoder.is_vit or ("cls" in pool and not getattr(encoder.model, "has_class_token", False)):
         raise UserError(f"pool={pool} is not something that {config.run} has: use pool={encoder.pool}.")
-    precision = resolve_precision(config.precision, PartialState().device)
-    AcceleratorState._reset_state()  # an evaluation in the process of a run may have another precision
-    accelerator = Accelerator(mixed_precision={"float32": "no"}.get(precision, precision))
+    accelerator = start_accelerator(config.precision)
+    precision = resolve_precision(config.precision, accelerator.device)
     encoder.to(accelerator.device)
     choose_attention(encoder, accelerator.device, precision)
     sources = []

@@ -24,9 +24,9 @@ from ..views import Crop, Views
 class Config:
     mask_ratio: float = 0.75  # share of patches hidden from the encoder
     norm_pix: bool = True  # predict pixels normalised by the mean and deviation of their patch
-    decoder_width: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+    decoder_width: int = 512  # channels of a decoder token
+    decoder_depth: int = 8  # blocks
+    decoder_heads: int = 16  # attention heads of a block
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
 
 

@@ -1,0 +1,80 @@
+"""Runs in processes of their own, which can be killed: forked from a server that has imported everything already."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["sslvit.__main__", "sslvit.pretrain", "sslvit.evaluation.knn", "tests.processes"])
+
+
+def _child(argv: list[str], output: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    import torch
+
+    from sslvit.__main__ import main
+
+    torch.set_num_threads(1)
+    sys.exit(main(argv))
+
+
+def start(argv: list[str], output: Path, environment: dict[str, str] | None = None) -> BaseProcess:
+    """Begin `sslvit <argv>`; what it prints is appended to `output`."""
+    process = CONTEXT.Process(target=_child, args=([str(a) for a in argv], str(output), environment or {}))
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess, output: Path, seconds: float = 120) -> str:
+    """Wait for a process that must succeed; returns what it printed."""
+    process.join(seconds)
+    text = output.read_text()
+    assert process.exitcode == 0, f"exit status {process.exitcode}\n{text}"
+    return text
+
+
+def launch(argv: list[str], output: Path, world_size: int, seconds: float = 120) -> str:
+    """`sslvit <argv>` on several processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in range(world_size):
+        environment = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        processes.append(start(argv, output, environment))
+    for process in processes:
+        finish(process, output, seconds)
+    return output.read_text()
+
+
+def lines(run_dir: Path) -> list[dict]:
+    """The whole lines of metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # being written
+            break
+    return records
+
+
+def kill_at(process: BaseProcess, run_dir: Path, step: int, seconds: float = 60) -> None:
+    """SIGKILL as soon as metrics.jsonl has the line of a step."""
+    deadline = time.monotonic() + seconds
+    while not any(record["step"] >= step for record in lines(run_dir)):
+        assert process.is_alive(), "the run ended before it was killed"
+        assert time.monotonic() < deadline, "the run did not get there"
+        time.sleep(0.002)
+    process.kill()
+    process.join()

@@ -1,0 +1,142 @@
+import dataclasses
+
+import pytest
+
+from sslvit import config
+from sslvit.errors import UserError
+from sslvit.words import flatten, help_lines
+
+
+def load(*words: str) -> config.RunConfig:
+    return config.load(list(words))
+
+
+def plan(*words: str, images: int = 1000, world_size: int = 1) -> config.Plan:
+    return config.make_plan(load(*words), images, world_size, rank=0)
+
+
+def test_defaults_are_those_of_the_methods_paper():
+    mae, dino = load("method=mae"), load("method=dino")
+    assert (mae.optim.base_lr, mae.optim.betas, mae.epochs, mae.global_batch_size) == (1.5e-4, (0.9, 0.95), 800, 4096)
+    assert (dino.optim.base_lr, dino.optim.betas, dino.optim.clip) == (5e-4, (0.9, 0.999), 3.0)
+    assert (dino.objective.prototypes, dino.objective.local_crops) == (65536, 8)
+
+
+def test_layers_override_each_other_in_order(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: dino\noptim: {base_lr: 1e-3, clip: null}\nobjective: {prototypes: 128}\nepochs: 7\n")
+    loaded = load(str(recipe), "prototypes=256")
+    assert (loaded.optim.base_lr, loaded.optim.clip, loaded.optim.betas) == (1e-3, None, (0.9, 0.999))
+    assert loaded.objective.prototypes == 256
+    assert loaded.epochs == 7
+    assert loaded.out == "runs/mine"
+
+
+def test_a_folder_is_the_training_data(images):
+    assert load(str(images), "mask_ratio=0.6").data.train == str(images)
+
+
+def test_a_new_length_replaces_the_old_one_whatever_its_unit():
+    assert load("steps=50").epochs is None
+    loaded = load("images=1e5".replace("1e5", "100000"), "epochs=2.5")
+    assert (loaded.images, loaded.epochs) == (None, 2.5)
+
+
+def test_what_is_stored_is_what_is_loaded(tmp_path):
+    loaded = load("method=dino", "image_size=[64,96]", "model.args.reg_tokens=4", "mean=[0.1,0.2,0.3]")
+    config.save(loaded, tmp_path / "config.yaml")
+    assert config.differences(tmp_path / "config.yaml", loaded) == {}
+    assert load(str(tmp_path / "config.yaml")) == loaded
+    other = dataclasses.replace(loaded, seed=5)
+    assert config.differences(tmp_path / "config.yaml", other) == {"seed": (0, 5)}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["mask_rato=0.7"], ["mask_rato", "Did you mean objective.mask_ratio?"]),
+        (["objective.mask_rato=0.7"], ["Did you mean objective.mask_ratio?"]),
+        (["optm.base_lr=1"], ["Did you mean optim.base_lr?"]),
+        (["method=dinno"], ["Did you mean dino?"]),
+        (["method=no.such.module"], ["no.such.module", "cannot be imported"]),
+        (["method=json.decoder"], ["defines no Config"]),
+        (["epochs=many"], ["epochs=many", "Float"]),
+        (["mask_ratio=[1,2]"], ["mask_ratio"]),
+        (["betas=[0.9]"], ["betas"]),
+        (["image_size=big"], ["image_size=big"]),
+        (["train=x"], ["data.train or eval.train"]),
+        (["precision=fp64"], ["fp64", "bf16"]),
+        (["nonsense"], ["neither a recipe"]),
+        (["a.yaml", "b.yaml"], ["one recipe"]),
+        (["missing.yaml"], ["There is no file missing.yaml"]),
+        (["seed=!!python/object/apply:os.system [true]"], ["seed"]),
+        (["epochs=${nothing}"], ["nothing"]),
+    ],
+)
+def test_mistakes_get_a_sentence(words, expected):
+    with pytest.raises(UserError) as error:
+        load(*words)
+    assert all(part in str(error.value) for part in expected), error.value
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim: {base_lrr: 1}", ["Did you mean optim.base_lr?"]),
+        ("- a\n- list", ["must hold keys and values"]),
+        ("a: [1, 2", ["cannot be read"]),
+        ("x: !!python/object/apply:os.system ['touch sprung']", ["cannot be read"]),
+        ("", []),
+    ],
+)
+def test_mistakes_in_a_recipe_get_a_sentence(tmp_path, text, expected):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    if not expected:
+        assert load(str(recipe)).method == "mae"
+        return
+    with pytest.raises(UserError) as error:
+        load(str(recipe))
+    assert all(part in str(error.value) for part in [*expected, "recipe.yaml"]), error.value
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_recipe_with_a_slip_in_its_name_is_found(tmp_path):
+    (tmp_path / "mae_cifar10.yaml").write_text("")
+    with pytest.raises(UserError, match=r"Did you mean .*mae_cifar10\.yaml"):
+        load(str(tmp_path / "mae_cifar.yaml"))
+
+
+def test_the_plan_follows_from_images_and_processes():
+    p = plan("global_batch_size=64", "batch_size=8", "epochs=2", "warmup_epochs=0.5", images=1000, world_size=2)
+    assert (p.steps_per_epoch, p.steps, p.warmup_steps) == (15, 30, 8)
+    assert (p.layout.batch_size, p.layout.accumulate, p.layout.global_batch_size) == (8, 4, 64)
+    assert plan("global_batch_size=64", "steps=5", "warmup_epochs=0").steps == 5
+    assert plan("global_batch_size=64", "images=700", "warmup_epochs=0").steps == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["global_batch_size=2000"], "larger than the 1000 images"),
+        (["global_batch_size=64", "batch_size=7"], "not a multiple of batch_size=7"),
+        (["global_batch_size=64", "epochs=3", "warmup_epochs=3"], "not shorter than the run of 3 epochs"),
+        (["global_batch_size=64", "epochs=0"], "epochs=0"),
+        (["global_batch_size=64", "epochs=null"], "must be one number above 0"),
+        (["global_batch_size=64", "images=10"], "less than one step of 64 images"),
+        (["global_batch_size=0"], "multiple of the number of processes"),
+    ],
+)
+def test_plans_that_cannot_be_get_a_sentence(words, expected):
+    with pytest.raises(UserError, match=expected):
+        plan(*words)
+    with pytest.raises(UserError, match="multiple of the number of processes, 3"):
+        plan("global_batch_size=64", world_size=3)
+
+
+@pytest.mark.parametrize("method", ["mae", "dino"])
+def test_every_key_is_explained_in_the_help(method):
+    lines = help_lines(load(f"method={method}"))
+    assert [line.split("=")[0].strip() for line in lines] == list(flatten(config._defaults(method)))
+    assert [line for line in lines if "  " not in line.strip()] == []

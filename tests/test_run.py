@@ -1,0 +1,206 @@
+"""Whole runs: what they leave behind, and that being interrupted or dealt out in another way changes nothing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sslvit import state
+
+from . import processes
+from .conftest import METHODS, write_images, words
+
+TIMING = {"seconds", "images_per_second", "data_wait"}
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(state.folder_of(run_dir, state.steps_saved(run_dir)[-1]) / state.MODEL)
+
+
+def moments(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(state.folder_of(run_dir, state.steps_saved(run_dir)[-1]) / state.OPTIMIZER)
+
+
+def learned(run_dir: Path) -> list[dict]:
+    """metrics.jsonl without what a clock decides."""
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in processes.lines(run_dir)]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for read in (final_weights, moments):
+        ours, theirs = read(a), read(b)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert learned(a) == learned(b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_its_record(cli, images, tmp_path, method):
+    out = tmp_path / "run"
+    status, printed, _ = cli("pretrain", images, *words(method, f"out={out}", "precision=float32"))
+    assert status == 0
+    assert "step 8/8  epoch 2.00/2  loss" in printed
+    assert "images/s" in printed
+    assert "Done: 64 images" in printed
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "starts.jsonl", "metrics.jsonl", "checkpoints"}
+    start = json.loads((out / "starts.jsonl").read_text())
+    assert (
+        start["versions"]["torch"] == torch.__version__.split("+")[0] or start["versions"]["torch"] in torch.__version__
+    )
+    lines = processes.lines(out)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert lines[-1]["images"] == 64
+    assert lines[0]["lr"] == 0
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and 0 <= line["data_wait"] <= 1 for line in lines)
+    assert state.steps_saved(out) == [8]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, images, method, workers):
+    """SIGKILL at a random moment after step 4, then the same command: equal weights, moments and log, by torch.equal."""
+    arguments = ["pretrain", images, *words(method, "save.every_steps=3", f"workers={workers}", "epochs=3")]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    processes.finish(processes.start([*arguments, f"out={whole}"], tmp_path / "log"), tmp_path / "log")
+    processes.kill_at(processes.start([*arguments, f"out={broken}"], tmp_path / "log"), broken, step=4)
+    assert state.steps_saved(broken)[-1] < 12
+    printed = processes.finish(processes.start([*arguments, f"out={broken}"], tmp_path / "log2"), tmp_path / "log2")
+    assert f"Resuming {broken} at step" in printed
+    assert_same_run(whole, broken)
+    assert [line["step"] for line in learned(broken)] == list(range(1, 13))
+
+
+def test_a_line_of_the_log_that_a_kill_interrupts_is_the_same_line(cli, images, tmp_path):
+    """Lines are means over five steps, and checkpoints come at other steps."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    arguments = ["pretrain", images, *words("dino", "save.every_steps=3", "keep_last=9", "log.every_steps=5")]
+    assert cli(*arguments, f"out={whole}")[0] == 0
+    shutil.copytree(whole, resumed)
+    for step in (6, 8):
+        shutil.rmtree(state.folder_of(resumed, step))
+    assert cli(*arguments, f"out={resumed}")[0] == 0
+    assert_same_run(whole, resumed)
+
+
+def losses(run_dir: Path) -> torch.Tensor:
+    return torch.tensor([line["loss"] for line in processes.lines(run_dir) if "loss" in line])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_micro_batches_and_processes_do_not_change_a_run(tmp_path, images, method):
+    """One batch of 8 = 2 x 4 = 4 x 2 = two processes with 2 x 2: losses and weights within 1e-5."""
+    arguments = ["pretrain", images, *words(method, "precision=float32", "base_lr=1e-3")]
+    log = tmp_path / "log"
+    runs = {name: tmp_path / name for name in ("whole", "halves", "quarters", "processes")}
+    started = [
+        processes.start([*arguments, f"out={runs['whole']}"], log),
+        processes.start([*arguments, f"out={runs['halves']}", "batch_size=4"], log),
+        processes.start([*arguments, f"out={runs['quarters']}", "batch_size=2"], log),
+    ]
+    for process in started:
+        processes.finish(process, log)
+    printed = processes.launch(
+        [*arguments, f"out={runs['processes']}", "batch_size=2"], tmp_path / "log2", world_size=2
+    )
+    assert "2 x 2 micro-batches x 2 processes" in printed
+    expected, weights = losses(runs["whole"]), final_weights(runs["whole"])
+    for name in ("halves", "quarters", "processes"):
+        assert torch.allclose(losses(runs[name]), expected, atol=1e-5), name
+        for key, value in final_weights(runs[name]).items():
+            if not key.endswith("qkv.bias"):  # a key's bias has no gradient but rounding, which Adam blows up
+                assert torch.allclose(value, weights[key], atol=1e-5), (name, key)
+
+
+def test_a_finished_run_is_extended(cli, images, tmp_path):
+    out = tmp_path / "run"
+    assert cli("pretrain", images, *words("mae", f"out={out}"))[0] == 0
+    status, printed, _ = cli("pretrain", images, *words("mae", f"out={out}", "epochs=3"))
+    assert status == 0
+    assert "Resuming" in printed
+    lines = processes.lines(out)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[8]["lr"] > lines[7]["lr"]  # the schedule is that of the longer run from here on
+    status, printed, _ = cli("pretrain", images, *words("mae", f"out={out}", "epochs=3"))
+    assert status == 0
+    assert len(processes.lines(out)) == 12
+
+
+def test_other_settings_are_refused_by_name_and_nothing_is_touched(cli, fails, images, tmp_path):
+    out = tmp_path / "run"
+    assert cli("pretrain", images, *words("mae", f"out={out}"))[0] == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    message = fails("pretrain", images, *words("mae", f"out={out}", "mask_ratio=0.5", "base_lr=1e-3"))
+    assert "objective.mask_ratio was 0.75 and is 0.5" in message
+    assert "optim.base_lr was" in message
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert (
+        cli("pretrain", images, *words("mae", f"out={out}", "batch_size=4", "workers=0", "log.every_steps=2"))[0] == 0
+    )
+
+
+def test_a_directory_with_other_things_is_not_written_to(fails, images, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    assert "is not empty and holds no run" in fails("pretrain", images, *words("mae", f"out={tmp_path}"))
+    assert "is a file" in fails("pretrain", images, *words("mae", f"out={tmp_path / 'precious.txt'}"))
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_broken_images_are_skipped_counted_and_named_once(cli, tmp_path):
+    folder = write_images(tmp_path / "images", 37)
+    (folder / "003.png").write_bytes(b"no image")
+    (folder / "017.png").write_bytes((folder / "016.png").read_bytes()[:80])
+    out = tmp_path / "run"
+    status, printed, _ = cli("pretrain", folder, *words("mae", f"out={out}", "bad_ratio=0.1", "epochs=4"))
+    assert status == 0
+    assert printed.count("Cannot read") == 2
+    names = [line.split("\t")[0] for line in (out / "bad_images.txt").read_text().splitlines()]
+    assert sorted(names) == [str(folder / "003.png"), str(folder / "017.png")]
+
+
+def test_too_many_broken_images_stop_the_run(fails, tmp_path):
+    folder = write_images(tmp_path / "images", 37)
+    for i in range(0, 37, 3):
+        (folder / f"{i:03d}.png").write_bytes(b"")
+    message = fails("pretrain", folder, *words("mae", f"out={tmp_path / 'run'}", "bad_ratio=0.002"))
+    assert "images cannot be read" in message
+    assert "data.bad_ratio=0.002" in message
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+    assert "in a row cannot be read" in fails("pretrain", folder, *words("mae", f"out={tmp_path / 'run2'}"))
+
+
+def test_knn_during_the_run_is_logged_and_reported(cli, labelled, tmp_path):
+    out = tmp_path / "run"
+    status, printed, _ = cli(
+        "pretrain", labelled / "train", *words("mae", f"out={out}", "eval.k=5", "eval.every_epochs=1"),
+        f"eval.train={labelled / 'train'}", f"eval.test={labelled / 'test'}",
+    )  # fmt: skip
+    assert status == 0
+    measured = [(line["step"], line["knn/top1"]) for line in processes.lines(out) if "knn/top1" in line]
+    assert [step for step, _ in measured] == [0, 4, 8]
+    assert measured[-1][1] > 90  # three colours
+    assert f"untrained encoder {measured[0][1]:.1f}%, trained encoder {measured[-1][1]:.1f}%" in printed
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [["-m", "accelerate.commands.launch", "--cpu"], ["-m", "torch.distributed.run", "--nproc_per_node", "2"]],
+)
+def test_the_launchers_start_it(images, tmp_path, launcher):
+    out = tmp_path / "run"
+    command = [sys.executable, *launcher, "-m", "sslvit", "pretrain", str(images), *words("dino", f"out={out}")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 8/8") == 1
+    layout = "4 x 1 micro-batches x 2 processes" if "2" in launcher else "8 x 1 micro-batches x 1 processes"
+    assert layout in done.stdout
+    assert state.steps_saved(out) == [8]
