@@ -78,6 +78,14 @@ def labelled(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def colour_run(labelled, tmp_path_factory) -> Path:
+    """A finished MAE run on the three colours."""
+    out = tmp_path_factory.mktemp("runs") / "colours"
+    assert main(["pretrain", str(labelled / "train"), *words("mae", f"out={out}")]) == 0
+    return out
+
+
 @pytest.fixture
 def cli(capsys):
     """Run a command in this process: (exit status, standard output, standard error)."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sslvit import state
 
 from . import processes
-from .conftest import METHODS, write_images, words
+from .conftest import METHODS, words, write_images
 
 TIMING = {"seconds", "images_per_second", "data_wait"}
 
@@ -64,7 +64,7 @@ def test_a_run_leaves_its_record(cli, images, tmp_path, method):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, images, method, workers):
-    """SIGKILL at a random moment after step 4, then the same command: equal weights, moments and log, by torch.equal."""
+    """SIGKILL at some moment after step 4, then the same command: equal weights, moments and log, by torch.equal."""
     arguments = ["pretrain", images, *words(method, "save.every_steps=3", f"workers={workers}", "epochs=3")]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     processes.finish(processes.start([*arguments, f"out={whole}"], tmp_path / "log"), tmp_path / "log")

@@ -1,0 +1,145 @@
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sslvit.evaluation import knn
+from sslvit.evaluation.features import Features, align_labels
+from tests import processes
+
+
+def brute_force(bank, labels, queries, num_classes, k, temperature):
+    """The votes by the definition, one query and one neighbour at a time, in Python floats."""
+    votes = []
+    for q in queries.double():
+        similarity = sorted(((float(q @ b), -i) for i, b in enumerate(bank.double())), reverse=True)[:k]
+        total = [0.0] * num_classes
+        for s, i in similarity:
+            total[int(labels[-i])] += math.exp(s / temperature)
+        votes.append(total)
+    return torch.tensor(votes, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.2), (60, 1.0)])
+def test_votes_equal_a_brute_force_loop(k, temperature):
+    torch.manual_seed(0)
+    bank, queries = F.normalize(torch.randn(60, 8), dim=1), F.normalize(torch.randn(15, 8), dim=1)
+    labels = torch.randint(0, 4, (60,))
+    similarity, rows = knn.neighbours(bank, queries, k)
+    ours = knn.vote(similarity, labels[rows], 4, k, temperature)
+    theirs = brute_force(bank, labels, queries, 4, k, temperature)
+    assert torch.allclose(ours / ours.sum(1, keepdim=True), theirs / theirs.sum(1, keepdim=True), atol=1e-5)
+
+
+def test_equal_similarities_and_equal_votes():
+    """Copies of one image in two classes: the votes tie, and the smaller class number wins."""
+    bank = F.normalize(torch.ones(4, 3), dim=1)
+    result = knn.classify(bank, torch.tensor([1, 0, 1, 0]), bank[:2], torch.tensor([0, 1]), 2, (4,))
+    assert result[4, 0.07] == (50.0, 100.0)
+
+
+def test_a_temperature_so_small_that_exp_overflows_still_votes():
+    bank = F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), dim=1)
+    result = knn.classify(bank, torch.tensor([1, 0, 0]), bank[:1], torch.tensor([1]), 2, (3,), (1e-4,))
+    assert result[3, 1e-4][0] == 100.0
+
+
+def test_one_search_serves_all_k_and_temperatures(monkeypatch):
+    calls = []
+    search = knn.neighbours
+    monkeypatch.setattr(knn, "neighbours", lambda *a: calls.append(a[2]) or search(*a))
+    bank = F.normalize(torch.randn(50, 4), dim=1)
+    labels = torch.randint(0, 3, (50,))
+    together = knn.classify(bank, labels, bank[:9], labels[:9], 3, (1, 5, 20), (0.05, 0.5))
+    assert calls == [20]
+    for (k, t), value in together.items():
+        assert knn.classify(bank, labels, bank[:9], labels[:9], 3, (k,), (t,))[k, t] == value
+
+
+def test_labels_are_matched_by_the_names_of_the_classes():
+    def features(labels, classes):
+        return Features(torch.zeros(len(labels), 2), torch.tensor(labels), classes, torch.arange(len(labels)))
+
+    train, test = features([0, 1, 2], ["ant", "bee", "cat"]), features([0, 1, -1], ["bee", "cat"])
+    assert align_labels(train, test, ("a", "b"))[1].tolist() == [1, 2, -1]
+
+
+@pytest.mark.parametrize("command", ["knn", "linear"])
+@pytest.mark.parametrize("pool", ["auto", "cls", "cls+mean"])
+def test_colours_are_told_apart(cli, labelled, colour_run, tmp_path, command, pool):
+    """Three colours are easy for any encoder: the commands find them, print a table and write JSON."""
+    sets = [f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"]
+    extra = ["k=[1,5]"] if command == "knn" else ["epochs=20", "probe_batch_size=16"]
+    out = tmp_path / "result.json"
+    status, printed, _ = cli(command, f"run={colour_run}", *sets, f"pool={pool}", f"out={out}", *extra)
+    assert status == 0
+    assert {"auto": "mean of patches", "cls": "class token", "cls+mean": "class token and mean"}[pool] in printed
+    record = json.loads(out.read_text())
+    results = record["results"]
+    assert (results[0] if command == "knn" else results)["top1"] > 90
+    assert record["train"]["images"] == 36
+    assert record["test"]["images"] == 18
+    assert record["step"] == 8
+    assert record["versions"]["faiss-cpu"]
+
+
+def test_one_and_two_processes_give_the_same(labelled, colour_run, tmp_path):
+    words = ["knn", f"run={colour_run}", f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}", "k=[3]"]
+    alone, together = tmp_path / "alone.json", tmp_path / "together.json"
+    processes.finish(processes.start([*words, f"out={alone}"], tmp_path / "log"), tmp_path / "log")
+    processes.launch([*words, f"out={together}"], tmp_path / "log2", world_size=2)
+    assert json.loads(alone.read_text())["results"] == json.loads(together.read_text())["results"]
+
+
+def test_unreadable_images_are_left_out_and_counted(cli, labelled, colour_run, tmp_path):
+    root = tmp_path / "sets"
+    shutil.copytree(labelled, root)
+    (root / "test" / "class1" / "0.png").write_bytes(b"no image")
+    out = tmp_path / "result.json"
+    sets = [f"data.train={root / 'train'}", f"data.test={root / 'test'}"]
+    assert cli("knn", f"run={colour_run}", *sets, "k=[3]", f"out={out}")[0] == 0
+    assert json.loads(out.read_text())["test"] == {"data": str(root / "test"), "images": 17, "unreadable": 1}
+
+
+def test_the_untrained_encoder_is_measured_by_the_same_ruler(cli, labelled, tmp_path):
+    out = tmp_path / "result.json"
+    status, printed, _ = cli(
+        "knn", "run=random:vit_tiny_patch16_224", "image_size=32",
+        "model_args={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 2}",
+        f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}", "k=[3]", f"out={out}",
+    )  # fmt: skip
+    assert status == 0
+    assert "class token" in printed
+    assert json.loads(out.read_text())["weights"] == "random, seed 0"
+
+
+@pytest.mark.parametrize("command", ["knn", "linear"])
+def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path, command):
+    train, test = f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"
+    run = f"run={colour_run}"
+    assert "run= is missing" in fails(command, train, test)
+    assert "data.test is missing" in fails(command, run, train)
+    assert "does not exist" in fails(command, "run=nowhere", train, test)
+    assert "neither a run" in fails(command, f"run={images}", train, test)
+    assert "has no labels" in fails(command, run, train, f"data.test={images}")
+    assert "pool=pooled" in fails(command, run, train, test, "pool=pooled")
+    assert "Did you mean" in fails(command, run, train, test, "poool=cls")
+    assert "belong to timm: and random:" in fails(command, run, train, test, "image_size=64")
+    assert "is not a model of timm" in fails(command, "run=random:vit_tinny", train, test)
+    other = tmp_path / "other"
+    shutil.copytree(labelled / "test", other)
+    (other / "class2").rename(other / "unheard_of")
+    assert "classes that" in fails(command, run, train, f"data.test={other}")
+    empty = tmp_path / "run"
+    empty.mkdir()
+    shutil.copy(colour_run / "config.yaml", empty)
+    assert "has no checkpoint yet" in fails(command, f"run={empty}", train, test)
+
+
+def test_a_k_above_the_bank_gets_a_sentence(fails, labelled, colour_run):
+    train, test = f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"
+    assert "k=37 is larger than the 36 labelled" in fails("knn", f"run={colour_run}", train, test, "k=[37]")
+    assert "above 0" in fails("knn", f"run={colour_run}", train, test, "k=[0]")

@@ -1,0 +1,77 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sslvit import rng, schedules
+from sslvit.evaluation import linear
+
+
+def clouds(n: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian clouds around four corners of a square in 6 dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 4
+    corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
+    return F.pad(corners[labels], (0, 4)) + spread * torch.randn(n, 6, generator=generator), labels
+
+
+def test_separable_clouds_are_separated_and_overlapping_ones_at_the_bayes_rate():
+    for spread, low, high in ((0.1, 99.9, 100.0), (1.0, 67.0, 74.5)):  # Bayes: P(|z| < 1)^2 with z normal = 70.8 %
+        x, labels = clouds(4000, spread, seed=0)
+        test_x, test_labels = clouds(4000, spread, seed=1)
+        heads = linear.train_heads(x, labels, 4, [0.1], 20, 0.0, 256, seed=0)
+        assert low <= linear.accuracy(heads, test_x, test_labels).item() <= high
+
+
+def test_heads_trained_together_equal_heads_trained_alone():
+    x, labels = clouds(200, 0.5, seed=0)
+    rates = [0.01, 0.1, 1.0]
+    together = linear.train_heads(x, labels, 4, rates, 5, 1e-4, 32, seed=0)
+    for i, rate in enumerate(rates):
+        alone = linear.train_heads(x, labels, 4, [rate], 5, 1e-4, 32, seed=0)
+        assert torch.allclose(together[i], alone[0], atol=1e-5)
+
+
+def test_a_head_equals_torchs_own_sgd():
+    x, labels = clouds(64, 0.5, seed=0)
+    ours = linear.train_heads(x, labels, 4, [0.3], 3, 1e-3, 16, seed=0)[0]
+    layer = torch.nn.Linear(6, 4)
+    start = linear.train_heads(x, labels, 4, [0.3], 0, 0.0, 16, seed=0)[0]
+    layer.weight.data, layer.bias.data = start[:-1].t().clone(), start[-1].clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-3)
+    for step in range(12):
+        epoch, place = divmod(step, 4)
+        rows = rng.permutation(rng.fold_in(0, "probe", epoch), 64)[place * 16 : place * 16 + 16]
+        optimizer.param_groups[0]["lr"] = 0.3 * 16 / 1024 * schedules.cosine(1.0, 0.0, step / 12)
+        optimizer.zero_grad()
+        F.cross_entropy(layer(x[rows]), labels[rows]).backward()
+        optimizer.step()
+    assert torch.allclose(ours[:-1].t(), layer.weight, atol=1e-5)
+    assert torch.allclose(ours[-1], layer.bias, atol=1e-5)
+
+
+def test_the_rate_is_chosen_on_held_out_images_and_useless_features_stay_at_chance(cli, labelled, colour_run, tmp_path):
+    status, printed, _ = cli(
+        "linear", f"run={colour_run}", f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}",
+        f"out={tmp_path / 'r.json'}", "lr=[1e-6,1.0]", "holdout=0.3", "epochs=30", "probe_batch_size=16",
+    )  # fmt: skip
+    assert status == 0
+    assert "with lr 1, chosen on the held-out part" in printed
+    assert "at the end of the list" in printed
+    torch.manual_seed(0)
+    noise, labels = torch.randn(2000, 8), torch.randint(0, 4, (2000,))
+    heads = linear.train_heads(noise[:1000], labels[:1000], 4, [0.1], 20, 0.0, 256, seed=0)
+    assert linear.accuracy(heads, noise[1000:], labels[1000:]).item() == pytest.approx(25, abs=5)
+
+
+def test_standardised_features_have_mean_zero_and_deviation_one():
+    x = torch.randn(500, 3) * torch.tensor([1.0, 100.0, 0.01]) + 7
+    mean, std = linear.standardisation(x)
+    z = (x - mean) / std
+    assert z.mean(0).abs().max() < 1e-4
+    assert (z.std(0, unbiased=False) - 1).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("word", ["holdout=0", "holdout=1", "lr=[]", "epochs=0", "holdout=0.001"])
+def test_settings_that_cannot_be_get_a_sentence(fails, labelled, colour_run, word):
+    train, test = f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"
+    assert word.split("=")[0] in fails("linear", f"run={colour_run}", train, test, word)

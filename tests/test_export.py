@@ -1,0 +1,103 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from sslvit import pretrained
+from sslvit.export import timm_folder
+
+from .conftest import words
+
+ELSEWHERE = """
+import sys, timm, torch
+from safetensors.torch import load_file, save_file
+model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+config = timm.data.resolve_model_data_config(model)
+assert "sslvit" not in sys.modules
+with torch.inference_mode():
+    features = model(load_file(sys.argv[2])["x"]).contiguous()
+head = timm.create_model("local-dir:" + sys.argv[1], pretrained=True, num_classes=7)
+logits = head(torch.zeros(1, *config["input_size"])).detach()
+save_file({"features": features, "mean": torch.tensor(config["mean"]), "logits": logits}, sys.argv[3])
+"""
+ODD = ["model.args.reg_tokens=2", "in_chans=1", "image_size=[16,48]", "mean=[0.3]", "std=[0.2]"]
+
+
+@pytest.mark.parametrize(("method", "extra"), [("mae", ODD), ("dino", [])])
+def test_timm_loads_it_elsewhere_with_equal_features(cli, images, tmp_path, method, extra):
+    out, folder = tmp_path / "run", tmp_path / "exported"
+    assert cli("pretrain", images, *words(method, f"out={out}", "steps=2", "warmup_epochs=0", *extra))[0] == 0
+    status, printed, _ = cli("export", f"run={out}", "to=timm", f"out={folder}")
+    assert status == 0
+    assert "no missing or unexpected weight, equal features" in printed
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+
+    subject = pretrained.load(str(out))
+    x = torch.randn(3, subject.encoder.in_chans, *subject.encoder.image_size)
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    command = [
+        sys.executable,
+        "-c",
+        ELSEWHERE,
+        str(folder),
+        str(tmp_path / "x.safetensors"),
+        str(tmp_path / "y.safetensors"),
+    ]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    theirs = load_file(tmp_path / "y.safetensors")
+    with torch.inference_mode():
+        assert torch.allclose(theirs["features"], subject.encoder.features(x), atol=1e-5)
+    assert theirs["mean"].tolist() == pytest.approx(subject.mean)
+    assert theirs["logits"].shape == (1, 7)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["global_pool"] == {"mae": "avg", "dino": "token"}[method]
+
+    again = pretrained.load(str(folder))
+    assert again.encoder.pool == {"mae": "mean", "dino": "cls"}[method]
+    assert (again.mean, again.std) == (subject.mean, subject.std)
+
+
+def test_dino_exports_its_teacher(cli, images, tmp_path):
+    out = tmp_path / "run"
+    assert cli("pretrain", images, *words("dino", f"out={out}", "base_lr=0.01", "momentum=0.5"))[0] == 0
+    assert cli("export", f"run={out}")[0] == 0
+    weights = load_file(out / "export" / "timm" / "model.safetensors")
+    stored = load_file(next((out / "checkpoints").glob("step_*")) / "model.safetensors")
+    name = "blocks.0.mlp.fc1.weight"
+    assert torch.equal(weights[name], stored[f"teacher.encoder.model.{name}"])
+    assert not torch.equal(weights[name], stored[f"student.encoder.model.{name}"])
+
+
+def test_other_families_are_exported_too(cli, tmp_path):
+    torch.manual_seed(0)
+    subject = pretrained.load("random:mobilevitv2_050", image_size=64)
+    folder = timm_folder.export(subject, tmp_path / "exported")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.allclose(model(x), subject.encoder.features(x), atol=1e-5)
+
+
+def test_an_export_that_is_not_the_encoder_fails_loudly(colour_run, tmp_path):
+    subject = pretrained.load(str(colour_run))
+    folder = timm_folder.export(subject, tmp_path / "exported")
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "norm.bias": weights["norm.bias"] + 1}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="differ from the encoder's"):
+        timm_folder.check(subject.encoder, folder)
+    del weights["norm.bias"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="could not load"):
+        timm_folder.check(subject.encoder, folder)
+
+
+def test_a_folder_with_other_things_is_left_alone(fails, colour_run, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    assert "holds other things" in fails("export", f"run={colour_run}", f"out={tmp_path}")
+    assert "out= is missing" in fails("export", "run=random:resnet18")
+    assert "run= is missing" in fails("export")
+    assert (tmp_path / "precious.txt").exists()
