@@ -6,6 +6,7 @@ teacher's distributions are summed first, so each student crop needs one, with t
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from ..views import Crop, Views, crop_key
 
 @dataclass
 class Config:
+    pool: Literal["auto", "cls", "mean"] = (
+        "auto"  # what the head sees: class token, or mean of patches; auto: the former
+    )
     prototypes: int = 65536  # K, the size of the output distribution
     hidden_dim: int = 2048  # width of the head
     bottleneck_dim: int = 256  # width before the prototypes
@@ -34,9 +38,10 @@ class Config:
     momentum_end: float = 1.0  # reached on half a cosine
     freeze_last_layer_epochs: float = 1.0  # the prototypes do not learn before
     drop_path: float = 0.1  # stochastic depth of the student, rising linearly over its blocks
+    global_crop_size: int | tuple[int, int] | None = None  # pixels; null: data.image_size
     global_crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
     local_crops: int = 8  # how many; 0 for none
-    local_crop_size: int | tuple[int, int] = 96  # pixels; global crops have data.image_size
+    local_crop_size: int | tuple[int, int] = 96  # pixels
     local_crop_scale: tuple[float, float] = (0.05, 0.4)  # share of the image's area
     flip_prob: float = 0.5  # left-right, of every crop
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
@@ -83,7 +88,7 @@ def views(config: Config, data_config: data.Config) -> Views:
             solarize_prob=solarize_prob,
         )
 
-    size, scale = data.image_size(data_config), config.global_crop_scale
+    size, scale = config.global_crop_size or data.image_size(data_config), config.global_crop_scale
     crops = {
         "global": [
             crop(size, scale, config.blur_prob[0]),
@@ -108,6 +113,10 @@ def build(config: Config, model: encoder.Config, data_config: data.Config, steps
     size = data.image_size(data_config)
     student = encoder.create(model, size, data_config.in_chans, drop_path=config.drop_path)
     teacher = encoder.create(model, size, data_config.in_chans)
+    if config.pool != "auto":
+        if not student.is_vit or (config.pool == "cls" and not student.model.has_class_token):
+            raise UserError(f"objective.pool={config.pool} is not something that {model.name} has: use pool=auto.")
+        student.pool = teacher.pool = config.pool
     _check_crop_sizes(config, data_config, teacher, model.name)
     return DINO(config, student, teacher, steps_per_epoch, steps)
 

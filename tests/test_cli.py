@@ -1,0 +1,119 @@
+"""What a user sees: help, and one sentence for each mistake, before anything is trained or lost."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sslvit import state
+
+from .conftest import words
+
+
+def test_help_is_printed_for_every_command(cli):
+    status, usage, _ = cli()
+    assert status == 0
+    for command in ("pretrain", "knn", "linear", "export"):
+        assert command in usage
+        status, text, _ = cli(command, "--help")
+        assert status == 0
+        assert "run=" in text or command == "pretrain"
+    assert "objective.prototypes=65536" in cli("pretrain", "method=dino", "--help")[1]
+
+
+def test_a_misspelt_command_is_recognised(fails):
+    assert "Did you mean pretrain?" in fails("pretrian")
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["mask_rato=0.7"], "There is no key mask_rato. Did you mean objective.mask_ratio?"),
+        (["mask_ratio=1.5"], "objective.mask_ratio=1.5 must lie between 0 and 1"),
+        (["image_size=30"], "30x30 is not divisible by the patch size 8: use 24 or 32"),
+        (["warmup_epochs=2"], "optim.warmup_epochs=2 is not shorter than the run of 2 epochs"),
+        (["global_batch_size=38"], "global_batch_size=38 is larger than the 37 images"),
+        (["data.train=/no/such/folder"], "/no/such/folder is neither a folder"),
+        (["model.name=vit_tiny_patch16_244"], "Did you mean vit_tiny_patch16_224"),
+        (["model.args.patchsize=4"], "patchsize"),
+        (["in_chans=5"], "images"),
+        (["mean=[0.5]"], "data.mean has 1 numbers for data.in_chans=3"),
+        (["precision=fp16"], "precision=fp16 needs a CUDA GPU"),
+        (["base_lr=0"], "optim.base_lr=0.0 must be above 0"),
+        (["eval.train=fractals"], "eval.test is empty"),
+        (["epochs=0.01"], "less than one step"),
+        (["workers=-1"], "data.workers=-1"),
+        (["log.every_steps=0"], "log.every_steps=0"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_the_first_step(fails, images, tmp_path, more, expected):
+    out = tmp_path / "run"
+    assert expected in fails("pretrain", images, *words("mae", f"out={out}", *more))
+    assert not (out / "checkpoints").exists()
+
+
+def test_an_empty_folder_says_what_it_found(fails, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "the folder is empty" in fails("pretrain", tmp_path / "empty", *words("mae", f"out={tmp_path / 'run'}"))
+    (tmp_path / "empty" / "scan.nii.gz").write_bytes(b"")
+    assert "1 .gz" in fails("pretrain", tmp_path / "empty", *words("mae", f"out={tmp_path / 'run'}"))
+
+
+def test_a_k_larger_than_the_training_set_is_refused_before_the_run(fails, labelled, tmp_path):
+    sets = [f"eval.train={labelled / 'train'}", f"eval.test={labelled / 'test'}"]
+    message = fails("pretrain", labelled / "train", *words("mae", f"out={tmp_path / 'run'}", "eval.k=40", *sets))
+    assert "eval.k=40 is larger than the 36 images" in message
+
+
+def test_a_checkpoint_with_no_matching_key_is_refused(fails, colour_run, labelled, tmp_path):
+    """A run whose stored weights belong to another encoder."""
+    import shutil
+
+    other = tmp_path / "run"
+    shutil.copytree(colour_run, other)
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("embed_dim: 48", "embed_dim: 64"))
+    sets = [f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"]
+    message = fails("knn", f"run={other}", *sets, "k=[3]")
+    assert "has 0 of the" in message or "weights that this encoder needs" in message
+    assert "It belongs to another model" in message
+
+
+class Trap:
+    """What unpickling would run."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path(TRAP),))
+
+
+TRAP = "sprung"
+
+
+def test_a_pickle_never_runs(fails, colour_run, labelled, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "run"
+    shutil.copytree(colour_run, other)
+    torch.save({"model": Trap()}, state.folder_of(other, 8) / state.MODEL)
+    sets = [f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"]
+    assert "can be read" in fails("knn", f"run={other}", *sets, "k=[3]")
+    torch.save({"model": Trap()}, tmp_path / "foreign.pth")
+    assert "neither a run" in fails("knn", f"run={tmp_path / 'foreign.pth'}", *sets)
+    assert not (tmp_path / TRAP).exists()
+
+
+def test_a_real_process_prints_the_sentence_and_nothing_else(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "sslvit", "pretrain", "mask_rato=0.7"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("sslvit pretrain: There is no key mask_rato.")
+    assert done.stderr.count("\n") == 1
