@@ -122,14 +122,16 @@ class Encoder(nn.Module):
         x = vit.norm(x)
         return Tokens(x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :])
 
-    def features(self, images: Tensor, pool: Pool | None = None, key: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] float -> [B, feature_dim]: class token, mean of patches, or both, after the final norm."""
+    def features(
+        self, images: Tensor, pool: Pool | None = None, key: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """[B, C, H, W] float -> [B, feature_dim]: class token, mean of the (kept) patches, or both, after the norm."""
         pool = pool or self.pool
         if not self.is_vit:
             for module in self._drop_paths:
                 module.key = key
             return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
-        tokens = self(images, key=key)
+        tokens = self(images, keep=keep, key=key)
         if pool == "cls":
             return tokens.prefix[:, 0]
         if pool == "mean":

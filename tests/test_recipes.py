@@ -31,7 +31,15 @@ def test_a_recipe_takes_a_step(cli, images, tmp_path, path):
     small = ["model.args={embed_dim: 48, depth: 2, num_heads: 2}", "global_batch_size=4", "steps=1", "warmup_epochs=0"]
     head = ["prototypes=32"] if load(path).method == "dino" else []
     temperature = ["teacher_temp_warmup_epochs=0"] if head else []
-    words = [f"data.train={images}", f"out={tmp_path / 'run'}", "eval.train=", "eval.test=", *small, *head, *temperature]
+    words = [
+        f"data.train={images}",
+        f"out={tmp_path / 'run'}",
+        "eval.train=",
+        "eval.test=",
+        *small,
+        *head,
+        *temperature,
+    ]
     status, printed, _ = cli("pretrain", path, *words)
     assert status == 0
     assert "step 1/1" in printed

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import data, encoder, schedules
+from .. import data, encoder, masks, schedules
 from ..distributed import all_reduce_sum, world_size
 from ..encoder import Encoder
 from ..errors import UserError
@@ -37,6 +38,8 @@ class Config:
     momentum: float = 0.996  # of the teacher at the start; 0.9995 for a global batch of 256
     momentum_end: float = 1.0  # reached on half a cosine
     freeze_last_layer_epochs: float = 1.0  # the prototypes do not learn before
+    student_keep: float = 1.0  # share of a global crop's patches that the student sees; below 1 is not in the paper
+    koleo_weight: float = 0.0  # of DINOv2's term that spreads the student's features; 0 in the paper
     drop_path: float = 0.1  # stochastic depth of the student, rising linearly over its blocks
     global_crop_size: int | tuple[int, int] | None = None  # pixels; null: data.image_size
     global_crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
@@ -145,13 +148,24 @@ class Network(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def forward(self, resolutions: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """For each resolution crops [R, C, h, w] and their keys [R] -> [sum of R, K] float32 logits.
+    def features(self, resolutions: list[tuple[Tensor, Tensor]], keep: float = 1.0) -> Tensor:
+        """For each resolution crops [R, C, h, w] and their keys [R] -> [sum of R, D] float32 features.
 
-        Crops of one resolution pass the encoder together, all of them the head together (section 3.2).
+        Crops of one resolution pass the encoder together (section 3.2). keep: share of the patches of the first
+        resolution that the encoder sees, others for each crop.
         """
-        features = [self.encoder.features(crops, key=key) for crops, key in resolutions]
-        return self.head(torch.cat([feature.float() for feature in features]))
+        features = []
+        for i, (crops, key) in enumerate(resolutions):
+            kept = None
+            if i == 0 and keep < 1:
+                h, w = self.encoder.grid(tuple(crops.shape[-2:]))
+                kept = masks.random_order(key, h * w)[:, : max(1, round(h * w * keep))]
+            features.append(self.encoder.features(crops, key=key, keep=kept).float())
+        return torch.cat(features)
+
+    def forward(self, resolutions: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The same -> [sum of R, K] float32 logits; all crops pass the head together."""
+        return self.head(self.features(resolutions))
 
 
 class DINO(nn.Module):
@@ -189,8 +203,13 @@ class DINO(nn.Module):
             teacher_logits = self.teacher(resolutions[:1])
             self.logit_sum += teacher_logits.sum(dim=0, keepdim=True)
             self.logit_count += len(teacher_logits)
-        student_logits = self.student(resolutions)
-        return self.loss(student_logits, teacher_logits, self.teacher_temp(step))
+        features = self.student.features(resolutions, self.config.student_keep)
+        values = self.loss(self.student.head(features), teacher_logits, self.teacher_temp(step))
+        if self.config.koleo_weight:
+            spread = sum(koleo(view) for view in features[: len(teacher_logits)].chunk(2)) / 2
+            values["koleo"] = spread
+            values["loss"] = values["loss"] + self.config.koleo_weight * spread
+        return values
 
     def loss(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> dict[str, Tensor]:
         """[(2 + V) * B, K] and [2 * B, K], view after view -> the mean over the 2 (1 + V) pairs of a teacher crop t and
@@ -235,3 +254,15 @@ class DINO(nn.Module):
 
     def exported_encoder(self) -> Encoder:
         return self.teacher.encoder
+
+
+def koleo(features: Tensor) -> Tensor:
+    """[B, D] -> the Kozachenko-Leonenko term of DINOv2 (Oquab et al., 2023, section 4): minus the mean logarithm of the
+    distance from each feature, of unit length, to the nearest other one of this micro-batch. A scalar; 0 for one image.
+    """
+    if len(features) < 2:
+        return features.sum() * 0.0
+    x = F.normalize(features.float(), dim=1)
+    with torch.no_grad():
+        nearest = (x @ x.t()).fill_diagonal_(-2).argmax(dim=1)
+    return -(((x - x[nearest]).square().sum(dim=1) + 1e-12).sqrt() + 1e-8).log().mean()
