@@ -10,8 +10,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from . import objectives
+from . import objectives, optim
 from .data import Config as DataConfig
+from .data import image_size
 from .data.loader import Layout
 from .encoder import Config as ModelConfig
 from .errors import UserError
@@ -109,6 +110,27 @@ def differences(old: Path, new: RunConfig) -> dict[str, tuple[Any, Any]]:
 def help_text(method: str) -> str:
     """All keys of a method with their defaults and what they mean."""
     return "\n".join(help_lines(OmegaConf.to_object(_defaults(method))))
+
+
+def check(config: RunConfig) -> None:
+    """Refuse numbers that have no meaning, before anything is opened. Raises UserError."""
+    least: dict[str, tuple[Any, float]] = {
+        "data.workers": (config.data.workers, 0),
+        "data.in_chans": (config.data.in_chans, 1),
+        "data.image_size": (min(image_size(config.data)), 1),
+        "log.every_steps": (config.log.every_steps, 1),
+        "save.every_minutes": (config.save.every_minutes, 0),
+        "save.every_steps": (config.save.every_steps, 1),
+        "save.keep_last": (config.save.keep_last, 1),
+        "eval.every_epochs": (config.eval.every_epochs, 0),
+        "eval.k": (config.eval.k, 1),
+    }
+    for key, (value, minimum) in least.items():
+        if value is not None and not value >= minimum:
+            raise UserError(f"{key}={value} must be {minimum} or above.")
+    if not 0 <= config.data.bad_ratio <= 1:
+        raise UserError(f"data.bad_ratio={config.data.bad_ratio} must lie between 0 and 1.")
+    optim.check(config.optim)
 
 
 def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) -> Plan:

@@ -37,6 +37,7 @@ class Result:
 
 def pretrain(config: RunConfig) -> Result:
     """Train to the configured end, from the newest checkpoint of the run directory if it has one. Raises UserError."""
+    configuration.check(config)
     accelerator = start_accelerator(config.precision)
     device = accelerator.device
     method = objectives.find(config.method)
@@ -44,7 +45,6 @@ def pretrain(config: RunConfig) -> Result:
     plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
     views, normalize = method.views(config.objective, config.data), Normalize(*data.normalization(config.data))
     knn = OnlineKNN(config.eval, config.data, config.seed) if config.eval.train or config.eval.test else None
-    optim.check(config.optim)
     torch.manual_seed(int(rng.fold_in(config.seed, "weights")))
     objective = method.build(config.objective, config.model, config.data, plan.steps_per_epoch, plan.steps).to(device)
     choose_attention(objective, device, accelerator.mixed_precision)

@@ -64,6 +64,8 @@ def _refuse_other_settings(run_dir: Path, differences: dict[str, tuple]) -> None
     differences = {
         key: values for key, values in differences.items() if key not in FREE and not key.startswith(FREE_SECTIONS)
     }
+    if "method" in differences:  # then every other key of the methods differs as well
+        differences = {"method": differences["method"]}
     if differences:
         changes = "; ".join(f"{key} was {old} and is {new}" for key, (old, new) in sorted(differences.items()))
         raise UserError(

@@ -28,14 +28,14 @@ def parse(schema: Any, words: list[str], command: str) -> Any:
 
 
 def assignments(words: list[str]) -> list[tuple[str, Any]]:
-    """[("optim.base_lr", 0.001), ...] with the values as YAML reads them."""
+    """[("optim.base_lr", 0.001), ...] with the values as YAML reads them, but `key=` as the empty text."""
     pairs = []
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise UserError(f"{word} is not of the form key=value.")
         try:
-            pairs.append((key.lstrip("-"), OmegaConf.from_dotlist([f"value={value}"]).value))
+            pairs.append((key.lstrip("-"), OmegaConf.from_dotlist([f"value={value}"]).value if value else ""))
         except Exception as error:  # whatever YAML's parser raises
             raise UserError(f"{word} cannot be read: {first_line(error)}.") from error
     return pairs
@@ -153,5 +153,5 @@ def help_lines(node: Any, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(value):
             lines += help_lines(value, f"{prefix}{item.name}.")
         else:
-            lines.append(f"  {f'{prefix}{item.name}={shown(value)}':<44} {comments.get(item.name, '')}".rstrip())
+            lines.append(f"  {f'{prefix}{item.name}={shown(value)}':<42}   {comments.get(item.name, '')}".rstrip())
     return lines

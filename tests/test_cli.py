@@ -38,7 +38,7 @@ def test_a_misspelt_command_is_recognised(fails):
         (["data.train=/no/such/folder"], "/no/such/folder is neither a folder"),
         (["model.name=vit_tiny_patch16_244"], "Did you mean vit_tiny_patch16_224"),
         (["model.args.patchsize=4"], "patchsize"),
-        (["in_chans=5"], "images"),
+        (["in_chans=5"], "data.in_chans=5, but the images of a folder"),
         (["mean=[0.5]"], "data.mean has 1 numbers for data.in_chans=3"),
         (["precision=fp16"], "precision=fp16 needs a CUDA GPU"),
         (["base_lr=0"], "optim.base_lr=0.0 must be above 0"),

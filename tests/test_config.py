@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
-from sslvit import config
+from sslvit import config, export
 from sslvit.errors import UserError
+from sslvit.evaluation import knn, linear
 from sslvit.words import flatten, help_lines
 
 
@@ -136,7 +137,12 @@ def test_plans_that_cannot_be_get_a_sentence(words, expected):
 
 
 @pytest.mark.parametrize("method", ["mae", "dino"])
-def test_every_key_is_explained_in_the_help(method):
+def test_every_key_is_listed_and_explained_in_the_help(method):
     lines = help_lines(load(f"method={method}"))
     assert [line.split("=")[0].strip() for line in lines] == list(flatten(config._defaults(method)))
     assert [line for line in lines if "  " not in line.strip()] == []
+
+
+@pytest.mark.parametrize("command", [knn, linear, export])
+def test_every_key_of_the_other_commands_is_explained_in_the_help(command):
+    assert [line for line in help_lines(command.Config()) if "  " not in line.strip()] == []

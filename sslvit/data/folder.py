@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import UserError
-from .decode import BadImage, decode
+from .decode import MODES, BadImage, decode
 
 EXTENSIONS = frozenset(
     [
@@ -57,6 +57,8 @@ class Folder:
     the path is the label."""
 
     def __init__(self, root: Path, in_chans: int = 3) -> None:
+        if in_chans not in MODES:
+            raise UserError(f"data.in_chans={in_chans}, but the images of a folder have 1 to 4 channels: use 1 or 3.")
         self.root, self.in_chans = root, in_chans
         if not root.is_dir():
             raise UserError(f"data: {root} is a file: give the folder that holds the images.")

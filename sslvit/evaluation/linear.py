@@ -17,24 +17,16 @@ from ..distributed import say
 from ..errors import UserError
 from . import protocol
 
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+
 
 @dataclass
 class Config(protocol.Config):
-    lr: tuple[float, ...] = (
-        1e-4,
-        3e-4,
-        1e-3,
-        3e-3,
-        1e-2,
-        3e-2,
-        0.1,
-        0.3,
-        1.0,
-    )  # of SGD at a batch of 1024; one is chosen
-    epochs: int = 100
-    weight_decay: float = 0.0
+    lr: tuple[float, ...] = LEARNING_RATES  # of SGD at a batch of 1024; one is chosen
+    epochs: int = 100  # of the heads
+    weight_decay: float = 0.0  # of the heads
     holdout: float = 0.1  # share of the training images on which the learning rate is chosen
-    probe_batch_size: int = 1024
+    probe_batch_size: int = 1024  # features in a step of the heads
 
 
 def run(config: Config) -> dict[str, float]:

@@ -29,15 +29,13 @@ class Sets:
 class Config:
     run: str = ""  # a run directory, an exported folder, timm:<name>, or random:<name> for the untrained encoder
     data: Sets = field(default_factory=Sets)
-    pool: Literal["auto", "cls", "mean", "cls+mean", "pooled"] = (
-        "auto"  # class token, mean of patches; auto: the method's
-    )
+    pool: Literal["auto", "cls", "mean", "cls+mean", "pooled"] = "auto"  # of the tokens; auto: the method's
     image_size: int | tuple[int, int] | None = None  # for timm: and random: only; null: the model's own
     model_args: dict[str, Any] = field(default_factory=dict)  # for timm: and random: only, such as {patch_size: 4}
-    batch_size: int = 256
-    workers: int | None = None  # null: by the number of cores
+    batch_size: int = 256  # images at once
+    workers: int | None = None  # processes that load images; null: by the number of cores
     precision: Precision = "auto"  # of the encoder; auto: bf16 where the hardware is fast at it, else float32
-    seed: int = 0
+    seed: int = 0  # of the held-out part, of the heads, and of the weights of random:
     out: str = ""  # file for the result; empty: <run>/eval/<name>.json
 
 

@@ -22,9 +22,7 @@ from ..views import Crop, Views, crop_key
 
 @dataclass
 class Config:
-    pool: Literal["auto", "cls", "mean"] = (
-        "auto"  # what the head sees: class token, or mean of patches; auto: the former
-    )
+    pool: Literal["auto", "cls", "mean"] = "auto"  # what the head sees; auto: class token, if there is one
     prototypes: int = 65536  # K, the size of the output distribution
     hidden_dim: int = 2048  # width of the head
     bottleneck_dim: int = 256  # width before the prototypes

@@ -208,3 +208,62 @@ def test_a_backbone_of_fixed_size_is_told_how_to_take_part():
 def test_settings_that_cannot_be_get_a_sentence(settings, words):
     with pytest.raises(UserError, match=words):
         build(**settings)
+
+
+def test_koleo_equals_a_slow_oracle_and_spreads_features():
+    features = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    value = dino.koleo(features)
+    assert value.item() == pytest.approx(oracle.koleo(features.detach()), rel=1e-5)
+    value.backward()
+    moved = (features - 0.1 * features.grad).detach()
+    assert oracle.koleo(moved) < oracle.koleo(features.detach())
+    assert dino.koleo(features[:1]).item() == 0
+    same = torch.ones(3, 5, requires_grad=True)  # two features in one place: still a finite gradient
+    dino.koleo(same).backward()
+    assert torch.isfinite(same.grad).all()
+
+
+def test_koleo_is_added_for_each_global_crop_by_its_weight():
+    plain, weighted = build(drop_path=0.0), build(drop_path=0.0, koleo_weight=0.5)
+    views = batch(plain)
+    values = weighted(views, 0)
+    first, second = weighted.student.features([(views["global"].flatten(0, 1), torch.arange(6))]).chunk(2)
+    expected = (oracle.koleo(first.detach()) + oracle.koleo(second.detach())) / 2
+    assert values["koleo"].item() == pytest.approx(expected, rel=1e-4)
+    assert (values["loss"] - plain(views, 0)["loss"]).item() == pytest.approx(0.5 * expected, rel=1e-4)
+
+
+def test_the_student_sees_a_share_of_a_global_crops_patches_and_the_teacher_all():
+    module = build(student_keep=0.25, drop_path=0.0)
+    seen: dict[str, list[int]] = {"student": [], "teacher": []}
+    for name, network in (("student", module.student), ("teacher", module.teacher)):
+        network.encoder.model.blocks[0].register_forward_hook(
+            lambda m, x, y, name=name: seen[name].append(x[0].shape[1])
+        )
+    views = batch(module)
+    module(views, 0)
+    assert seen == {"student": [1 + 4, 1 + 4], "teacher": [1 + 16]}  # a local crop of 16 pixels has 4 patches in all
+    views["global"][:] = views["global"][:1]  # both crops alike, and each image keeps patches of its own
+    features = module.student.features([(views["global"].flatten(0, 1), torch.arange(6))], keep=0.25)
+    assert not torch.allclose(features[:3], features[3:])
+
+
+def test_the_head_sees_what_pool_names():
+    views = batch(build())
+    crops = views["global"].flatten(0, 1)
+    for pool in ("cls", "mean"):
+        module = build(pool=pool, drop_path=0.0).eval()
+        tokens = module.student.encoder(crops)
+        expected = tokens.prefix[:, 0] if pool == "cls" else tokens.patches.mean(dim=1)
+        assert torch.equal(module.student.features([(crops, torch.arange(6))]), expected)
+        assert module.exported_encoder().pool == pool
+    with pytest.raises(UserError, match=r"objective\.pool=cls is not something that"):
+        build(
+            encoder.Config("vit_tiny_patch16_224", TINY_MODEL | {"class_token": False, "global_pool": "avg"}),
+            pool="cls",
+        )
+
+
+def test_global_crops_may_be_smaller_than_the_image_size():
+    config = dino.Config(global_crop_size=24, local_crops=0)
+    assert [crop.size for crop in dino.views(config, data.Config(image_size=32))["global"]] == [(24, 24)] * 2

@@ -29,3 +29,10 @@ def loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, 
 def center(old: Tensor, teacher: Tensor, momentum: float) -> Tensor:
     """[K], [2, B, K] -> [K]."""
     return momentum * old.double() + (1 - momentum) * teacher.double().flatten(0, 1).mean(dim=0)
+
+
+def koleo(features: Tensor) -> float:
+    """[B, D] -> minus the mean logarithm of each unit vector's distance to the nearest other one."""
+    unit = [x.double() / x.double().norm() for x in features]
+    nearest = [min(float((a - b).norm()) for j, b in enumerate(unit) if j != i) for i, a in enumerate(unit)]
+    return -float(torch.tensor(nearest, dtype=torch.float64).log().mean())
