@@ -1,16 +1,22 @@
 """Frozen features: each image passes the encoder once, on any number of processes."""
 
+import hashlib
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..augment import Normalize
 from ..data import BadImage, Source
-from ..distributed import gather_objects
+from ..distributed import any_process, gather_objects, rank, say
 from ..encoder import Encoder, Pool
 from ..errors import UserError
 from ..hardware import default_workers
@@ -101,6 +107,70 @@ def extract(
     index = index[order]
     labels = torch.full_like(index, -1) if source.labels is None else torch.from_numpy(source.labels)[index]
     return Features(torch.cat([p[0] for p in parts])[order], labels, source.classes, index, sum(p[2] for p in parts))
+
+
+def extract_cached(
+    folder: Path | None,
+    encoder: Encoder,
+    source: Source,
+    normalize: Normalize,
+    accelerator: Accelerator,
+    pool: Pool,
+    batch_size: int,
+    workers: int | None,
+) -> Features:
+    """`extract`, or what it gave before for the same weights, images and protocol, from a file in the folder.
+
+    One file for each set and protocol: features of other weights replace it. A file that cannot be read is made again.
+    """
+    if folder is None:
+        return extract(encoder, source, normalize, accelerator, pool, batch_size, workers)
+    place = {
+        "images": source.fingerprint(),
+        "pool": pool,
+        "image_size": list(encoder.image_size),
+        "normalize": [list(normalize.mean), list(normalize.std)],
+        "precision": accelerator.mixed_precision,
+        "crop_ratio": CROP_RATIO,
+    }
+    path = folder / f"{hashlib.sha256(json.dumps(place).encode()).hexdigest()[:16]}.safetensors"
+    content = {"weights": _digest(encoder), **{key: json.dumps(value) for key, value in place.items()}}
+    stored = _read(path, content, source)
+    if not any_process(stored is None):
+        say(f"features of {source.name(0)} ... as computed before for these weights, {path}")
+        return stored
+    features = extract(encoder, source, normalize, accelerator, pool, batch_size, workers)
+    if rank() == 0:
+        tensors = {"values": features.values, "labels": features.labels, "index": features.index}
+        part = path.with_suffix(".part")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.contiguous() for k, v in tensors.items()}, part, content)
+            os.replace(part, path)
+        except (OSError, SafetensorError) as error:
+            say(f"The features are not kept for next time: {path}: {error}.")
+            part.unlink(missing_ok=True)
+    return features
+
+
+def _read(path: Path, content: dict[str, str], source: Source) -> Features | None:
+    try:
+        with safe_open(path, "pt") as file:
+            if file.metadata() != content:
+                return None
+            values, labels, index = (file.get_tensor(name) for name in ("values", "labels", "index"))
+    except (OSError, SafetensorError):
+        return None
+    return Features(values, labels, source.classes, index, len(source) - len(index))
+
+
+def _digest(encoder: Encoder) -> str:
+    """SHA-256 of the names and values of all weights."""
+    digest = hashlib.sha256()
+    for name, value in encoder.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _collate(items: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor | None, int]:

@@ -16,7 +16,7 @@ from ..distributed import rank, say
 from ..errors import UserError
 from ..hardware import Precision, choose_attention, resolve_precision, start_accelerator, versions
 from ..pretrained import Pretrained
-from .features import Features, align_labels, extract
+from .features import Features, align_labels, extract_cached
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Config:
     workers: int | None = None  # processes that load images; null: by the number of cores
     precision: Precision = "auto"  # of the encoder; auto: bf16 where the hardware is fast at it, else float32
     seed: int = 0  # of the held-out part, of the heads, and of the weights of random:
+    cache: bool = True  # keep the features in <run>/eval/features, for the next evaluation of the same weights
     out: str = ""  # file for the result; empty: <run>/eval/<name>.json
 
 
@@ -78,8 +79,10 @@ def prepare(config: Config, name: str) -> Task:
             )
         sources.append(cached(source, False, config.seed))
     normalize = Normalize(subject.mean, subject.std)
+    folder = subject.run_dir / "eval" / "features" if config.cache and subject.run_dir else None
     train, test = (
-        extract(encoder, source, normalize, accelerator, pool, config.batch_size, config.workers) for source in sources
+        extract_cached(folder, encoder, source, normalize, accelerator, pool, config.batch_size, config.workers)
+        for source in sources
     )
     train_labels, test_labels, classes = align_labels(train, test, (config.data.train, config.data.test))
     record = {

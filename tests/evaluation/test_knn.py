@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from sslvit.evaluation import knn
 from sslvit.evaluation.features import Features, align_labels
 from tests import processes
+from tests.conftest import words as training_words
 
 
 def brute_force(bank, labels, queries, num_classes, k, temperature):
@@ -87,11 +88,51 @@ def test_colours_are_told_apart(cli, labelled, colour_run, tmp_path, command, po
 
 
 def test_one_and_two_processes_give_the_same(labelled, colour_run, tmp_path):
-    words = ["knn", f"run={colour_run}", f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}", "k=[3]"]
+    words = [
+        "knn",
+        f"run={colour_run}",
+        f"data.train={labelled / 'train'}",
+        f"data.test={labelled / 'test'}",
+        "k=[3]",
+        "cache=false",
+    ]
     alone, together = tmp_path / "alone.json", tmp_path / "together.json"
     processes.finish(processes.start([*words, f"out={alone}"], tmp_path / "log"), tmp_path / "log")
     processes.launch([*words, f"out={together}"], tmp_path / "log2", world_size=2)
     assert json.loads(alone.read_text())["results"] == json.loads(together.read_text())["results"]
+
+
+def test_features_are_kept_for_the_next_evaluation_of_the_same_weights_and_images(cli, labelled, colour_run, tmp_path):
+    run, sets = tmp_path / "run", tmp_path / "sets"
+    shutil.copytree(colour_run, run, ignore=shutil.ignore_patterns("eval"))
+    shutil.copytree(labelled, sets)
+    words = [f"run={run}", f"data.train={sets / 'train'}", f"data.test={sets / 'test'}"]
+
+    def evaluate(command: str, *more: str) -> tuple[int, dict]:
+        """How many of the two sets came from a file, and the results."""
+        status, printed, _ = cli(command, *words, *more)
+        assert status == 0
+        record = json.loads((run / "eval" / f"{command}.json").read_text())
+        return printed.count("as computed before"), record["results"]
+
+    fresh, first = evaluate("knn", "k=[3]")
+    again, second = evaluate("knn", "k=[3]")
+    assert (fresh, again) == (0, 2)
+    assert first == second
+    assert evaluate("linear", "epochs=2", "probe_batch_size=16")[0] == 2
+    assert evaluate("knn", "k=[3]", "cache=false") == (0, first)
+    assert evaluate("knn", "k=[3]", "pool=cls")[0] == 0
+    files = sorted((run / "eval" / "features").iterdir())
+    assert len(files) == 4
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100])  # damaged: made again
+    assert evaluate("knn", "k=[3]") == (0, first)
+    (sets / "test" / "class1" / "0.png").write_bytes(b"no image")
+    assert evaluate("knn", "k=[3]")[0] == 1  # that of the training set, which has not changed
+    shutil.rmtree(run / "checkpoints")
+    assert cli("pretrain", labelled / "train", *training_words("mae", f"out={run}", "seed=1"))[0] == 0
+    assert evaluate("knn", "k=[3]")[0] == 0
+    assert len(list((run / "eval" / "features").iterdir())) == 5  # replaced, but for the set that is no more
 
 
 def test_unreadable_images_are_left_out_and_counted(cli, labelled, colour_run, tmp_path):
