@@ -149,6 +149,16 @@ class Encoder(nn.Module):
         )
         return (table[:, :num_prefix] if num_prefix else None), table[:, num_prefix:]
 
+    def takes_sincos_positions(self) -> bool:
+        """Whether it has a position embedding that `sincos` can fill."""
+        return self.is_vit and self.model.pos_embed is not None and self.width % 4 == 0
+
+    @torch.no_grad()
+    def start_with_sincos_positions(self) -> None:
+        """Fill the position embedding by `sincos`; whether it learns from there is the caller's to say."""
+        vit = self.model
+        vit.pos_embed.copy_(sincos(self.width, self.grid(), 0 if vit.no_embed_class else vit.num_prefix_tokens))
+
     def _embed_kept(self, images: Tensor, keep: Tensor) -> Tensor:
         """[B, C, H, W], [B, K] -> [B, P + K, D]: the embedding of `timm`'s ViT for the kept patches only."""
         vit = self.model
@@ -178,6 +188,25 @@ class Encoder(nn.Module):
             if isinstance(module, DropPath):
                 module.key = key
         return block(x)
+
+
+def sincos(width: int, grid: tuple[int, int], num_prefix: int) -> Tensor:
+    """[1, num_prefix + h*w, width] fixed 2-D sine-cosine embedding; prefix tokens have zeros (section 3).
+
+    Half of the channels encode the column, then half the row, each as all sines followed by all cosines of
+    position / 10000^(k / (width / 4)). That the column comes first is the released code's order: transposing it would
+    turn released checkpoints by a quarter.
+    """
+    frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    h, w = grid
+
+    def code(position: Tensor) -> Tensor:
+        angle = position.double().unsqueeze(1) * frequencies
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    column, row = torch.arange(w).repeat(h), torch.arange(h).repeat_interleave(w)
+    table = torch.cat([code(column), code(row)], dim=1)
+    return torch.cat([torch.zeros(num_prefix, width), table]).float().unsqueeze(0)
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int], channels_last: bool = False) -> Tensor:

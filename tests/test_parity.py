@@ -186,5 +186,5 @@ def test_lars_steps_equal_the_published_ones(official):
 @pytest.mark.parametrize(("width", "side"), [(64, 4), (96, 7)])
 def test_position_embedding_equals_the_published_one(official, width, side):
     _, t = official("misc")
-    ours = mae.sincos(width, (side, side), num_prefix=1)[0]
+    ours = encoder.sincos(width, (side, side), num_prefix=1)[0]
     assert torch.allclose(ours, t[f"sincos.dim{width}.grid{side}"], atol=1e-6)

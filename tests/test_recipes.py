@@ -49,7 +49,13 @@ def test_a_recipe_takes_a_step(cli, images, tmp_path, path):
 def test_a_paper_recipe_writes_out_every_value_of_the_method(path):
     """Nothing of the objective or the optimizer is left to a default that could change."""
     stored, declared = flatten(read_yaml(path)), flatten(config._defaults(load(path).method))
-    later = {"pool", "global_crop_size", "student_keep", "koleo_weight"}  # options that the papers do not have
+    later = {
+        "pool",
+        "global_crop_size",
+        "student_keep",
+        "koleo_weight",
+        "sincos_positions",
+    }  # options that the papers do not have
     unused = {"optim.clip_mode"} if stored["optim.clip"] is None else set()
     unused |= {f"objective.{key}" for key in later}
     assert {key for key in declared if key.startswith(("objective.", "optim."))} - unused <= set(stored)

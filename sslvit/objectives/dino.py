@@ -37,6 +37,7 @@ class Config:
     momentum_end: float = 1.0  # reached on half a cosine
     freeze_last_layer_epochs: float = 1.0  # the prototypes do not learn before
     student_keep: float = 1.0  # share of a global crop's patches that the student sees; below 1 is not in the paper
+    sincos_positions: bool = False  # position embeddings start as MAE's, and learn; true is not in the paper
     koleo_weight: float = 0.0  # of DINOv2's term that spreads the student's features; 0 in the paper
     drop_path: float = 0.1  # stochastic depth of the student, rising linearly over its blocks
     global_crop_size: int | tuple[int, int] | None = None  # pixels; null: data.image_size
@@ -118,6 +119,13 @@ def build(config: Config, model: encoder.Config, data_config: data.Config, steps
         if not student.is_vit or (config.pool == "cls" and not student.model.has_class_token):
             raise UserError(f"objective.pool={config.pool} is not something that {model.name} has: use pool=auto.")
         student.pool = teacher.pool = config.pool
+    if config.sincos_positions:
+        if not student.takes_sincos_positions():
+            raise UserError(
+                f"objective.sincos_positions=true needs a ViT with a position embedding whose width is divisible by 4, "
+                f"not {model.name}."
+            )
+        student.start_with_sincos_positions()
     _check_crop_sizes(config, data_config, teacher, model.name)
     return DINO(config, student, teacher, steps_per_epoch, steps)
 

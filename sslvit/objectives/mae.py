@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .. import data, encoder, masks
-from ..encoder import Encoder, patchify, take
+from ..encoder import Encoder, patchify, sincos, take
 from ..errors import UserError
 from ..views import Crop, Views
 
@@ -58,7 +58,7 @@ def build(config: Config, model: encoder.Config, data_config: data.Config, steps
             f"method=mae drops hidden patches before the encoder, and {model.name} cannot do without them: {reason}. "
             "Use a plain ViT (vit_*, deit_*) or method=dino."
         )
-    if built.model.pos_embed is None or built.width % 4:
+    if not built.takes_sincos_positions():
         raise UserError(f"method=mae needs a position embedding whose width is divisible by 4, not {model.name}.")
     return MAE(config, built)
 
@@ -96,8 +96,7 @@ class MAE(nn.Module):
         """Appendix A.1: Xavier uniform for all linear layers. The qkv matrix is filled as one (3D, D) matrix, which
         makes q, k and v 0.707 times what filling them one by one would, as in the released code."""
         vit = self.encoder.model
-        num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        vit.pos_embed.copy_(sincos(self.encoder.width, self.grid, num_prefix))
+        self.encoder.start_with_sincos_positions()
         vit.pos_embed.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -159,22 +158,3 @@ class MAE(nn.Module):
 
     def exported_encoder(self) -> Encoder:
         return self.encoder
-
-
-def sincos(width: int, grid: tuple[int, int], num_prefix: int) -> Tensor:
-    """[1, num_prefix + h*w, width] fixed 2-D sine-cosine embedding; prefix tokens have zeros (section 3).
-
-    Half of the channels encode the column, then half the row, each as all sines followed by all cosines of
-    position / 10000^(k / (width / 4)). That the column comes first is the released code's order: transposing it would
-    turn released checkpoints by a quarter.
-    """
-    frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    h, w = grid
-
-    def code(position: Tensor) -> Tensor:
-        angle = position.double().unsqueeze(1) * frequencies
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-    column, row = torch.arange(w).repeat(h), torch.arange(h).repeat_interleave(w)
-    table = torch.cat([code(column), code(row)], dim=1)
-    return torch.cat([torch.zeros(num_prefix, width), table]).float().unsqueeze(0)

@@ -267,3 +267,12 @@ def test_the_head_sees_what_pool_names():
 def test_global_crops_may_be_smaller_than_the_image_size():
     config = dino.Config(global_crop_size=24, local_crops=0)
     assert [crop.size for crop in dino.views(config, data.Config(image_size=32))["global"]] == [(24, 24)] * 2
+
+
+def test_positions_may_start_as_sines_and_cosines_and_learn():
+    module = build(sincos_positions=True)
+    for network in (module.student, module.teacher):
+        assert torch.equal(network.encoder.model.pos_embed.data, encoder.sincos(48, (4, 4), num_prefix=1))
+    assert module.student.encoder.model.pos_embed.requires_grad
+    with pytest.raises(UserError, match=r"objective\.sincos_positions=true needs a ViT"):
+        build(encoder.Config("resnet18"), sincos_positions=True)
