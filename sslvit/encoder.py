@@ -75,7 +75,7 @@ class Encoder(nn.Module):
         self.image_size = image_size
         self.in_chans = in_chans
         self.architecture, self.model_args = architecture, model_args
-        self.is_vit = isinstance(model, VisionTransformer)
+        self.is_vit = _is_plain_vit(model)
         self.pool: Pool = "pooled" if not self.is_vit else "cls" if model.has_class_token else "mean"
         self._drop_paths = _take_over_drop_paths(model)
 
@@ -98,6 +98,8 @@ class Encoder(nn.Module):
 
     def why_tokens_cannot_be_dropped(self) -> str | None:
         """None for a plain ViT, whose blocks treat patches as a set; else the reason, as part of a sentence."""
+        if isinstance(self.model, VisionTransformer) and not self.is_vit:
+            return f"{type(self.model).__name__} pools its tokens in a way of its own"
         if not self.is_vit:
             return f"{type(self.model).__name__} works on the whole grid of patches (windows, convolutions or pooling)"
         embed = self.model.patch_embed
@@ -154,10 +156,16 @@ class Encoder(nn.Module):
         return self.is_vit and self.model.pos_embed is not None and self.width % 4 == 0
 
     @torch.no_grad()
-    def start_with_sincos_positions(self) -> None:
-        """Fill the position embedding by `sincos`; whether it learns from there is the caller's to say."""
+    def initialise_as_mae(self) -> None:
+        """Xavier uniform weights and sin-cos positions, as MAE starts its encoder (He et al., 2022, appendix A.1)."""
         vit = self.model
         vit.pos_embed.copy_(sincos(self.width, self.grid(), 0 if vit.no_embed_class else vit.num_prefix_tokens))
+        xavier(self)
+        embed = vit.patch_embed.proj.weight
+        nn.init.xavier_uniform_(embed.view(len(embed), -1))  # its bias keeps the convolution's default
+        for token in (vit.cls_token, vit.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
 
     def _embed_kept(self, images: Tensor, keep: Tensor) -> Tensor:
         """[B, C, H, W], [B, K] -> [B, P + K, D]: the embedding of `timm`'s ViT for the kept patches only."""
@@ -209,6 +217,16 @@ def sincos(width: int, grid: tuple[int, int], num_prefix: int) -> Tensor:
     return torch.cat([torch.zeros(num_prefix, width), table]).float().unsqueeze(0)
 
 
+def xavier(module: nn.Module) -> None:
+    """Xavier uniform for all linear layers, biases of 0. The qkv matrix is filled as one (3D, D) matrix, which makes q,
+    k and v 0.707 times what filling them one by one would, as in MAE's released code."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 def patchify(images: Tensor, patch_size: tuple[int, int], channels_last: bool = False) -> Tensor:
     """[B, C, H, W] -> [B, N, C*p*q], pixels of a patch in channel, row, column order (that of a convolution's weight),
     or with channels_last in row, column, channel order (that of MAE's targets)."""
@@ -228,7 +246,12 @@ def create(
     config: Config, image_size: tuple[int, int], in_chans: int = 3, drop_path: float = 0.0, pretrained: bool = False
 ) -> Encoder:
     """Build the encoder of a configuration, initialised as timm does, or with the weights that timm fetches."""
-    for name, place in (("img_size", "data.image_size"), ("in_chans", "data.in_chans")):
+    places = {
+        "img_size": "data.image_size",
+        "in_chans": "data.in_chans",
+        "drop_path_rate": "objective.drop_path (DINO)",
+    }
+    for name, place in places.items():
         if name in config.args:
             raise UserError(f"model.args has {name}={config.args[name]}: set {place} instead.")
     for key, value in config.args.items():
@@ -252,6 +275,10 @@ def create(
                 "set objective.drop_path=0 or model.grad_checkpointing=false."
             )
         model.set_grad_checkpointing(True)
+    if not drop_path:  # some families have it by default, as Swin 0.1
+        for module in model.modules():
+            if isinstance(module, TimmDropPath):
+                module.drop_prob = 0.0
     return Encoder(model, image_size, in_chans, config.name.split(".")[0], args)
 
 
@@ -276,6 +303,17 @@ def _create_model(
         except (AssertionError, ValueError, RuntimeError) as error:
             raise UserError(f"timm cannot make {name} for images of {image_size} with {args}: {error}.") from error
     raise AssertionError("the last attempt has no sizing argument to blame")
+
+
+def _is_plain_vit(model: nn.Module) -> bool:
+    """Whether its output is the normalised tokens that our pooling takes: no pooling of its own, as DeiT's distilled
+    models, an attention pool, or a norm after the mean have."""
+    return (
+        isinstance(model, VisionTransformer)
+        and type(model).forward_head is VisionTransformer.forward_head
+        and model.attn_pool is None
+        and isinstance(model.fc_norm, nn.Identity)
+    )
 
 
 def _check_patches(patch_size: tuple[int, int], image_size: tuple[int, int]) -> None:

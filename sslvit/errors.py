@@ -3,3 +3,22 @@
 
 class UserError(ValueError):
     """One sentence: what is wrong, what was given, what to do. `sslvit` prints it and exits with status 2."""
+
+
+def check_range(section: str, config: object, low: float, high: float | None, *names: str) -> None:
+    """Raises UserError for a field of the configuration (or a number in its tuple) outside [low, high]; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if number is not None and not (number >= low and (high is None or number <= high)):
+                bounds = f"be {low:g} or above" if high is None else f"lie between {low:g} and {high:g}"
+                shown = list(value) if isinstance(value, (tuple, list)) else value
+                raise UserError(f"{section}{name}={shown} must {bounds}.")
+
+
+def check_share(section: str, config: object, *names: str) -> None:
+    """Raises UserError for a pair (low, high) of shares of an area that is not 0 < low <= high <= 1."""
+    for name in names:
+        low, high = getattr(config, name)
+        if not 0 < low <= high <= 1:
+            raise UserError(f"{section}{name}={[low, high]} must be two shares of the area, 0 < low <= high <= 1.")

@@ -30,7 +30,9 @@ def linspace_cosine(step: int, peak: float, end: float, warmup_steps: int, total
 
 def teacher_temperature(epoch: float, start: float, end: float, warmup_epochs: float) -> float:
     """DINO's teacher temperature: a linspace over the warm-up epochs that includes both ends, then constant. The
-    published code changes it once an epoch: pass whole epochs for that, fractions for a smooth warm-up."""
+    published code changes it once an epoch: pass whole epochs for that. A warm-up of a fraction of epochs is linear."""
     if epoch >= warmup_epochs:
         return end
+    if warmup_epochs != int(warmup_epochs):
+        return start + (end - start) * epoch / warmup_epochs
     return start + (end - start) * min(1.0, epoch / (warmup_epochs - 1)) if warmup_epochs > 1 else start

@@ -54,7 +54,7 @@ def test_a_paper_recipe_writes_out_every_value_of_the_method(path):
         "global_crop_size",
         "student_keep",
         "koleo_weight",
-        "sincos_positions",
+        "init",
     }  # options that the papers do not have
     unused = {"optim.clip_mode"} if stored["optim.clip"] is None else set()
     unused |= {f"objective.{key}" for key in later}

@@ -34,6 +34,8 @@ def test_teacher_temperature_is_the_published_array():
     assert temperatures == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07, 0.07])
     assert schedules.teacher_temperature(0, 0.04, 0.07, 0) == 0.07
     assert schedules.teacher_temperature(0, 0.04, 0.07, 1) == 0.04
+    assert schedules.teacher_temperature(0.25, 0.04, 0.08, 0.5) == pytest.approx(0.06)  # a fraction of an epoch
+    assert schedules.teacher_temperature(1.0, 0.04, 0.08, 1.5) == pytest.approx(0.04 + 0.04 / 1.5)
     assert schedules.teacher_temperature(3.7, 0.04, 0.07, 4) == 0.07  # a smooth warm-up does not overshoot
 
 

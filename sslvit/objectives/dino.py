@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .. import data, encoder, masks, schedules
 from ..distributed import all_reduce_sum, world_size
-from ..encoder import Encoder
-from ..errors import UserError
+from ..encoder import Encoder, take
+from ..errors import UserError, check_range, check_share
 from ..heads import DINOHead
 from ..views import Crop, Views, crop_key
 
@@ -37,8 +37,8 @@ class Config:
     momentum_end: float = 1.0  # reached on half a cosine
     freeze_last_layer_epochs: float = 1.0  # the prototypes do not learn before
     student_keep: float = 1.0  # share of a global crop's patches that the student sees; below 1 is not in the paper
-    sincos_positions: bool = False  # position embeddings start as MAE's, and learn; true is not in the paper
-    koleo_weight: float = 0.0  # of DINOv2's term that spreads the student's features; 0 in the paper
+    init: Literal["vit", "mae"] = "vit"  # of the encoder; mae, not in the paper: Xavier weights, sin-cos positions
+    koleo_weight: float = 0.0  # of DINOv2's term that spreads features (0.1 there, 0 in DINO); within micro-batches
     drop_path: float = 0.1  # stochastic depth of the student, rising linearly over its blocks
     global_crop_size: int | tuple[int, int] | None = None  # pixels; null: data.image_size
     global_crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
@@ -103,10 +103,29 @@ def views(config: Config, data_config: data.Config) -> Views:
     return crops
 
 
-def build(config: Config, model: encoder.Config, data_config: data.Config, steps_per_epoch: int, steps: int) -> "DINO":
+def check(config: Config) -> None:
+    """Raises UserError for numbers without a meaning."""
     for key in ("student_temp", "teacher_temp", "teacher_temp_start"):
         if not getattr(config, key) > 0:
             raise UserError(f"objective.{key}={getattr(config, key)} must be above 0.")
+    if not 0 < config.student_keep <= 1 or not 0 <= config.drop_path < 1:
+        raise UserError(
+            f"objective.student_keep={config.student_keep} must be above 0 and at most 1, and "
+            f"objective.drop_path={config.drop_path} at least 0 and below 1."
+        )
+    check_range("objective.", config, 1, None, "prototypes", "hidden_dim", "bottleneck_dim", "head_layers")
+    check_range("objective.", config, 1, None, "global_crop_size", "local_crop_size")
+    check_range("objective.", config, 0, None, "local_crops", "koleo_weight", "teacher_temp_warmup_epochs", "jitter")
+    check_range("objective.", config, 0, None, "freeze_last_layer_epochs")
+    check_range("objective.", config, 0, 1, "center_momentum", "momentum", "momentum_end", "solarize_prob")
+    check_range("objective.", config, 0, 1, "flip_prob", "jitter_prob", "gray_prob", "blur_prob")
+    check_share("objective.", config, "global_crop_scale", "local_crop_scale")
+    if not 0 < config.blur_sigma[0] <= config.blur_sigma[1]:
+        raise UserError(f"objective.blur_sigma={list(config.blur_sigma)} must be two widths, 0 < low <= high.")
+
+
+def build(config: Config, model: encoder.Config, data_config: data.Config, steps_per_epoch: int, steps: int) -> "DINO":
+    check(config)
     if config.teacher_temp_warmup_epochs * steps_per_epoch > steps:
         raise UserError(
             f"objective.teacher_temp_warmup_epochs={config.teacher_temp_warmup_epochs:g} is longer than the run of "
@@ -119,13 +138,18 @@ def build(config: Config, model: encoder.Config, data_config: data.Config, steps
         if not student.is_vit or (config.pool == "cls" and not student.model.has_class_token):
             raise UserError(f"objective.pool={config.pool} is not something that {model.name} has: use pool=auto.")
         student.pool = teacher.pool = config.pool
-    if config.sincos_positions:
+    reason = student.why_tokens_cannot_be_dropped()
+    if config.student_keep < 1 and reason:
+        raise UserError(
+            f"objective.student_keep={config.student_keep} drops patches, and {model.name} cannot: {reason}."
+        )
+    if config.init == "mae":
         if not student.takes_sincos_positions():
             raise UserError(
-                f"objective.sincos_positions=true needs a ViT with a position embedding whose width is divisible by 4, "
+                f"objective.init=mae needs a ViT with a position embedding whose width is divisible by 4, "
                 f"not {model.name}."
             )
-        student.start_with_sincos_positions()
+        student.initialise_as_mae()
     _check_crop_sizes(config, data_config, teacher, model.name)
     return DINO(config, student, teacher, steps_per_epoch, steps)
 
@@ -188,7 +212,9 @@ class DINO(nn.Module):
 
         self.student = network(student, train_gain=not config.norm_last_layer)
         self.teacher = network(teacher, train_gain=False)
-        for module in student.modules():  # the released ViT draws its class token like the weights; timm smaller
+        for module in (
+            student.modules() if config.init == "vit" else ()
+        ):  # the released ViT draws its class token like the weights; timm smaller
             if isinstance(getattr(module, "cls_token", None), nn.Parameter):
                 nn.init.trunc_normal_(module.cls_token, std=0.02)
         self.teacher.load_state_dict(self.student.state_dict())
@@ -212,7 +238,7 @@ class DINO(nn.Module):
         features = self.student.features(resolutions, self.config.student_keep)
         values = self.loss(self.student.head(features), teacher_logits, self.teacher_temp(step))
         if self.config.koleo_weight:
-            spread = sum(koleo(view) for view in features[: len(teacher_logits)].chunk(2)) / 2
+            spread = koleo(features[: len(teacher_logits)].unflatten(0, (2, -1)))
             values["koleo"] = spread
             values["loss"] = values["loss"] + self.config.koleo_weight * spread
         return values
@@ -263,12 +289,20 @@ class DINO(nn.Module):
 
 
 def koleo(features: Tensor) -> Tensor:
-    """[B, D] -> the Kozachenko-Leonenko term of DINOv2 (Oquab et al., 2023, section 4): minus the mean logarithm of the
-    distance from each feature, of unit length, to the nearest other one of this micro-batch. A scalar; 0 for one image.
+    """[V, B, D], the B images of a micro-batch seen in V crops -> the Kozachenko-Leonenko term of DINOv2 (Oquab et al.,
+    2023, section 4), a scalar: for each crop minus the mean logarithm of the distance from each feature, of unit
+    length, to the nearest one of another image; summed over the crops as in its code. 0 for one image.
+
+    In float32 also under autocast: of features that are nearly alike, bfloat16 finds the wrong neighbours. Other
+    micro-batches or processes have other neighbours, so this term, unlike the rest, depends on batch_size.
     """
-    if len(features) < 2:
+    if features.shape[1] < 2:
         return features.sum() * 0.0
-    x = F.normalize(features.float(), dim=1)
-    with torch.no_grad():
-        nearest = (x @ x.t()).fill_diagonal_(-2).argmax(dim=1)
-    return -(((x - x[nearest]).square().sum(dim=1) + 1e-12).sqrt() + 1e-8).log().mean()
+    with torch.autocast(features.device.type, enabled=False):
+        x = F.normalize(features.float(), dim=-1)
+        with torch.no_grad():
+            similarity = x @ x.transpose(1, 2)
+            similarity.diagonal(dim1=1, dim2=2).fill_(-2)
+            nearest = similarity.argmax(dim=2)
+        distance = ((x - take(x, nearest)).square().sum(dim=-1) + 1e-12).sqrt()
+        return -(distance + 1e-8).log().mean(dim=1).sum()

@@ -15,8 +15,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .. import data, encoder, masks
-from ..encoder import Encoder, patchify, sincos, take
-from ..errors import UserError
+from ..encoder import Encoder, patchify, sincos, take, xavier
+from ..errors import UserError, check_range, check_share
 from ..views import Crop, Views
 
 
@@ -46,6 +46,8 @@ def views(config: Config, data_config: data.Config) -> Views:
 def build(config: Config, model: encoder.Config, data_config: data.Config, steps_per_epoch: int, steps: int) -> "MAE":
     if not 0 < config.mask_ratio < 1:
         raise UserError(f"objective.mask_ratio={config.mask_ratio} must lie between 0 and 1, both excluded.")
+    check_range("objective.", config, 1, None, "decoder_width", "decoder_heads", "decoder_depth")
+    check_share("objective.", config, "crop_scale")
     if config.decoder_width % config.decoder_heads or config.decoder_width % 4:
         raise UserError(
             f"objective.decoder_width={config.decoder_width} must be divisible by decoder_heads="
@@ -89,25 +91,10 @@ class MAE(nn.Module):
         )
         self.decoder_norm = norm(width)
         self.decoder_pred = nn.Linear(width, math.prod(self.patch_size) * encoder.in_chans)
-        self._initialise()
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """Appendix A.1: Xavier uniform for all linear layers. The qkv matrix is filled as one (3D, D) matrix, which
-        makes q, k and v 0.707 times what filling them one by one would, as in the released code."""
-        vit = self.encoder.model
-        self.encoder.start_with_sincos_positions()
-        vit.pos_embed.requires_grad_(False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        embed = vit.patch_embed.proj.weight
-        nn.init.xavier_uniform_(embed.view(len(embed), -1))  # its bias keeps the convolution's default
-        for token in (vit.cls_token, vit.reg_token, self.mask_token):
-            if token is not None:
-                nn.init.normal_(token, std=0.02)
+        xavier(self)
+        encoder.initialise_as_mae()
+        encoder.model.pos_embed.requires_grad_(False)
+        nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """{"key": [B], "image": [1, B, C, H, W] normalised} -> {"loss": scalar}."""

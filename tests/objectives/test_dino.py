@@ -211,24 +211,32 @@ def test_settings_that_cannot_be_get_a_sentence(settings, words):
 
 
 def test_koleo_equals_a_slow_oracle_and_spreads_features():
-    features = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    features = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     value = dino.koleo(features)
-    assert value.item() == pytest.approx(oracle.koleo(features.detach()), rel=1e-5)
+    assert value.item() == pytest.approx(sum(oracle.koleo(crop) for crop in features.detach()), rel=1e-5)
     value.backward()
     moved = (features - 0.1 * features.grad).detach()
-    assert oracle.koleo(moved) < oracle.koleo(features.detach())
-    assert dino.koleo(features[:1]).item() == 0
-    same = torch.ones(3, 5, requires_grad=True)  # two features in one place: still a finite gradient
+    assert oracle.koleo(moved[0]) < oracle.koleo(features.detach()[0])
+    assert dino.koleo(features[:, :1]).item() == 0
+    same = torch.ones(1, 3, 5, requires_grad=True)  # features in one place: still a finite gradient
     dino.koleo(same).backward()
     assert torch.isfinite(same.grad).all()
+
+
+def test_koleo_finds_the_nearest_of_features_that_are_nearly_alike_under_bf16_too():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 1, 32, generator=generator) + 0.05 * torch.randn(1, 64, 32, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = dino.koleo(features)
+    assert value.item() == pytest.approx(oracle.koleo(features[0]), rel=1e-4)
 
 
 def test_koleo_is_added_for_each_global_crop_by_its_weight():
     plain, weighted = build(drop_path=0.0), build(drop_path=0.0, koleo_weight=0.5)
     views = batch(plain)
     values = weighted(views, 0)
-    first, second = weighted.student.features([(views["global"].flatten(0, 1), torch.arange(6))]).chunk(2)
-    expected = (oracle.koleo(first.detach()) + oracle.koleo(second.detach())) / 2
+    features = weighted.student.features([(views["global"].flatten(0, 1), torch.arange(6))]).detach()
+    expected = sum(oracle.koleo(crop) for crop in features.chunk(2))
     assert values["koleo"].item() == pytest.approx(expected, rel=1e-4)
     assert (values["loss"] - plain(views, 0)["loss"]).item() == pytest.approx(0.5 * expected, rel=1e-4)
 
@@ -269,10 +277,54 @@ def test_global_crops_may_be_smaller_than_the_image_size():
     assert [crop.size for crop in dino.views(config, data.Config(image_size=32))["global"]] == [(24, 24)] * 2
 
 
-def test_positions_may_start_as_sines_and_cosines_and_learn():
-    module = build(sincos_positions=True)
+def test_the_encoder_may_start_as_maes_does_and_its_positions_learn():
+    module = build(init="mae")
     for network in (module.student, module.teacher):
-        assert torch.equal(network.encoder.model.pos_embed.data, encoder.sincos(48, (4, 4), num_prefix=1))
+        vit = network.encoder.model
+        assert torch.equal(vit.pos_embed.data, encoder.sincos(48, (4, 4), num_prefix=1))
+        bound = (6 / (48 + 4 * 48)) ** 0.5  # Xavier
+        assert vit.blocks[0].mlp.fc1.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
     assert module.student.encoder.model.pos_embed.requires_grad
-    with pytest.raises(UserError, match=r"objective\.sincos_positions=true needs a ViT"):
-        build(encoder.Config("resnet18"), sincos_positions=True)
+    with pytest.raises(UserError, match=r"objective\.init=mae needs a ViT"):
+        build(encoder.Config("resnet18"), init="mae")
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"])
+def test_drop_path_is_the_students_only_and_as_asked(name):
+    """Swin has 0.1 by default in timm."""
+    args = {"embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4} if "swin" in name else TINY_MODEL
+    for asked in (0.0, 0.3):
+        module = build(encoder.Config(name, args), size=32, drop_path=asked, local_crop_size=32)
+        rates = {
+            which: [m.rate for m in network.modules() if isinstance(m, encoder.DropPath)]
+            for which, network in (("student", module.student), ("teacher", module.teacher))
+        }
+        assert max(rates["student"], default=0) == pytest.approx(asked)
+        assert max(rates["teacher"], default=0) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"local_crops": -1}, "local_crops=-1 must be 0 or above"),
+        ({"head_layers": 0}, "head_layers=0 must be 1 or above"),
+        ({"prototypes": 0}, "prototypes=0 must be 1 or above"),
+        ({"student_keep": 0.0}, "student_keep=0.0 must be above 0"),
+        ({"drop_path": 1.0}, "drop_path=1.0 at least 0 and below 1"),
+        ({"flip_prob": 7.0}, "flip_prob=7.0 must lie between 0 and 1"),
+        ({"blur_prob": (0.5, 0.5, 2.0)}, r"blur_prob=\[0.5, 0.5, 2.0\] must lie"),
+        ({"momentum": 1.5}, "momentum=1.5 must lie between 0 and 1"),
+        ({"global_crop_size": 0}, "global_crop_size=0 must be 1 or above"),
+        ({"global_crop_scale": (1.0, 0.4)}, "two shares of the area"),
+        ({"blur_sigma": (0.0, 0.0)}, "two widths"),
+        ({"teacher_temp": 0.0}, "teacher_temp=0.0 must be above 0"),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(settings, expected):
+    with pytest.raises(UserError, match=expected):
+        build(**settings)
+
+
+def test_a_model_that_cannot_drop_patches_is_refused_for_student_keep():
+    with pytest.raises(UserError, match=r"student_keep=0\.5 drops patches, and mobilevitv2_050 cannot"):
+        build(encoder.Config("mobilevitv2_050"), student_keep=0.5)
