@@ -103,7 +103,7 @@ def save(config: RunConfig, path: Path) -> None:
 
 def differences(old: Path, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """{key: (value in the file, value now)} where a stored configuration and a new one differ."""
-    before, now = flatten(OmegaConf.load(old)), flatten(OmegaConf.structured(new))
+    before, now = flatten(read_yaml(old)), flatten(OmegaConf.structured(new))
     return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
 
 

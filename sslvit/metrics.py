@@ -24,7 +24,7 @@ class Window:
     """Means of what the objective returned since the last line, kept on the device until a line is due."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor | float] = {}
         self.steps = 0
 
     def add(self, values: dict[str, Tensor], weight: float = 1.0) -> None:
@@ -37,12 +37,14 @@ class Window:
         names = sorted(self.sums)
         if not names:
             return {}
-        values = all_reduce_sum(torch.stack([self.sums[name].cpu() for name in names])) / world_size()
+        device = next((value.device for value in self.sums.values() if isinstance(value, Tensor)), None)
+        sums = torch.stack([torch.as_tensor(self.sums[name], dtype=torch.float32, device=device) for name in names])
+        values = all_reduce_sum(sums) / world_size()  # on the training device: NCCL knows no other
         return {"steps": self.steps, "sums": dict(zip(names, values.tolist(), strict=True))}
 
     def load(self, state: dict) -> None:
         self.steps = state.get("steps", 0)
-        self.sums = {name: torch.tensor(value) for name, value in state.get("sums", {}).items()}
+        self.sums = dict(state.get("sums", {}))
 
     def close(self) -> dict[str, float]:
         """The means of the window, which begins anew."""
@@ -109,6 +111,13 @@ class Stopwatch:
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Time that passes for something else than training does not count."""
+        start = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - start
 
     def look(self, images: int) -> dict[str, float]:
         now = time.perf_counter()

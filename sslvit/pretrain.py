@@ -17,10 +17,10 @@ from . import data, objectives, optim, rng, state
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
 from .data.loader import cached, make_loader
-from .distributed import any_process, rank, say
+from .distributed import any_process, rank, say, world_size
 from .evaluation.online import OnlineKNN
 from .hardware import choose_attention, default_workers, resolve_precision, start_accelerator, versions
-from .run import BadImages, Recorder, open_run
+from .run import BadImages, Recorder, check_images, images_record, open_run
 
 
 @dataclass
@@ -52,34 +52,37 @@ def pretrain(config: RunConfig) -> Result:
     schedule = optim.Schedule(config.optim, plan.layout.global_batch_size, plan.warmup_steps, plan.steps)
 
     run_dir, run, saved = Path(config.out), state.RunState(), {}
-    open_run(run_dir, config, str(device))
+    lock = open_run(run_dir, config, str(device))
     if state.steps_saved(run_dir):
         run, saved, complaints = state.restore(run_dir, objective, optimizer)
+        check_images(saved, source, config.data.train)
         say(*complaints, f"Resuming {run_dir} at step {run.step} of {plan.steps}.")
     model, optimizer = accelerator.prepare(objective, optimizer)
     source = cached(source, config.data.cache, config.seed)
     workers = default_workers(device) if config.data.workers is None else config.data.workers
     say(*header(config, plan, schedule, objective, len(source), accelerator, workers))
     batches = iter(make_loader(source, views, plan.layout, config.seed, (run.step, plan.steps), workers, device))
-    recorder, bad = Recorder(run_dir, config, plan, schedule, run), BadImages(run_dir, config.data, source, run)
+    recorder = Recorder(run_dir, config, plan, schedule, run, lock)
+    bad, images = BadImages(run_dir, config.data, source, run), images_record(source)
 
     def evaluate() -> float | None:
         if knn is None:
             return None
-        top1 = knn(objective.exported_encoder(), accelerator)
+        with recorder.watch.pausing():
+            top1 = knn(objective.exported_encoder(), accelerator)
         say(f"step {run.step}/{plan.steps}  k-NN {top1:.1f}% (k={config.eval.k}) of {config.eval.test}")
         recorder.write({"step": run.step, "images": run.images_seen, "knn/top1": top1})
-        recorder.pause()
         return top1
 
     def save() -> None:
-        run.window = recorder.window.state()
+        run.window = recorder.window_state(run.step)
         if rank() == 0:
-            record = {"knn_before": knn_before, "encoder": where(objective), "versions": versions()}
+            scores = {"knn_before": knn_before, "knn_after": knn_after}
+            record = {**scores, "images": images, "encoder": where(objective), "versions": versions()}
             state.save(run_dir, objective, optimizer.optimizer, run, record)
-            state.prune(run_dir, config.save.keep_last)
+            state.prune(run_dir, config.save.keep_last, run.step)
 
-    knn_before = saved["knn_before"] if saved else evaluate()
+    knn_before, knn_after = (saved["knn_before"], saved["knn_after"]) if saved else (evaluate(), None)
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
     objective.train()
@@ -112,16 +115,15 @@ def pretrain(config: RunConfig) -> Result:
         if recorder.due(run.step):
             say(*bad.report(run.images_seen))
             recorder.line(run)
-            minutes = (clock - last_save) / 60
-            save_now |= any_process(bool(config.save.every_minutes and minutes > config.save.every_minutes))
-        if save_now:
+        if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # agreeing takes time
+            save_now |= any_process((clock - last_save) / 60 > config.save.every_minutes)
+        if run.step % evaluate_every == 0 or run.step == plan.steps:
+            knn_after = evaluate()
+        if save_now:  # after the evaluation, so that a run that is killed here does not lose its result
             save()
             last_save = time.perf_counter()
-        if run.step % evaluate_every == 0 and run.step < plan.steps:
-            evaluate()
-            clock = time.perf_counter()
+        clock = time.perf_counter()
 
-    knn_after = evaluate()
     recorder.close()
     return Result(run_dir, run.step, run.images_seen, run.seconds, knn_before, knn_after)
 

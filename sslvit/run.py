@@ -5,12 +5,14 @@ checkpoints/, bad_images.txt, eval/*.json.
 """
 
 import json
+import math
 import os
 import platform
 import shlex
 import sys
 import time
 from pathlib import Path
+from typing import IO, Any
 
 from . import config as configuration
 from . import data
@@ -25,39 +27,89 @@ from .state import RunState, steps_saved
 
 # Keys that may change when a run goes on: they say how long, on what and how it is watched, not what is learned.
 FREE = {
-    "out", "epochs", "steps", "images", "batch_size", "precision", "model.grad_checkpointing", "data.workers",
-    "data.cache", "data.download_dir", "data.bad_ratio",
+    "out", "epochs", "steps", "images", "batch_size", "precision", "model.grad_checkpointing", "data.train",
+    "data.workers", "data.cache", "data.download_dir", "data.bad_ratio",
 }  # fmt: skip
 FREE_SECTIONS = ("save.", "log.", "eval.")
 
 
-def open_run(run_dir: Path, config: RunConfig, device: str) -> None:
-    """Make the directory, or check that it is this run's. Raises UserError on every process before anything is
-    written."""
+def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
+    """Make the directory, or check that it is this run's and that no other process trains in it. Raises UserError on
+    every process before anything is written.
+
+    Returns what holds the directory's lock until it is closed or the process ends; None on other processes.
+    """
     stored = run_dir / "config.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"out={run_dir} is a file: give a directory.")
-    if stored.exists() and steps_saved(run_dir):
-        _refuse_other_settings(run_dir, configuration.differences(stored, config))
-    elif run_dir.exists() and not stored.exists() and any(run_dir.iterdir()):
+    if run_dir.exists() and any(run_dir.iterdir()) and not (stored.exists() and (run_dir / "starts.jsonl").exists()):
         raise UserError(f"out={run_dir} is not empty and holds no run: give a new directory.")
-    barrier()
+    if steps_saved(run_dir):
+        _refuse_other_settings(run_dir, configuration.differences(stored, config))
+    barrier()  # no process looks at what the first one writes from here on
+    lock, problem = None, None
     if rank() == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            configuration.save(config, stored)
-            start = {
-                "time": time.strftime("%F %T%z"),
-                "command": shlex.join(sys.argv),
-                "device": device,
-                "host": f"{platform.machine()}, {os.cpu_count()} cores, {platform.platform()}",
-                "versions": versions(),
-            }
-            with (run_dir / "starts.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(start) + "\n")
+            lock = _lock(run_dir)
+            _write_start(run_dir, device)
+            fresh = run_dir / "config.yaml.tmp"
+            configuration.save(config, fresh)
+            os.replace(fresh, stored)
+        except UserError as error:
+            problem = str(error)
         except OSError as error:
-            raise UserError(f"out={run_dir} cannot be written: {error.strerror}.") from error
-    barrier()
+            problem = f"out={run_dir} cannot be written: {error.strerror}."
+    problem = gather_objects(problem)[0]
+    if problem:
+        raise UserError(problem)
+    return lock
+
+
+def _lock(run_dir: Path) -> IO[str] | None:
+    """Hold <run>/.lock. The system lets go of it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = (run_dir / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader processes would inherit that
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise UserError(
+            f"Another process is training in {run_dir}: wait for it, stop it, or give another out=."
+        ) from error
+    except OSError:  # a file system without locks
+        return file
+    return file
+
+
+def _write_start(run_dir: Path, device: str) -> None:
+    start = {
+        "time": time.strftime("%F %T%z"),
+        "command": shlex.join(sys.argv),
+        "device": device,
+        "host": f"{platform.machine()}, {os.cpu_count()} cores, {platform.platform()}",
+        "versions": versions(),
+    }
+    with (run_dir / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def check_images(saved: dict[str, Any], source: Source, where: str) -> None:
+    """A run that goes on needs the images that it began with, in number, order and names: every permutation and
+    schedule hangs on them. Raises UserError."""
+    stored, now = saved.get("images"), images_record(source)
+    if stored is not None and stored != now:
+        raise UserError(
+            f"data.train={where} holds {now['count']} images, and they are not the {stored['count']} that this run was "
+            "started with (number, names or order differ): give those, or another out= for a new run."
+        )
+
+
+def images_record(source: Source) -> dict[str, Any]:
+    return {"count": len(source), "names": source.identity()}
 
 
 def _refuse_other_settings(run_dir: Path, differences: dict[str, tuple]) -> None:
@@ -77,8 +129,11 @@ def _refuse_other_settings(run_dir: Path, differences: dict[str, tuple]) -> None
 class Recorder:
     """Writes a run's lines: to metrics.jsonl and TensorBoard, and on the console of the first process."""
 
-    def __init__(self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState) -> None:
-        self.every, self.plan, self.schedule = config.log.every_steps, plan, schedule
+    def __init__(
+        self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, lock: IO[str] | None
+    ) -> None:
+        self.run_dir, self.every, self.plan, self.schedule = run_dir, config.log.every_steps, plan, schedule
+        self.lock = lock  # held as long as this is
         self.log = MetricsLog(run_dir, run.step, config.log.tensorboard) if rank() == 0 else None
         self.window, self.watch = Window(), Stopwatch()
         self.window.load(run.window)
@@ -99,7 +154,7 @@ class Recorder:
             "epoch": run.step / self.plan.steps_per_epoch,
             "images": run.images_seen,
             "seconds": run.seconds,
-            **self.window.close(),
+            **self._finite(self.window.close(), run.step),
             "lr": self.schedule.lr(run.step - 1),
             "weight_decay": self.schedule.weight_decay(run.step - 1),
             **timing,
@@ -113,13 +168,32 @@ class Recorder:
         if self.log:
             self.log.write(record)
 
-    def pause(self) -> None:
-        """Time that passed for something else than training does not count."""
-        self.watch = Stopwatch()
+    def window_state(self, step: int) -> dict[str, Any]:
+        """The unfinished line, for a checkpoint. Raises UserError, so that nothing is saved, if it is not finite."""
+        state = self.window.state()
+        self._finite(state.get("sums", {}), step)
+        return state
+
+    def _finite(self, values: dict[str, float], step: int) -> dict[str, float]:
+        """The same values on all processes. Raises UserError if the run has diverged."""
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            saved = steps_saved(self.run_dir)
+            good = (
+                f"The last checkpoint, of step {saved[-1]}, is from before." if saved else "There is no checkpoint yet."
+            )
+            raise UserError(
+                f"The run has diverged: {', '.join(broken)} is not a finite number in the steps up to {step}. {good} "
+                "Lower optim.base_lr, lengthen optim.warmup_epochs, set optim.clip=1, or try precision=float32, in "
+                "another out=."
+            )
+        return values
 
     def close(self) -> None:
         if self.log:
             self.log.close()
+        if self.lock:
+            self.lock.close()
 
 
 class BadImages:
@@ -137,14 +211,24 @@ class BadImages:
 
     def note(self, batch: dict) -> None:
         """Take the list that a batch from the loader brings along."""
-        for index, reason in batch.pop("bad"):
+        bad = batch.pop("bad")
+        for index, reason in bad:
             name = self.source.name(index)
             if name not in self.known:
                 self.known.add(name)
                 self.new.append((name, reason))
         if batch.pop("failed", False):
-            name, reason = self.new[-1] if self.new else (self.source.name(0), "see bad_images.txt")
-            raise UserError(f"Too many images in a row cannot be read, the last is {name}: {reason}. Check data.train.")
+            self._write(self.new)
+            index, reason = bad[-1]
+            raise UserError(
+                f"{len(bad)} images in a row cannot be read, the last is {self.source.name(index)}: {reason}. "
+                f"Check data.train; they are listed in {self.path}."
+            )
+
+    def _write(self, entries: list[tuple[str, str]]) -> None:
+        if entries:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{name}\t{reason}\n" for name, reason in entries)
 
     def report(self, images_seen: int) -> list[str]:
         """On all processes together: sentences about images found bad since the last report. Raises UserError."""
@@ -152,9 +236,8 @@ class BadImages:
         self.new = []
         fresh = [(name, reason) for name, reason in new]
         self.known |= {name for name, _ in fresh}
-        if fresh and rank() == 0:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(f"{name}\t{reason}\n" for name, reason in fresh)
+        if rank() == 0:
+            self._write(fresh)
         read = min(len(self.source), max(images_seen, self.FIRST_LOOK))
         if len(self.known) > self.limit * read:
             raise UserError(

@@ -83,9 +83,11 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:09d}"
 
 
-def prune(run_dir: Path, keep_last: int) -> None:
-    for step in steps_saved(run_dir)[: -max(1, keep_last)]:
-        shutil.rmtree(folder_of(run_dir, step), ignore_errors=True)
+def prune(run_dir: Path, keep_last: int, step: int) -> None:
+    """Delete all but the last checkpoints up to `step`. Later ones are damaged, or the run would have begun there: they
+    neither count nor are touched before the run has passed them."""
+    for old in [saved for saved in steps_saved(run_dir) if saved <= step][: -max(1, keep_last)]:
+        shutil.rmtree(folder_of(run_dir, old), ignore_errors=True)
 
 
 def read(folder: Path, *names: str) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:

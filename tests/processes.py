@@ -70,12 +70,17 @@ def lines(run_dir: Path) -> list[dict]:
     return records
 
 
-def kill_at(process: BaseProcess, run_dir: Path, step: int, seconds: float = 60) -> None:
-    """SIGKILL as soon as metrics.jsonl has the line of a step."""
+def wait_for_step(process: BaseProcess, run_dir: Path, step: int, seconds: float = 60) -> None:
+    """Until metrics.jsonl has the line of a step."""
     deadline = time.monotonic() + seconds
     while not any(record["step"] >= step for record in lines(run_dir)):
         assert process.is_alive(), "the run ended before it was killed"
         assert time.monotonic() < deadline, "the run did not get there"
         time.sleep(0.002)
+
+
+def kill_at(process: BaseProcess, run_dir: Path, step: int, seconds: float = 60) -> None:
+    """SIGKILL as soon as metrics.jsonl has the line of a step."""
+    wait_for_step(process, run_dir, step, seconds)
     process.kill()
     process.join()

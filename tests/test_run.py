@@ -48,7 +48,8 @@ def test_a_run_leaves_its_record(cli, images, tmp_path, method):
     assert "step 8/8  epoch 2.00/2  loss" in printed
     assert "images/s" in printed
     assert "Done: 64 images" in printed
-    assert {path.name for path in out.iterdir()} == {"config.yaml", "starts.jsonl", "metrics.jsonl", "checkpoints"}
+    names = {".lock", "config.yaml", "starts.jsonl", "metrics.jsonl", "checkpoints"}
+    assert {path.name for path in out.iterdir()} == names
     start = json.loads((out / "starts.jsonl").read_text())
     assert (
         start["versions"]["torch"] == torch.__version__.split("+")[0] or start["versions"]["torch"] in torch.__version__
@@ -151,6 +152,60 @@ def test_a_directory_with_other_things_is_not_written_to(fails, images, tmp_path
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
+def test_a_folder_that_only_looks_like_a_run_is_not_written_to(fails, images, tmp_path):
+    (tmp_path / "config.yaml").write_text("my: own settings\n")
+    (tmp_path / "metrics.jsonl").write_text("my own lines\n")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "is not empty and holds no run" in fails("pretrain", images, *words("mae", f"out={tmp_path}"))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_two_processes_do_not_train_in_one_directory(fails, images, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["pretrain", images, *words("mae", f"out={out}", "epochs=500")]
+    first = processes.start(arguments, log)
+    try:
+        processes.wait_for_step(first, out, 4)
+        assert "Another process is training in" in fails(*arguments)
+    finally:
+        first.kill()
+        first.join()
+
+
+def test_a_config_that_cannot_be_read_gets_a_sentence(cli, fails, images, tmp_path):
+    out = tmp_path / "run"
+    assert cli("pretrain", images, *words("mae", f"out={out}"))[0] == 0
+    (out / "config.yaml").write_text("method: [mae\n")
+    assert "config.yaml cannot be read" in fails("pretrain", images, *words("mae", f"out={out}", "epochs=3"))
+
+
+def test_other_images_are_refused_and_the_same_elsewhere_are_not(cli, fails, images, tmp_path):
+    moved, out, whole = tmp_path / "moved", tmp_path / "run", tmp_path / "whole"
+    shutil.copytree(images, moved)
+    assert cli("pretrain", images, *words("mae", f"out={whole}", "save.every_steps=3", "keep_last=9"))[0] == 0
+    shutil.copytree(whole, out)
+    for step in (6, 8):
+        shutil.rmtree(state.folder_of(out, step))
+    assert cli("pretrain", moved, *words("mae", f"out={out}", "save.every_steps=3", "keep_last=9"))[0] == 0
+    assert_same_run(whole, out)
+    (moved / "000.png").rename(moved / "zzz.png")
+    message = fails("pretrain", moved, *words("mae", f"out={out}", "epochs=3"))
+    assert "holds 37 images, and they are not the 37 that this run was started with" in message
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(cli, fails, images, tmp_path):
+    out = tmp_path / "run"
+    assert cli("pretrain", images, *words("mae", f"out={out}", "base_lr=1e30", "steps=1", "warmup_epochs=0"))[0] == 0
+    assert cli("pretrain", images, *words("mae", f"out={tmp_path / 'sane'}", "steps=1", "warmup_epochs=0"))[0] == 0
+    before = final_weights(out)
+    message = fails("pretrain", images, *words("mae", f"out={out}", "base_lr=1e30", "steps=9", "warmup_epochs=0"))
+    assert "The run has diverged" in message
+    assert "The last checkpoint, of step 1, is from before" in message
+    assert state.steps_saved(out) == [1]
+    assert all(torch.equal(value, before[name]) for name, value in final_weights(out).items())
+    assert "NaN" not in (out / "metrics.jsonl").read_text()
+
+
 def test_broken_images_are_skipped_counted_and_named_once(cli, tmp_path):
     folder = write_images(tmp_path / "images", 37)
     (folder / "003.png").write_bytes(b"no image")
@@ -172,7 +227,10 @@ def test_too_many_broken_images_stop_the_run(fails, tmp_path):
     assert "data.bad_ratio=0.002" in message
     for path in folder.iterdir():
         path.write_bytes(b"")
-    assert "in a row cannot be read" in fails("pretrain", folder, *words("mae", f"out={tmp_path / 'run2'}"))
+    message = fails("pretrain", folder, *words("mae", f"out={tmp_path / 'run2'}"))
+    assert "in a row cannot be read" in message
+    named = message.split("the last is ")[1].split(": ")[0]
+    assert named in (tmp_path / "run2" / "bad_images.txt").read_text()
 
 
 def test_knn_during_the_run_is_logged_and_reported(cli, labelled, tmp_path):
@@ -185,6 +243,12 @@ def test_knn_during_the_run_is_logged_and_reported(cli, labelled, tmp_path):
     measured = [(line["step"], line["knn/top1"]) for line in processes.lines(out) if "knn/top1" in line]
     assert [step for step, _ in measured] == [0, 4, 8]
     assert measured[-1][1] > 90  # three colours
+    again = cli(
+        "pretrain", labelled / "train", *words("mae", f"out={out}", "eval.k=5", "eval.every_epochs=1"),
+        f"eval.train={labelled / 'train'}", f"eval.test={labelled / 'test'}",
+    )  # fmt: skip
+    assert again[1].splitlines()[-1] == printed.splitlines()[-1]  # a finished run tells its result, and repeats nothing
+    assert [line["step"] for line in processes.lines(out) if "knn/top1" in line] == [0, 4, 8]
     assert f"untrained encoder {measured[0][1]:.1f}%, trained encoder {measured[-1][1]:.1f}%" in printed
 
 

@@ -55,10 +55,16 @@ def test_nothing_but_safetensors_and_json_is_written(tmp_path):
 
 def test_the_last_ones_are_kept(tmp_path):
     saved(tmp_path, 1, 2, 3, 10)
-    state.prune(tmp_path, keep_last=2)
+    state.prune(tmp_path, keep_last=2, step=10)
     assert state.steps_saved(tmp_path) == [3, 10]
-    state.prune(tmp_path, keep_last=0)
+    state.prune(tmp_path, keep_last=0, step=10)
     assert state.steps_saved(tmp_path) == [10]
+
+
+def test_a_damaged_later_checkpoint_does_not_count_among_the_last_ones(tmp_path):
+    saved(tmp_path, 100, 150, 200)
+    state.prune(tmp_path, keep_last=1, step=150)  # the run began again at 100, because that of 200 could not be read
+    assert state.steps_saved(tmp_path) == [150, 200]
 
 
 @pytest.mark.parametrize("name", [state.MODEL, state.OPTIMIZER, state.STATE, state.SUMS])

@@ -44,6 +44,9 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """What a person would look for: a path, or the set and the number."""
 
+    def identity(self) -> str:
+        """Changes when the number, the names or the order of the images do, not with where they lie."""
+
     def fingerprint(self) -> str:
         """Changes when the images do: features are cached under it."""
 

@@ -85,11 +85,17 @@ class Folder:
             raise BadImage(error.strerror or type(error).__name__) from error
         return decode(data, self.in_chans)
 
+    def identity(self) -> str:
+        return hashlib.sha256(self.names.ends.tobytes() + self.names.blob.tobytes()).hexdigest()
+
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.names.blob.tobytes())
+        digest = hashlib.sha256(self.identity().encode())
         for index in range(len(self)):
-            stat = os.stat(self.name(index))
-            digest.update(f"{stat.st_size},{stat.st_mtime_ns};".encode())
+            try:
+                stat = os.stat(self.name(index))
+                digest.update(f"{stat.st_size},{stat.st_mtime_ns};".encode())
+            except OSError:  # a link to nowhere, a file removed meanwhile: reading it is a BadImage
+                digest.update(b"missing;")
         return digest.hexdigest()
 
 

@@ -68,6 +68,9 @@ class Fractals:
     def name(self, index: int) -> str:
         return f"fractals:{self.split}[{index}]"
 
+    def identity(self) -> str:
+        return self.fingerprint()
+
     def fingerprint(self) -> str:
         return f"fractals-1:{self.split},{len(self.classes)},{self.count},{self.size},{self.seed},{self.in_chans}"
 

@@ -110,6 +110,9 @@ class Cached:
     def name(self, index: int) -> str:
         return self.source.name(index)
 
+    def identity(self) -> str:
+        return self.source.identity()
+
     def fingerprint(self) -> str:
         return self.source.fingerprint()
 

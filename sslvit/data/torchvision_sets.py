@@ -49,6 +49,9 @@ class TorchvisionSet:
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
 
+    def identity(self) -> str:
+        return self.fingerprint()
+
     def fingerprint(self) -> str:
         return f"{self.title},{self.in_chans},{len(self)}"
 

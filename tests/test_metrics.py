@@ -1,0 +1,43 @@
+"""What is written about a run, and how it is timed."""
+
+import time
+
+import pytest
+import torch
+
+from sslvit import metrics
+from sslvit.metrics import Stopwatch, Window
+
+
+def test_a_window_averages_over_steps_and_goes_on_from_its_state():
+    window, resumed = Window(), Window()
+    for value in (1.0, 2.0):
+        window.add({"loss": torch.tensor(value)})
+        window.steps += 1
+    resumed.load(window.state())
+    for each in (window, resumed):
+        each.add({"loss": torch.tensor(6.0)}, 0.5)
+        each.add({"loss": torch.tensor(8.0)}, 0.5)  # two micro-batches of one step
+        each.steps += 1
+        assert each.close() == {"loss": pytest.approx(10 / 3)}
+        assert each.close() == {}
+
+
+def test_a_window_is_reduced_on_the_device_of_its_values(monkeypatch):
+    """NCCL reduces nothing that lies on the host."""
+    devices = []
+    monkeypatch.setattr(metrics, "all_reduce_sum", lambda x: devices.append(x.device.type) or torch.zeros(x.shape))
+    window = Window()
+    window.load({"steps": 1, "sums": {"loss": 1.0, "seen once": 2.0}})
+    window.add({"loss": torch.tensor(1.0, device="meta")})
+    window.close()
+    assert devices == ["meta"]
+
+
+def test_a_pause_counts_for_nothing():
+    watch = Stopwatch()
+    time.sleep(0.05)
+    with watch.pausing():
+        time.sleep(0.3)
+    time.sleep(0.05)
+    assert 10 / 0.3 < watch.look(10)["images_per_second"] <= 10 / 0.1
