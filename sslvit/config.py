@@ -21,7 +21,7 @@ from .hardware import Precision
 from .metrics import Config as LogConfig
 from .optim import Config as OptimConfig
 from .state import Config as SaveConfig
-from .words import assignments, check_keys, flatten, full_key, help_lines, merge, nested, read_yaml, shown
+from .words import assignments, check_keys, flatten, full_key, help_lines, merge, nested, read_yaml, value_of
 
 DURATIONS = ("epochs", "steps", "images")
 
@@ -69,6 +69,10 @@ def load(words: list[str]) -> RunConfig:
     if len(recipes) > 1 or len(folders) > 1:
         raise UserError(f"Give one recipe and one folder at most, not {', '.join(map(str, recipes + folders))}.")
     given = [("data.train", folder) for folder in folders] + assignments([word for word in words if "=" in word])
+    lengths = {key: value for key, value in given if key in DURATIONS and value not in ("", "null")}
+    if len(lengths) > 1:
+        shown_lengths = " and ".join(f"{key}={value}" for key, value in lengths.items())
+        raise UserError(f"The length of a run is epochs, steps or images, not {shown_lengths} at once: give one.")
     values = read_yaml(recipes[0]) if recipes else {}
 
     method = str(next((v for k, v in reversed(given) if k == "method"), values.get("method") or RunConfig.method))
@@ -77,9 +81,10 @@ def load(words: list[str]) -> RunConfig:
     for layer, where in [(values, str(recipes[0]))] if recipes else []:
         check_keys(layer, keys, where, "pretrain")
         config = merge(config, _with_one_duration(layer), where)
-    for key, value in given:
-        layer = nested(full_key(key, keys, "pretrain"), value)
-        config = merge(config, _with_one_duration(layer), f"{key}={shown(value)}")
+    for key, text in given:
+        key = full_key(key, keys, "pretrain")
+        layer = nested(key, value_of(config, key, text))
+        config = merge(config, _with_one_duration(layer), f"{key}={text}")
     config.out = config.out or f"runs/{recipes[0].stem if recipes else method}"
     return OmegaConf.to_object(config)
 

@@ -1,9 +1,16 @@
 """The only file that touches torch.distributed. Every function also works in one process that never started it."""
 
-from typing import Any
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .errors import UserError
+
+T = TypeVar("T")
 
 
 def active() -> bool:
@@ -32,6 +39,25 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_first_process(work: Callable[[], T]) -> T:
+    """What `work` returns on the first process, on every process; a UserError there is raised on all."""
+    if not active():
+        return work()
+    result: list[Any] = [None, None]
+    if rank() == 0:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or threads)  # launchers leave one to each process, and the others wait
+        try:
+            result[0] = work()
+        except UserError as error:
+            result[1] = str(error)
+        torch.set_num_threads(threads)
+    dist.broadcast_object_list(result, src=0)
+    if result[1] is not None:
+        raise UserError(result[1])
+    return result[0]
 
 
 def barrier() -> None:

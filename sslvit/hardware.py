@@ -3,8 +3,10 @@
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, PartialState
@@ -72,6 +74,21 @@ def default_workers(device: torch.device) -> int:
     if device.type == "cpu":
         return 1 if cores > 1 else 0
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def free_memory() -> int:
+    """Bytes of main memory that can still be taken: of the machine, or of the container if that is less."""
+    free = psutil.virtual_memory().available
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            numbers = [int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used)]
+            free = min(free, max(0, numbers[0] - numbers[1]))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return free
 
 
 def versions() -> dict[str, str]:

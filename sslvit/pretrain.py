@@ -16,7 +16,7 @@ from . import config as configuration
 from . import data, objectives, optim, rng, state
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
-from .data.loader import cached, make_loader
+from .data.loader import Memory, cached, make_loader
 from .distributed import any_process, rank, say, world_size
 from .evaluation.online import OnlineKNN
 from .hardware import choose_attention, default_workers, resolve_precision, start_accelerator, versions
@@ -41,12 +41,14 @@ def pretrain(config: RunConfig) -> Result:
     accelerator = start_accelerator(config.precision)
     device = accelerator.device
     method = objectives.find(config.method)
-    source = data.open_source(config.data.train, config.data)
+    memory = Memory()
+    with accelerator.local_main_process_first():  # a set that is downloaded is so once
+        source = data.open_source(config.data.train, config.data)
     plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
     views, normalize = method.views(config.objective, config.data), Normalize(*data.normalization(config.data))
-    knn = OnlineKNN(config.eval, config.data, config.seed) if config.eval.train or config.eval.test else None
-    torch.manual_seed(int(rng.fold_in(config.seed, "weights")))
-    objective = method.build(config.objective, config.model, config.data, plan.steps_per_epoch, plan.steps).to(device)
+    wanted = bool(config.eval.train or config.eval.test)
+    knn = OnlineKNN(config.eval, config.data, config.seed, memory, accelerator) if wanted else None
+    objective = objectives.start(config, plan.steps_per_epoch, plan.steps).to(device)
     choose_attention(objective, device, accelerator.mixed_precision)
     optimizer = optim.make_optimizer(config.optim, objective)
     schedule = optim.Schedule(config.optim, plan.layout.global_batch_size, plan.warmup_steps, plan.steps)
@@ -58,7 +60,7 @@ def pretrain(config: RunConfig) -> Result:
         check_images(saved, source, config.data.train)
         say(*complaints, f"Resuming {run_dir} at step {run.step} of {plan.steps}.")
     model, optimizer = accelerator.prepare(objective, optimizer)
-    source = cached(source, config.data.cache, config.seed)
+    source = cached(source, config.data.cache, config.seed, memory)
     workers = default_workers(device) if config.data.workers is None else config.data.workers
     say(*header(config, plan, schedule, objective, len(source), accelerator, workers))
     batches = iter(make_loader(source, views, plan.layout, config.seed, (run.step, plan.steps), workers, device))
@@ -69,7 +71,7 @@ def pretrain(config: RunConfig) -> Result:
         if knn is None:
             return None
         with recorder.watch.pausing():
-            top1 = knn(objective.exported_encoder(), accelerator)
+            top1 = knn(objective.exported_encoder())
         say(f"step {run.step}/{plan.steps}  k-NN {top1:.1f}% (k={config.eval.k}) of {config.eval.test}")
         recorder.write({"step": run.step, "images": run.images_seen, "knn/top1": top1})
         return top1

@@ -1,8 +1,10 @@
-"""An encoder by what a user calls it: a run directory, an exported folder, `timm:<name>`, or `random:<name>`."""
+"""An encoder by what a user calls it: a run directory, `untrained:<run directory>`, an exported folder, `timm:<name>`,
+or `random:<name>`."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -11,9 +13,11 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import data, encoder, rng, state
+from . import data, encoder, objectives, rng, state
 from .encoder import Encoder
 from .errors import UserError
+
+CHOICES = "a run directory, untrained:<run directory>, an exported folder, timm:<name> or random:<name>"
 
 
 @dataclass
@@ -44,8 +48,10 @@ def load(
     `timm.create_model`, for the same two.
     """
     if not name:
-        raise UserError("run= is missing: give a run directory, an exported folder, timm:<name> or random:<name>.")
+        raise UserError(f"run= is missing: give {CHOICES}.")
     kind, colon, rest = name.partition(":")
+    if colon and kind == "untrained":
+        return _untrained(Path(rest).expanduser(), name)
     if colon and kind == "timm":
         return _from_timm(rest, name, image_size, model_args or {})
     if colon and kind == "random":
@@ -58,9 +64,7 @@ def load(
     if (path / "config.json").is_file():
         return _from_folder(path, name)
     if not path.exists():
-        raise UserError(
-            f"run={name} does not exist: give a run directory, an exported folder, timm:<name> or random:<name>."
-        )
+        raise UserError(f"run={name} does not exist: give {CHOICES}.")
     raise UserError(
         f"run={name} is neither a run (no checkpoints in it) nor an exported encoder (no config.json in it)."
     )
@@ -85,6 +89,24 @@ def _from_run(run_dir: Path) -> Pretrained:
         "notes": complaints,
     }
     return Pretrained(built.eval(), mean, std, str(run_dir), detail, run_dir)
+
+
+def _untrained(run_dir: Path, name: str) -> Pretrained:
+    """The very encoder that a run began with: its seed, its method's initialisation, its images' mean and deviation."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"run={name}: {run_dir} has no config.yaml, so it is not a run directory.")
+    stored = OmegaConf.load(run_dir / "config.yaml")
+    schemas = {"objective": objectives.find(stored.method).Config, "model": encoder.Config, "data": data.Config}
+    parts = {
+        key: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), stored[key]))
+        for key, schema in schemas.items()
+    }
+    config = SimpleNamespace(method=stored.method, seed=stored.seed, **parts)
+    objective = objectives.start(config, steps_per_epoch=10**6, steps=10**9)  # lengths do not matter to the weights
+    mean, std = data.normalization(config.data)
+    return Pretrained(
+        objective.exported_encoder().eval(), mean, std, name, {"weights": f"untrained, seed {config.seed}"}
+    )
 
 
 def _from_folder(path: Path, name: str) -> Pretrained:

@@ -22,23 +22,31 @@ OPEN = ("model.args", "model_args")  # keys whose value is a dictionary that tim
 def parse(schema: Any, words: list[str], command: str) -> Any:
     """key=value words into a copy of the dataclass instance `schema`. Raises UserError."""
     config = OmegaConf.structured(schema)
-    for key, value in assignments(words):
-        config = merge(config, nested(full_key(key, list(flatten(config)), command), value), f"{key}={shown(value)}")
+    for key, text in assignments(words):
+        key = full_key(key, list(flatten(config)), command)
+        config = merge(config, nested(key, value_of(config, key, text)), f"{key}={text}")
     return OmegaConf.to_object(config)
 
 
-def assignments(words: list[str]) -> list[tuple[str, Any]]:
-    """[("optim.base_lr", 0.001), ...] with the values as YAML reads them, but `key=` as the empty text."""
+def assignments(words: list[str]) -> list[tuple[str, str]]:
+    """[("optim.base_lr", "1e-3"), ...]."""
     pairs = []
     for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
+        key, equals, text = word.partition("=")
+        if not equals or not key.strip("-"):
             raise UserError(f"{word} is not of the form key=value.")
-        try:
-            pairs.append((key.lstrip("-"), OmegaConf.from_dotlist([f"value={value}"]).value if value else ""))
-        except Exception as error:  # whatever YAML's parser raises
-            raise UserError(f"{word} cannot be read: {first_line(error)}.") from error
+        pairs.append((key.lstrip("-"), text))
     return pairs
+
+
+def value_of(config: DictConfig, key: str, text: str) -> Any:
+    """The text itself for a key that holds text (a path may look like a number), else what YAML reads in it."""
+    if isinstance(OmegaConf.select(config, key), str) and text != "null":
+        return text
+    try:
+        return OmegaConf.from_dotlist([f"value={text}"]).value
+    except Exception as error:  # whatever YAML's parser raises
+        raise UserError(f"{key}={text} cannot be read: {first_line(error)}.") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

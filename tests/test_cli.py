@@ -45,6 +45,11 @@ def test_a_misspelt_command_is_recognised(fails):
         (["eval.train=fractals"], "eval.test is empty"),
         (["epochs=0.01"], "less than one step"),
         (["workers=-1"], "data.workers=-1"),
+        (["decoder_heads=0"], "decoder_heads=0 must be 1 or above"),
+        (["crop_scale=[2,3]"], "two shares of the area"),
+        (["model.args.drop_path_rate=0.1"], "set objective.drop_path"),
+        (["epochs=5", "steps=9"], "not epochs=5 and steps=9 at once"),
+        (["method=.x"], "cannot be imported"),
         (["log.every_steps=0"], "log.every_steps=0"),
     ],
 )

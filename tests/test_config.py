@@ -37,10 +37,18 @@ def test_a_folder_is_the_training_data(images):
     assert load(str(images), "mask_ratio=0.6").data.train == str(images)
 
 
-def test_a_new_length_replaces_the_old_one_whatever_its_unit():
+def test_a_new_length_replaces_the_old_one_whatever_its_unit(tmp_path):
     assert load("steps=50").epochs is None
-    loaded = load("images=1e5".replace("1e5", "100000"), "epochs=2.5")
+    (tmp_path / "mine.yaml").write_text("images: 100000\n")
+    loaded = load(str(tmp_path / "mine.yaml"), "epochs=2.5")
     assert (loaded.images, loaded.epochs) == (None, 2.5)
+    with pytest.raises(UserError, match="not epochs=5 and steps=9 at once"):
+        load("epochs=5", "steps=9")
+
+
+def test_text_stays_as_it_was_written():
+    for text in ("010", "1e3", "off", "a #b", "x: y", "[1]", ""):
+        assert load(f"data.train={text}").data.train == text
 
 
 def test_what_is_stored_is_what_is_loaded(tmp_path):

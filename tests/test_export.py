@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sslvit import pretrained
+from sslvit.errors import UserError
 from sslvit.export import timm_folder
 
 from .conftest import words
@@ -82,16 +83,39 @@ def test_other_families_are_exported_too(cli, tmp_path):
         assert torch.allclose(model(x), subject.encoder.features(x), atol=1e-5)
 
 
+def test_models_that_pool_in_their_own_way_are_measured_and_exported_as_timm_does(tmp_path):
+    """DeiT's distilled ViT has two tokens; and timm's own folders may have a norm after the mean."""
+    x = torch.randn(2, 3, 32, 32)
+    args = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 2}
+    distilled = pretrained.load("random:deit_tiny_distilled_patch16_224", image_size=32, model_args=args)
+    folder = timm_folder.export(distilled, tmp_path / "exported")
+    torch.manual_seed(0)
+    foreign = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=32, global_pool="avg", fc_norm=True, **args
+    ).eval()
+    torch.nn.init.normal_(foreign.fc_norm.weight)
+    timm.models.save_for_hf(
+        foreign, tmp_path / "foreign", model_args={"img_size": 32, "global_pool": "avg", "fc_norm": True, **args},
+        model_config={"input_size": [3, 32, 32]}, safe_serialization=True,
+    )  # fmt: skip
+    with torch.inference_mode():
+        theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x)
+        assert torch.allclose(distilled.encoder.features(x), theirs, atol=1e-5)
+        again = pretrained.load(str(tmp_path / "foreign")).encoder
+        assert again.pool == "pooled"
+        assert torch.allclose(again.features(x), foreign(x), atol=1e-5)
+
+
 def test_an_export_that_is_not_the_encoder_fails_loudly(colour_run, tmp_path):
     subject = pretrained.load(str(colour_run))
     folder = timm_folder.export(subject, tmp_path / "exported")
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "norm.bias": weights["norm.bias"] + 1}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RuntimeError, match="differ from the encoder's"):
+    with pytest.raises(UserError, match="differ from the encoder's"):
         timm_folder.check(subject.encoder, folder)
     del weights["norm.bias"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RuntimeError, match="could not load"):
+    with pytest.raises(UserError, match="does not load"):
         timm_folder.check(subject.encoder, folder)
 
 

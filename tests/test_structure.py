@@ -15,8 +15,9 @@ LAYERS = [
     {"__main__"},
     {"pretrain"},
     {"run", "config"},
-    {"objectives", "evaluation", "export"},
+    {"evaluation", "export"},
     {"pretrained"},
+    {"objectives"},
     {"encoder", "heads", "views", "augment", "data", "optim", "state"},
     {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors"},
 ]

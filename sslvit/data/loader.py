@@ -6,16 +6,18 @@ fill a step is not seen in that epoch. So a run continues at step s by starting 
 """
 
 import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import rng
+from ..distributed import say
+from ..hardware import free_memory
 from ..views import Views, cut
 from . import BadImage, Source
 
@@ -126,7 +128,20 @@ class Cached:
         return image
 
 
-def cached(source: Source, cache: bool | None, seed: int) -> Source:
+class Memory:
+    """What the caches of this process may fill together: a share of the free memory, divided by the processes of the
+    machine. Pages are filled only as images are read, so each cache has to be counted when it is made."""
+
+    def __init__(self) -> None:
+        self.left = CACHE_SHARE * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def take(self, size: int) -> bool:
+        fits = size <= self.left
+        self.left -= size if fits else 0
+        return fits
+
+
+def cached(source: Source, cache: bool | None, seed: int, memory: Memory) -> Source:
     """The source, in memory if asked (`cache=True`), or if left open (None) and it will probably fit and help."""
     if cache is False:
         return source
@@ -137,12 +152,12 @@ def cached(source: Source, cache: bool | None, seed: int) -> Source:
         except BadImage:
             continue
         shapes.add((*image.shape, image.dtype))
-    if len(shapes) != 1:
-        return source
-    *shape, dtype = shapes.pop()
+    *shape, dtype = shapes.pop() if len(shapes) == 1 else (None,)
     if dtype != torch.uint8:
+        if cache:
+            say("data.cache=true has no effect: it is for images of one size and 8 bits, and these are not.")
         return source
-    if cache is None and len(source) * int(np.prod(shape)) > CACHE_SHARE * psutil.virtual_memory().available:
+    if not memory.take(len(source) * int(np.prod(shape))) and cache is None:
         return source
     return Cached(source, tuple(shape))
 

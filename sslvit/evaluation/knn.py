@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..distributed import say
+from ..distributed import on_first_process, say
 from ..errors import UserError
 from . import protocol
+from .features import Features
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -34,12 +35,9 @@ def run(config: Config) -> list[dict[str, float]]:
             f"k={list(config.k)} and temperature={list(config.temperature)} must be lists of numbers above 0."
         )
     task = protocol.prepare(config, "knn")
-    known = task.train_labels >= 0, task.test_labels >= 0
-    accuracies = classify(
-        task.train.normalized()[known[0]], task.train_labels[known[0]],
-        task.test.normalized()[known[1]], task.test_labels[known[1]],
-        len(task.classes), config.k, config.temperature,
-    )  # fmt: skip
+    accuracies = classify_labelled(
+        task.train, task.train_labels, task.test, task.test_labels, len(task.classes), config.k, config.temperature
+    )
     results = [
         {"k": k, "temperature": temperature, "top1": round(top1, 4), "top5": round(top5, 4)}
         for (k, temperature), (top1, top5) in accuracies.items()
@@ -50,8 +48,22 @@ def run(config: Config) -> list[dict[str, float]]:
     return results
 
 
+def classify_labelled(
+    train: Features, train_labels: Tensor, test: Features, test_labels: Tensor, num_classes: int,
+    ks: Sequence[int], temperatures: Sequence[float],
+) -> dict[tuple[int, float], tuple[float, float]]:  # fmt: skip
+    """`classify` for the images that have a label, by the first process with all of the machine's cores; the same
+    answer on every process. Raises UserError."""
+    known, asked = train_labels >= 0, test_labels >= 0
+    bank, queries = train.normalized()[known], test.normalized()[asked]
+    return on_first_process(
+        lambda: classify(bank, train_labels[known], queries, test_labels[asked], num_classes, ks, temperatures)
+    )
+
+
 def neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """[N, D], [Q, D] float32 of unit length -> [Q, k] similarities, best first, and [Q, k] int64 rows of the bank."""
+    faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatIP(bank.shape[1])
     index.add(np.ascontiguousarray(bank.numpy()))
     similarity, rows = index.search(np.ascontiguousarray(queries.numpy()), k)

@@ -7,13 +7,14 @@ what the BatchNorm without affine parameters of MAE's protocol does (He et al., 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import rng, schedules
-from ..distributed import say
+from ..distributed import on_first_process, say
 from ..errors import UserError
 from . import protocol
 
@@ -36,6 +37,13 @@ def run(config: Config) -> dict[str, float]:
     if not config.lr or min(config.lr) <= 0 or config.epochs < 1 or config.probe_batch_size < 1:
         raise UserError("lr, epochs and probe_batch_size must be above 0.")
     task = protocol.prepare(config, "linear")
+    results = on_first_process(lambda: probe(config, task))
+    protocol.write(config, task, "linear", results)
+    return results
+
+
+def probe(config: Config, task: protocol.Task) -> dict[str, Any]:
+    """Sweep, choice and test on features; prints a table. Raises UserError."""
     known = task.train_labels >= 0
     x, labels = task.train.values[known], task.train_labels[known]
     held_out = rng.permutation(rng.fold_in(config.seed, "holdout"), len(x)) < round(config.holdout * len(x))
@@ -52,7 +60,10 @@ def run(config: Config) -> dict[str, float]:
     mean, std = standardisation(x[~held_out])
     heads = train((x[~held_out] - mean) / std, labels[~held_out], config.lr)
     valid = accuracy(heads, (x[held_out] - mean) / std, labels[held_out])
-    best = int(valid.argmax())
+    loss = cross_entropy(heads, (x[held_out] - mean) / std, labels[held_out])
+    best = max(
+        range(len(config.lr)), key=lambda head: (valid[head].item(), -loss[head].item())
+    )  # a tie: the lower loss
     mean, std = standardisation(x)
     head = train((x - mean) / std, labels, config.lr[best : best + 1])
     test = task.test_labels >= 0
@@ -68,7 +79,6 @@ def run(config: Config) -> dict[str, float]:
     say(f"test top-1 {top1:.2f}% with lr {config.lr[best]:g}, chosen on the held-out part")
     if best in (0, len(config.lr) - 1) and len(config.lr) > 1:
         say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
-    protocol.write(config, task, "linear", results)
     return results
 
 
@@ -114,3 +124,9 @@ def accuracy(heads: Tensor, x: Tensor, labels: Tensor) -> Tensor:
     """[H, D + 1, C], [N, D], [N] -> [H] top-1 in percent."""
     predictions = (F.pad(x, (0, 1), value=1.0) @ heads).argmax(dim=-1)
     return 100 * (predictions == labels).double().mean(dim=1)
+
+
+def cross_entropy(heads: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+    """[H, D + 1, C], [N, D], [N] -> [H]."""
+    logits = F.pad(x, (0, 1), value=1.0) @ heads
+    return torch.stack([F.cross_entropy(of_one, labels) for of_one in logits])

@@ -7,11 +7,11 @@ from accelerate import Accelerator
 from .. import data
 from ..augment import Normalize
 from ..data import Source, open_source
-from ..data.loader import cached
+from ..data.loader import Memory, cached
 from ..encoder import Encoder
 from ..errors import UserError
 from .features import align_labels, extract
-from .knn import TEMPERATURE, classify
+from .knn import TEMPERATURE, classify_labelled
 
 
 @dataclass
@@ -26,29 +26,30 @@ class OnlineKNN:
     """Classifies `test` by `train` whenever asked. The sources are opened at once, so that mistakes show at the
     start."""
 
-    def __init__(self, config: Config, data_config: data.Config, seed: int) -> None:
-        self.config, self.data_config = config, data_config
+    def __init__(
+        self, config: Config, data_config: data.Config, seed: int, memory: Memory, accelerator: Accelerator
+    ) -> None:
+        self.config, self.data_config, self.accelerator = config, data_config, accelerator
         if not (config.train and config.test):
             missing = "eval.test" if config.train else "eval.train"
             raise UserError(f"{missing} is empty: k-NN during the run needs eval.train and eval.test, or neither.")
         self.normalize = Normalize(*data.normalization(data_config))
         self.sources: list[Source] = []
         for name in (config.train, config.test):
-            source = open_source(name, data_config)
+            with accelerator.local_main_process_first():
+                source = open_source(name, data_config)
             if source.labels is None:
                 raise UserError(
                     f"eval: {name} has no labels: k-NN needs one folder a class, or a labelled set by name."
                 )
-            self.sources.append(cached(source, data_config.cache, seed))
+            self.sources.append(cached(source, data_config.cache, seed, memory))
         if config.k > len(self.sources[0]):
             raise UserError(f"eval.k={config.k} is larger than the {len(self.sources[0])} images of {config.train}.")
 
-    def __call__(self, encoder: Encoder, accelerator: Accelerator) -> float:
+    def __call__(self, encoder: Encoder) -> float:
         """Top-1 accuracy in percent, the same on every process."""
-        train, test = (extract(encoder, source, self.normalize, accelerator) for source in self.sources)
+        train, test = (extract(encoder, source, self.normalize, self.accelerator) for source in self.sources)
         train_labels, test_labels, classes = align_labels(train, test, (self.config.train, self.config.test))
         k = self.config.k
-        top1, _ = classify(
-            train.normalized(), train_labels, test.normalized(), test_labels, len(classes), (k,), (TEMPERATURE,)
-        )[k, TEMPERATURE]
-        return top1
+        accuracies = classify_labelled(train, train_labels, test, test_labels, len(classes), (k,), (TEMPERATURE,))
+        return accuracies[k, TEMPERATURE][0]

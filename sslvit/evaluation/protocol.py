@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +11,8 @@ from torch import Tensor
 from .. import pretrained
 from ..augment import Normalize
 from ..data import open_source
-from ..data.loader import cached
 from ..distributed import rank, say
-from ..errors import UserError
+from ..errors import UserError, check_range
 from ..hardware import Precision, choose_attention, resolve_precision, start_accelerator, versions
 from ..pretrained import Pretrained
 from .features import Features, align_labels, extract_cached
@@ -23,11 +22,12 @@ from .features import Features, align_labels, extract_cached
 class Sets:
     train: str = ""  # labelled images to learn from: a folder with a sub-folder for each class, or a set by name
     test: str = ""  # labelled images to be judged on
+    download_dir: str = "~/.cache/sslvit"  # where torchvision's data sets are or will be
 
 
 @dataclass
 class Config:
-    run: str = ""  # a run directory, an exported folder, timm:<name>, or random:<name> for the untrained encoder
+    run: str = ""  # a run directory, untrained:<run directory>, an exported folder, timm:<name>, random:<name>
     data: Sets = field(default_factory=Sets)
     pool: Literal["auto", "cls", "mean", "cls+mean", "pooled"] = "auto"  # of the tokens; auto: the method's
     image_size: int | tuple[int, int] | None = None  # for timm: and random: only; null: the model's own
@@ -61,6 +61,8 @@ def prepare(config: Config, name: str) -> Task:
             raise UserError(
                 f"data.{key} is missing: {name} needs labelled images, data.train=<folder> data.test=<folder>."
             )
+    check_range("", config, 1, None, "batch_size", "image_size")
+    check_range("", config, 0, None, "workers")
     subject = pretrained.load(config.run, config.image_size, config.model_args, config.seed)
     encoder = subject.encoder
     pool = encoder.pool if config.pool == "auto" else config.pool
@@ -72,12 +74,13 @@ def prepare(config: Config, name: str) -> Task:
     choose_attention(encoder, accelerator.device, precision)
     sources = []
     for word in (config.data.train, config.data.test):
-        source = open_source(word, subject.data_config)
+        with accelerator.local_main_process_first():  # a set that is downloaded is so once
+            source = open_source(word, replace(subject.data_config, download_dir=config.data.download_dir))
         if source.labels is None:
             raise UserError(
                 f"{word} has no labels: evaluation needs <folder>/<class>/<image>, or a labelled set by name."
             )
-        sources.append(cached(source, False, config.seed))
+        sources.append(source)
     normalize = Normalize(subject.mean, subject.std)
     folder = subject.run_dir / "eval" / "features" if config.cache and subject.run_dir else None
     train, test = (

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -100,7 +101,7 @@ with torch.inference_mode():
 
 @torch.inference_mode()
 def check(encoder: Encoder, folder: Path) -> None:
-    """Load the folder with timm in a new process and compare its features with the encoder's. Raises RuntimeError."""
+    """Load the folder with timm in a new process and compare its features with the encoder's. Raises UserError."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, encoder.in_chans, *encoder.image_size, generator=generator)
     inputs, outputs = folder / ".images.safetensors", folder / ".features.safetensors"
@@ -108,10 +109,16 @@ def check(encoder: Encoder, folder: Path) -> None:
     command = [sys.executable, "-c", LOAD, str(folder.resolve()), str(inputs.resolve()), str(outputs.resolve())]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"timm could not load what was exported:\n{done.stderr}")
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(
+            f"timm {timm.__version__} does not load {encoder.architecture} as it was exported: {reason[:300]}"
+        )
     theirs, ours = load_file(outputs)["features"], encoder.features(images)
     inputs.unlink()
     outputs.unlink()
     error = ((theirs - ours).abs().max() / ours.abs().max()).item() if theirs.shape == ours.shape else float("inf")
     if not error < TOLERANCE:
-        raise RuntimeError(f"timm's features of the export differ from the encoder's by {error:.2g} of their size")
+        raise UserError(
+            f"timm's features of the exported {encoder.architecture} differ from the encoder's by {error:.2g} of their "
+            "size: nothing was written."
+        )

@@ -8,10 +8,12 @@ import difflib
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from .. import rng
 from ..encoder import Encoder
 from ..errors import UserError
 
@@ -48,9 +50,16 @@ def find(method: str) -> ModuleType:
         raise UserError(f"method={method} is not one of {', '.join(names())}.{hint}")
     try:
         module = importlib.import_module(method if "." in method else f"{__name__}.{method}")
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # the last two for names such as `.x` and `x.`
         raise UserError(f"method={method} cannot be imported ({error}): give an importable module.") from error
     missing = [name for name in REQUIRED if not hasattr(module, name)]
     if missing:
         raise UserError(f"method={method}: the module defines no {', '.join(missing)}.")
     return module
+
+
+def start(config: Any, steps_per_epoch: int, steps: int) -> Objective:
+    """The objective of a RunConfig as it is before the first step: its weights hang on the seed only. Raises
+    UserError."""
+    torch.manual_seed(int(rng.fold_in(config.seed, "weights")))
+    return find(config.method).build(config.objective, config.model, config.data, steps_per_epoch, steps)

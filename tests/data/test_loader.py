@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from sslvit import rng
-from sslvit.data import BadImage, Config, open_source
-from sslvit.data.loader import Cached, Layout, Order, cached, make_loader
+from sslvit.data import BadImage, Config, loader, open_source
+from sslvit.data.loader import Cached, Layout, Memory, Order, cached, make_loader
 from sslvit.views import Crop
 
 VIEWS = {"image": [Crop((16, 16), (0.2, 1.0))]}
@@ -104,17 +104,30 @@ def test_the_cache_reads_each_image_once_and_workers_share_it():
         kept.read(4)
 
 
-def test_the_cache_is_chosen_when_sizes_agree_and_can_be_refused(images, tmp_path):
+def test_the_cache_is_chosen_when_sizes_agree_and_can_be_refused(images, capsys):
     source = open_source(str(images), Config())
-    assert isinstance(cached(source, None, 0), Cached)
-    assert cached(source, False, 0) is source
+    assert isinstance(cached(source, None, 0, Memory()), Cached)
+    assert cached(source, False, 0, Memory()) is source
 
     class Mixed(Broken):
         def read(self, index: int) -> torch.Tensor:
             return torch.zeros(3, 20, 20 + index % 2, dtype=torch.uint8)
 
     mixed = Mixed(set())
-    assert cached(mixed, None, 0) is mixed
+    assert cached(mixed, None, 0, Memory()) is mixed
+    assert cached(mixed, True, 0, Memory()) is mixed
+    assert "data.cache=true has no effect" in capsys.readouterr().out
+
+
+def test_all_caches_of_a_machine_share_one_memory(images, monkeypatch):
+    source = open_source(str(images), Config())
+    size = 37 * 3 * 40 * 36
+    monkeypatch.setattr(loader, "free_memory", lambda: int(2.5 * size / loader.CACHE_SHARE))
+    memory = Memory()
+    assert [isinstance(cached(source, None, 0, memory), Cached) for _ in range(3)] == [True, True, False]
+    assert isinstance(cached(source, True, 0, memory), Cached)  # who asks for it gets it
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert cached(source, None, 0, Memory()) is source
 
 
 def test_keys_are_those_of_seed_epoch_and_image():

@@ -73,7 +73,7 @@ def test_labels_are_matched_by_the_names_of_the_classes():
 def test_colours_are_told_apart(cli, labelled, colour_run, tmp_path, command, pool):
     """Three colours are easy for any encoder: the commands find them, print a table and write JSON."""
     sets = [f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"]
-    extra = ["k=[1,5]"] if command == "knn" else ["epochs=20", "probe_batch_size=16"]
+    extra = ["k=[1,5]"] if command == "knn" else ["epochs=50", "probe_batch_size=16", "lr=[0.1,1,10]"]
     out = tmp_path / "result.json"
     status, printed, _ = cli(command, f"run={colour_run}", *sets, f"pool={pool}", f"out={out}", *extra)
     assert status == 0
@@ -157,6 +157,19 @@ def test_the_untrained_encoder_is_measured_by_the_same_ruler(cli, labelled, tmp_
     assert json.loads(out.read_text())["weights"] == "random, seed 0"
 
 
+def test_the_untrained_encoder_of_a_run_is_the_one_that_it_began_with(cli, labelled, tmp_path):
+    out, result = tmp_path / "run", tmp_path / "result.json"
+    sets = [str(labelled / "train"), str(labelled / "test")]
+    arguments = training_words("mae", f"out={out}", "eval.k=5", "mean=[0.2,0.3,0.4]", "seed=3")
+    assert cli("pretrain", sets[0], *arguments, f"eval.train={sets[0]}", f"eval.test={sets[1]}")[0] == 0
+    words = [f"run=untrained:{out}", f"data.train={sets[0]}", f"data.test={sets[1]}", "k=[5]", f"out={result}"]
+    assert cli("knn", *words)[0] == 0
+    record = json.loads(result.read_text())
+    before = next(line["knn/top1"] for line in processes.lines(out) if line["step"] == 0)
+    assert record["results"][0]["top1"] == pytest.approx(before, abs=1e-3)
+    assert record["weights"] == "untrained, seed 3"
+
+
 @pytest.mark.parametrize("command", ["knn", "linear"])
 def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path, command):
     train, test = f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"
@@ -169,6 +182,9 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
     assert "pool=pooled" in fails(command, run, train, test, "pool=pooled")
     assert "Did you mean" in fails(command, run, train, test, "poool=cls")
     assert "belong to timm: and random:" in fails(command, run, train, test, "image_size=64")
+    assert "is not a run directory" in fails(command, f"run=untrained:{images}", train, test)
+    assert "batch_size=0 must be 1 or above" in fails(command, run, train, test, "batch_size=0")
+    assert "workers=-1 must be 0 or above" in fails(command, run, train, test, "workers=-1")
     assert "is not a model of timm" in fails(command, "run=random:vit_tinny", train, test)
     other = tmp_path / "other"
     shutil.copytree(labelled / "test", other)

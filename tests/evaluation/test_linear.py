@@ -63,6 +63,14 @@ def test_the_rate_is_chosen_on_held_out_images_and_useless_features_stay_at_chan
     assert linear.accuracy(heads, noise[1000:], labels[1000:]).item() == pytest.approx(25, abs=5)
 
 
+def test_of_equal_accuracies_the_lower_loss_is_chosen():
+    x, labels = clouds(64, 0.5, seed=0)
+    heads = linear.train_heads(x, labels, 4, [0.1, 1.0], 20, 0.0, 16, seed=0)
+    expected = [F.cross_entropy(x @ head[:-1] + head[-1], labels) for head in heads]
+    assert torch.allclose(linear.cross_entropy(heads, x, labels), torch.stack(expected), atol=1e-6)
+    assert expected[1] < expected[0]
+
+
 def test_standardised_features_have_mean_zero_and_deviation_one():
     x = torch.randn(500, 3) * torch.tensor([1.0, 100.0, 0.01]) + 7
     mean, std = linear.standardisation(x)
