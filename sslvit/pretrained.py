@@ -1,5 +1,5 @@
 """An encoder by what a user calls it: a run directory, `untrained:<run directory>`, an exported folder, `timm:<name>`,
-or `random:<name>`."""
+`random:<name>`, or `pixels`."""
 
 import json
 from dataclasses import dataclass
@@ -11,20 +11,37 @@ import timm
 import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import data, encoder, objectives, rng, state
 from .encoder import Encoder
 from .errors import UserError
 
-CHOICES = "a run directory, untrained:<run directory>, an exported folder, timm:<name> or random:<name>"
+CHOICES = "a run directory, untrained:<run directory>, an exported folder, timm:<name>, random:<name> or pixels"
+
+
+class Pixels(nn.Module):
+    """No encoder at all: the image is its own feature. What every encoder has to beat."""
+
+    is_vit, in_chans, pool = False, 3, "pooled"
+
+    def __init__(self, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.image_size = image_size
+
+    def feature_dim(self, pool: str | None = None) -> int:
+        return self.in_chans * self.image_size[0] * self.image_size[1]
+
+    def features(self, images: Tensor, pool: str | None = None) -> Tensor:
+        """[B, C, H, W] -> [B, C*H*W]."""
+        return images.flatten(1)
 
 
 @dataclass
 class Pretrained:
     """A frozen encoder with what its images must look like."""
 
-    encoder: Encoder
+    encoder: Encoder | Pixels
     mean: tuple[float, ...]
     std: tuple[float, ...]
     name: str  # as the user gave it
@@ -54,11 +71,16 @@ def load(
         return _untrained(Path(rest).expanduser(), name)
     if colon and kind == "timm":
         return _from_timm(rest, name, image_size, model_args or {})
+    if name == "pixels":
+        size = image_size or 32
+        mean, std = data.normalization(data.Config())
+        detail = {"weights": "none: pixels minus the mean training image"}
+        return Pretrained(Pixels((size, size) if isinstance(size, int) else tuple(size)), mean, std, name, detail)
     if colon and kind == "random":
         return _random(rest, name, image_size, model_args or {}, seed)
     path = Path(name).expanduser()
     if image_size is not None or model_args:
-        raise UserError(f"image_size and model_args belong to timm: and random:, and {name} is neither.")
+        raise UserError(f"image_size and model_args belong to timm:, random: and pixels, and {name} is none of them.")
     if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
         return _from_run(path)
     if (path / "config.json").is_file():

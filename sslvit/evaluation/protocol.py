@@ -14,7 +14,7 @@ from ..data import open_source
 from ..distributed import rank, say
 from ..errors import UserError, check_range
 from ..hardware import Precision, choose_attention, resolve_precision, start_accelerator, versions
-from ..pretrained import Pretrained
+from ..pretrained import Pixels, Pretrained
 from .features import Features, align_labels, extract_cached
 
 
@@ -27,10 +27,10 @@ class Sets:
 
 @dataclass
 class Config:
-    run: str = ""  # a run directory, untrained:<run directory>, an exported folder, timm:<name>, random:<name>
+    run: str = ""  # a run directory, untrained:<run directory>, an exported folder, timm:<name>, random:<name>, pixels
     data: Sets = field(default_factory=Sets)
     pool: Literal["auto", "cls", "mean", "cls+mean", "pooled"] = "auto"  # of the tokens; auto: the method's
-    image_size: int | tuple[int, int] | None = None  # for timm: and random: only; null: the model's own
+    image_size: int | tuple[int, int] | None = None  # for timm:, random: and pixels only; null: the model's own
     model_args: dict[str, Any] = field(default_factory=dict)  # for timm: and random: only, such as {patch_size: 4}
     batch_size: int = 256  # images at once
     workers: int | None = None  # processes that load images; null: by the number of cores
@@ -87,6 +87,9 @@ def prepare(config: Config, name: str) -> Task:
         extract_cached(folder, encoder, source, normalize, accelerator, pool, config.batch_size, config.workers)
         for source in sources
     )
+    if isinstance(encoder, Pixels):  # else the brightness that all images share decides
+        mean_image = train.values.mean(dim=0)
+        train, test = (replace(features, values=features.values - mean_image) for features in (train, test))
     train_labels, test_labels, classes = align_labels(train, test, (config.data.train, config.data.test))
     record = {
         "evaluation": name,
@@ -95,7 +98,7 @@ def prepare(config: Config, name: str) -> Task:
         "train": {"data": config.data.train, "images": len(train), "unreadable": train.unreadable},
         "test": {"data": config.data.test, "images": len(test), "unreadable": test.unreadable},
         "classes": len(classes),
-        "features": describe_pool(pool),
+        "features": "pixels minus the mean training image" if isinstance(encoder, Pixels) else describe_pool(pool),
         "width": train.values.shape[1],
         "image_size": list(encoder.image_size),
         "precision": precision,

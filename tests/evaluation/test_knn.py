@@ -2,9 +2,11 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from sslvit.evaluation import knn
 from sslvit.evaluation.features import Features, align_labels
@@ -170,6 +172,25 @@ def test_the_untrained_encoder_of_a_run_is_the_one_that_it_began_with(cli, label
     assert record["weights"] == "untrained, seed 3"
 
 
+def test_pixels_minus_the_mean_image_are_a_baseline(cli, fails, tmp_path):
+    """Bright and dark noise in two patterns: brightness is shared, only the pattern tells the classes apart."""
+    generator = np.random.default_rng(0)
+    rows = np.arange(16)[:, None, None]
+    for split in ("train", "test"):
+        for c, pattern in enumerate((rows % 2, rows // 2 % 2)):
+            (tmp_path / split / str(c)).mkdir(parents=True)
+            for i in range(8):
+                image = 150 + 20 * pattern + generator.integers(-5, 5, (16, 16, 3))
+                Image.fromarray(image.astype(np.uint8)).save(tmp_path / split / str(c) / f"{i}.png")
+    out = tmp_path / "result.json"
+    sets = [f"data.train={tmp_path / 'train'}", f"data.test={tmp_path / 'test'}"]
+    assert cli("knn", "run=pixels", "image_size=16", *sets, "k=[5]", f"out={out}")[0] == 0
+    record = json.loads(out.read_text())
+    assert (record["results"][0]["top1"], record["width"]) == (100, 3 * 16 * 16)
+    assert record["features"] == "pixels minus the mean training image"
+    assert "is no encoder that could be exported" in fails("export", "run=pixels", f"out={tmp_path / 'x'}")
+
+
 @pytest.mark.parametrize("command", ["knn", "linear"])
 def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path, command):
     train, test = f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"
@@ -181,7 +202,7 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
     assert "has no labels" in fails(command, run, train, f"data.test={images}")
     assert "pool=pooled" in fails(command, run, train, test, "pool=pooled")
     assert "Did you mean" in fails(command, run, train, test, "poool=cls")
-    assert "belong to timm: and random:" in fails(command, run, train, test, "image_size=64")
+    assert "belong to timm:, random: and pixels" in fails(command, run, train, test, "image_size=64")
     assert "is not a run directory" in fails(command, f"run=untrained:{images}", train, test)
     assert "batch_size=0 must be 1 or above" in fails(command, run, train, test, "batch_size=0")
     assert "workers=-1 must be 0 or above" in fails(command, run, train, test, "workers=-1")
