@@ -24,7 +24,7 @@ TEMPERATURE = 0.07
 
 @dataclass
 class Config(protocol.Config):
-    k: tuple[int, ...] = KS  # numbers of neighbours
+    k: tuple[int, ...] = KS  # numbers of neighbours; of the default ones those that the training set has
     temperature: tuple[float, ...] = (TEMPERATURE,)  # a neighbour votes with exp(similarity / temperature)
 
 
@@ -35,8 +35,12 @@ def run(config: Config) -> list[dict[str, float]]:
             f"k={list(config.k)} and temperature={list(config.temperature)} must be lists of numbers above 0."
         )
     task = protocol.prepare(config, "knn")
+    ks, labelled = tuple(config.k), int((task.train_labels >= 0).sum())
+    if ks == KS and labelled < max(KS):  # nobody asked for these: those that fit will do
+        ks = tuple(k for k in KS if k <= labelled) or (labelled,)
+        say(f"k = {', '.join(map(str, ks))} only: there are {labelled} labelled training images.")
     accuracies = classify_labelled(
-        task.train, task.train_labels, task.test, task.test_labels, len(task.classes), config.k, config.temperature
+        task.train, task.train_labels, task.test, task.test_labels, len(task.classes), ks, config.temperature
     )
     results = [
         {"k": k, "temperature": temperature, "top1": round(top1, 4), "top5": round(top5, 4)}

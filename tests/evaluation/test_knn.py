@@ -221,3 +221,11 @@ def test_a_k_above_the_bank_gets_a_sentence(fails, labelled, colour_run):
     train, test = f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"
     assert "k=37 is larger than the 36 labelled" in fails("knn", f"run={colour_run}", train, test, "k=[37]")
     assert "above 0" in fails("knn", f"run={colour_run}", train, test, "k=[0]")
+
+
+def test_of_the_default_ks_a_small_bank_takes_those_that_fit(cli, labelled, colour_run, tmp_path):
+    train, test, out = f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}", tmp_path / "result.json"
+    status, printed, _ = cli("knn", f"run={colour_run}", train, test, f"out={out}")
+    assert status == 0
+    assert "k = 10, 20 only: there are 36 labelled training images" in printed
+    assert [row["k"] for row in json.loads(out.read_text())["results"]] == [10, 20]
