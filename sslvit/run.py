@@ -30,6 +30,7 @@ FREE = {
     "out", "epochs", "steps", "images", "batch_size", "precision", "model.grad_checkpointing", "data.train",
     "data.workers", "data.cache", "data.download_dir", "data.bad_ratio",
 }  # fmt: skip
+BEGUN = {".lock", "starts.jsonl", "config.yaml.tmp"}  # all that a run killed in its first moment has left
 FREE_SECTIONS = ("save.", "log.", "eval.")
 
 
@@ -42,7 +43,8 @@ def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
     stored = run_dir / "config.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"out={run_dir} is a file: give a directory.")
-    if run_dir.exists() and any(run_dir.iterdir()) and not (stored.exists() and (run_dir / "starts.jsonl").exists()):
+    others = {path.name for path in run_dir.iterdir()} - BEGUN if run_dir.exists() else set()
+    if others and not (stored.exists() and (run_dir / "starts.jsonl").exists()):
         raise UserError(f"out={run_dir} is not empty and holds no run: give a new directory.")
     if steps_saved(run_dir):
         _refuse_other_settings(run_dir, configuration.differences(stored, config))

@@ -160,6 +160,12 @@ def test_a_folder_that_only_looks_like_a_run_is_not_written_to(fails, images, tm
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_run_killed_in_its_first_moment_is_begun_again(cli, images, tmp_path):
+    for name in (".lock", "starts.jsonl", "config.yaml.tmp"):
+        (tmp_path / name).touch()
+    assert cli("pretrain", images, *words("mae", f"out={tmp_path}"))[0] == 0
+
+
 def test_two_processes_do_not_train_in_one_directory(fails, images, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
     arguments = ["pretrain", images, *words("mae", f"out={out}", "epochs=500")]
