@@ -3,8 +3,9 @@
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import psutil
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from .errors import UserError
 
+T = TypeVar("T")
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 
 
@@ -35,6 +37,20 @@ def start_accelerator(wanted: Precision) -> Accelerator:
             f"{accelerator.num_processes}: start them with accelerate launch or torchrun."
         )
     return accelerator
+
+
+def first_on_each_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` returns, called by the first process of each machine before its others: what it downloads is there
+    for them. A UserError comes after the meeting, so that no process waits for one that has failed."""
+    result, problem = None, None
+    with accelerator.local_main_process_first():
+        try:
+            result = work()
+        except UserError as error:
+            problem = error
+    if problem:
+        raise problem
+    return result
 
 
 def resolve_precision(wanted: Precision, device: torch.device) -> Literal["float32", "bf16", "fp16"]:

@@ -19,7 +19,14 @@ from .config import Plan, RunConfig
 from .data.loader import Memory, cached, make_loader
 from .distributed import any_process, rank, say, world_size
 from .evaluation.online import OnlineKNN
-from .hardware import choose_attention, default_workers, resolve_precision, start_accelerator, versions
+from .hardware import (
+    choose_attention,
+    default_workers,
+    first_on_each_machine,
+    resolve_precision,
+    start_accelerator,
+    versions,
+)
 from .run import BadImages, Recorder, check_images, images_record, open_run
 
 
@@ -42,8 +49,7 @@ def pretrain(config: RunConfig) -> Result:
     device = accelerator.device
     method = objectives.find(config.method)
     memory = Memory()
-    with accelerator.local_main_process_first():  # a set that is downloaded is so once
-        source = data.open_source(config.data.train, config.data)
+    source = first_on_each_machine(accelerator, lambda: data.open_source(config.data.train, config.data))
     plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
     views, normalize = method.views(config.objective, config.data), Normalize(*data.normalization(config.data))
     wanted = bool(config.eval.train or config.eval.test)

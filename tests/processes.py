@@ -32,16 +32,16 @@ def start(argv: list[str], output: Path, environment: dict[str, str] | None = No
     return process
 
 
-def finish(process: BaseProcess, output: Path, seconds: float = 120) -> str:
-    """Wait for a process that must succeed; returns what it printed."""
+def finish(process: BaseProcess, output: Path, seconds: float = 120, status: int = 0) -> str:
+    """Wait for a process that must succeed, or end with a status; returns what it printed."""
     process.join(seconds)
     text = output.read_text()
-    assert process.exitcode == 0, f"exit status {process.exitcode}\n{text}"
+    assert process.exitcode == status, f"exit status {process.exitcode}\n{text}"
     return text
 
 
-def launch(argv: list[str], output: Path, world_size: int, seconds: float = 120) -> str:
-    """`sslvit <argv>` on several processes, as torchrun would start them."""
+def launch(argv: list[str], output: Path, world_size: int, seconds: float = 120, status: int = 0) -> str:
+    """`sslvit <argv>` on several processes, as torchrun would start them; all must end with a status by themselves."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -54,7 +54,7 @@ def launch(argv: list[str], output: Path, world_size: int, seconds: float = 120)
         }  # fmt: skip
         processes.append(start(argv, output, environment))
     for process in processes:
-        finish(process, output, seconds)
+        finish(process, output, seconds, status)
     return output.read_text()
 
 

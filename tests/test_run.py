@@ -152,6 +152,15 @@ def test_a_directory_with_other_things_is_not_written_to(fails, images, tmp_path
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("mistake", ["data.train=/no/such/folder", "out=/proc/nowhere", "image_size=30"])
+def test_a_mistake_ends_all_processes(tmp_path, images, mistake):
+    """None of them waits for one that has failed."""
+    arguments = ["pretrain", *words("mae", f"data.train={images}", f"out={tmp_path / 'run'}", mistake)]
+    printed = processes.launch(arguments, tmp_path / "log", world_size=2, seconds=40, status=2)
+    assert printed.count("sslvit pretrain: ") == 2
+    assert "Traceback" not in printed
+
+
 def test_a_folder_that_only_looks_like_a_run_is_not_written_to(fails, images, tmp_path):
     (tmp_path / "config.yaml").write_text("my: own settings\n")
     (tmp_path / "metrics.jsonl").write_text("my own lines\n")

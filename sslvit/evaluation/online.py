@@ -1,6 +1,7 @@
 """k-NN of the encoder while it is being trained, by the protocol of `sslvit knn`."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from accelerate import Accelerator
 
@@ -10,6 +11,7 @@ from ..data import Source, open_source
 from ..data.loader import Memory, cached
 from ..encoder import Encoder
 from ..errors import UserError
+from ..hardware import first_on_each_machine
 from .features import align_labels, extract
 from .knn import TEMPERATURE, classify_labelled
 
@@ -36,8 +38,7 @@ class OnlineKNN:
         self.normalize = Normalize(*data.normalization(data_config))
         self.sources: list[Source] = []
         for name in (config.train, config.test):
-            with accelerator.local_main_process_first():
-                source = open_source(name, data_config)
+            source = first_on_each_machine(accelerator, partial(open_source, name, data_config))
             if source.labels is None:
                 raise UserError(
                     f"eval: {name} has no labels: k-NN needs one folder a class, or a labelled set by name."

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,14 @@ from ..augment import Normalize
 from ..data import open_source
 from ..distributed import rank, say
 from ..errors import UserError, check_range
-from ..hardware import Precision, choose_attention, resolve_precision, start_accelerator, versions
+from ..hardware import (
+    Precision,
+    choose_attention,
+    first_on_each_machine,
+    resolve_precision,
+    start_accelerator,
+    versions,
+)
 from ..pretrained import Pixels, Pretrained
 from .features import Features, align_labels, extract_cached
 
@@ -74,8 +82,8 @@ def prepare(config: Config, name: str) -> Task:
     choose_attention(encoder, accelerator.device, precision)
     sources = []
     for word in (config.data.train, config.data.test):
-        with accelerator.local_main_process_first():  # a set that is downloaded is so once
-            source = open_source(word, replace(subject.data_config, download_dir=config.data.download_dir))
+        wanted = replace(subject.data_config, download_dir=config.data.download_dir)
+        source = first_on_each_machine(accelerator, partial(open_source, word, wanted))
         if source.labels is None:
             raise UserError(
                 f"{word} has no labels: evaluation needs <folder>/<class>/<image>, or a labelled set by name."
