@@ -61,7 +61,7 @@ def load(
 ) -> Pretrained:
     """The encoder that `name` stands for. Raises UserError.
 
-    image_size: pixels, for `timm:` and `random:` (null: the model's own). model_args: more arguments of
+    image_size: pixels, for `timm:`, `random:` (null: the model's own) and `pixels` (null: 32). model_args: more arguments of
     `timm.create_model`, for the same two.
     """
     if not name:
