@@ -61,8 +61,8 @@ def load(
 ) -> Pretrained:
     """The encoder that `name` stands for. Raises UserError.
 
-    image_size: pixels, for `timm:`, `random:` (null: the model's own) and `pixels` (null: 32). model_args: more arguments of
-    `timm.create_model`, for the same two.
+    image_size: pixels, for `timm:`, `random:` (null: the model's own) and `pixels` (null: 32).
+    model_args: more arguments of `timm.create_model`, for the first two.
     """
     if not name:
         raise UserError(f"run= is missing: give {CHOICES}.")

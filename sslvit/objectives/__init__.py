@@ -23,7 +23,8 @@ class Objective(Protocol):
 
     def __call__(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """{"loss": scalar, others to log} of one micro-batch. Writes nothing but sums that `after_step` consumes, so
-        that accumulation and the number of processes do not change a run (DINO's koleo_weight, off by default, does)."""
+        that accumulation and the number of processes do not change a run (but for DINO's koleo_weight, off by default).
+        """
 
     def before_step(self, step: int) -> None:
         """Gradients are final (averaged, unscaled, clipped) and the optimizer has not stepped."""
