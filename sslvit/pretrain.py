@@ -4,13 +4,14 @@ Read next: an objective (objectives/mae.py or dino.py), encoder.py, data/loader.
 """
 
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from . import config as configuration
 from . import data, objectives, optim, rng, state
@@ -27,6 +28,7 @@ from .hardware import (
     start_accelerator,
     versions,
 )
+from .metrics import Window
 from .run import BadImages, Recorder, check_images, images_record, open_run
 
 
@@ -73,6 +75,13 @@ def pretrain(config: RunConfig) -> Result:
     recorder = Recorder(run_dir, config, plan, schedule, run, lock)
     bad, images = BadImages(run_dir, config.data, source, run), images_record(source)
 
+    def micro_batches() -> Iterator[dict[str, Tensor]]:
+        for _ in range(plan.layout.accumulate):
+            with recorder.watch.waiting():
+                batch = next(batches)
+            bad.note(batch)
+            yield augment(batch, views, normalize, device)
+
     def evaluate() -> float | None:
         if knn is None:
             return None
@@ -91,31 +100,12 @@ def pretrain(config: RunConfig) -> Result:
             state.prune(run_dir, config.save.keep_last, run.step)
 
     knn_before, knn_after = (saved["knn_before"], saved["knn_after"]) if saved else (evaluate(), None)
-    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
     objective.train()
     clock = last_save = time.perf_counter()
     for step in range(run.step, plan.steps):
         optim.set_schedule(optimizer, schedule, step)
-        for micro in range(plan.layout.accumulate):
-            with recorder.watch.waiting():
-                batch = next(batches)
-            bad.note(batch)
-            batch = augment(batch, views, normalize, device)
-            # What is drawn without an image's key (dropout, in a model that has it) has an address too.
-            torch.manual_seed(int(rng.fold_in(config.seed, "model", step, micro, rank())))
-            last = micro == plan.layout.accumulate - 1
-            with nullcontext() if last else accelerator.no_sync(model):
-                values = model(batch, step)
-                accelerator.backward(values["loss"] / plan.layout.accumulate)
-            recorder.window.add(values, 1 / plan.layout.accumulate)
-        accelerator.unscale_gradients(optimizer)
-        recorder.window.add({"grad_norm": optim.clip_gradients(trained, config.optim)})
-        objective.before_step(step)
-        optimizer.step()
-        optimizer.zero_grad()
-        objective.after_step(step)
-        recorder.window.steps += 1
+        train_step(config, plan, accelerator, model, optimizer, micro_batches(), step, recorder.window)
         run.step, run.images_seen = step + 1, run.images_seen + plan.layout.global_batch_size
         run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
 
@@ -134,6 +124,33 @@ def pretrain(config: RunConfig) -> Result:
 
     recorder.close()
     return Result(run_dir, run.step, run.images_seen, run.seconds, knn_before, knn_after)
+
+
+def train_step(
+    config: RunConfig, plan: Plan, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer,
+    micro_batches: Iterator[dict[str, Tensor]], step: int, window: Window,
+) -> None:  # fmt: skip
+    """Step number `step`: forward and backward over its augmented micro-batches, then one update.
+
+    model, optimizer: as accelerate wrapped them. Values to log go into window; nothing waits for the device.
+    """
+    objective, accumulate = accelerator.unwrap_model(model), plan.layout.accumulate
+    for micro, batch in enumerate(micro_batches):
+        # What is drawn without an image's key (dropout, in a model that has it) has an address too.
+        torch.manual_seed(int(rng.fold_in(config.seed, "model", step, micro, rank())))
+        last = micro == accumulate - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            values = model(batch, step)
+            accelerator.backward(values["loss"] / accumulate)
+        window.add(values, 1 / accumulate)
+    accelerator.unscale_gradients(optimizer)
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    window.add({"grad_norm": optim.clip_gradients(trained, config.optim)})
+    objective.before_step(step)
+    optimizer.step()
+    optimizer.zero_grad()
+    objective.after_step(step)
+    window.steps += 1
 
 
 def where(objective: nn.Module) -> dict[str, str]:

@@ -18,7 +18,7 @@ LAYERS = [
     {"evaluation", "export"},
     {"pretrained"},
     {"objectives"},
-    {"encoder", "heads", "views", "augment", "data", "optim", "state"},
+    {"encoder", "heads", "losses", "views", "augment", "data", "optim", "state"},
     {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors"},
 ]
 FAMILIES = {"objectives", "evaluation", "export"}

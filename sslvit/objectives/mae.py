@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import data, encoder, masks
 from ..encoder import Encoder, patchify, sincos, take, xavier
 from ..errors import UserError, check_range, check_share
+from ..losses import koleo
 from ..views import Crop, Views
 
 
@@ -27,6 +28,7 @@ class Config:
     decoder_width: int = 512  # channels of a decoder token
     decoder_depth: int = 8  # blocks
     decoder_heads: int = 16  # attention heads of a block
+    koleo_weight: float = 0.0  # of DINOv2's term that spreads features; not in the paper; within micro-batches
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
 
 
@@ -46,6 +48,7 @@ def views(config: Config, data_config: data.Config) -> Views:
 def build(config: Config, model: encoder.Config, data_config: data.Config, steps_per_epoch: int, steps: int) -> "MAE":
     if not 0 < config.mask_ratio < 1:
         raise UserError(f"objective.mask_ratio={config.mask_ratio} must lie between 0 and 1, both excluded.")
+    check_range("objective.", config, 0, None, "koleo_weight")
     check_range("objective.", config, 1, None, "decoder_width", "decoder_heads", "decoder_depth")
     check_share("objective.", config, "crop_scale")
     if config.decoder_width % config.decoder_heads or config.decoder_width % 4:
@@ -97,14 +100,24 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """{"key": [B], "image": [1, B, C, H, W] normalised} -> {"loss": scalar}."""
-        return {"loss": self.loss(views["image"][0], masks.random_order(views["key"], self.num_patches))}
+        """{"key": [B], "image": [1, B, C, H, W] normalised} -> {"loss": scalar, ...}."""
+        return self.loss(views["image"][0], masks.random_order(views["key"], self.num_patches))
 
-    def loss(self, images: Tensor, order: Tensor) -> Tensor:
-        """[B, C, H, W], [B, N] -> mean squared error over the pixels of hidden patches, a scalar (section 3)."""
+    def loss(self, images: Tensor, order: Tensor) -> dict[str, Tensor]:
+        """[B, C, H, W], [B, N] -> mean squared error over the pixels of hidden patches (section 3), a scalar.
+
+        With koleo_weight the mean of the kept patches, which is what is exported, is spread over the sphere: by itself
+        it stays in a few directions, as measured here and by Zhang et al. (2022, arXiv 2210.08344), who add a
+        uniformity term for it.
+        """
         keep, hide = masks.split(order, self.num_kept)
-        prediction = self.predict(self.decode(self.encode(images, keep), keep, hide)[:, -hide.shape[1] :])
-        return (prediction.float() - take(self.target(images), hide)).square().mean()
+        latent = self.encode(images, keep)
+        prediction = self.predict(self.decode(latent, keep, hide)[:, -hide.shape[1] :])
+        loss = (prediction.float() - take(self.target(images), hide)).square().mean()
+        if not self.config.koleo_weight:
+            return {"loss": loss}
+        spread = koleo(latent[:, -keep.shape[1] :].float().mean(dim=1).unsqueeze(0))
+        return {"loss": loss + self.config.koleo_weight * spread, "reconstruction": loss, "koleo": spread}
 
     def encode(self, images: Tensor, keep: Tensor) -> Tensor:
         """[B, C, H, W], [B, K] -> [B, P + K, D]: prefix tokens and kept patches, normalised ("MAE encoder")."""

@@ -8,6 +8,7 @@ from sslvit.errors import UserError
 from sslvit.objectives import mae
 from tests.conftest import TINY_MODEL
 from tests.oracles import mae as oracle
+from tests.oracles.dino import koleo as koleo_oracle
 
 SMALL = encoder.Config("vit_tiny_patch16_224", TINY_MODEL | {"embed_dim": 16, "patch_size": 4})
 CONFIG = {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
@@ -25,7 +26,7 @@ def test_the_loss_equals_a_slow_oracle(norm_pix, size, in_chans, ratio):
     images = torch.randn(2, in_chans, *size)
     order = masks.random_order(rng.fold_in(0, torch.arange(2)), module.num_patches)
     expected = oracle.loss(module.state_dict(), images, order, module.num_kept, 4, (2, 2), norm_pix)
-    assert module.loss(images, order).item() == pytest.approx(expected, abs=1e-5)
+    assert module.loss(images, order)["loss"].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_initialisation_is_the_papers():
@@ -50,19 +51,19 @@ def test_initialisation_is_the_papers():
 def test_visible_patches_carry_no_loss_and_hidden_pixels_reach_only_the_target():
     module = build()
     images, order = torch.randn(1, 3, 12, 12), torch.arange(9).unsqueeze(0)
-    before = module.loss(images, order)
+    before = module.loss(images, order)["loss"]
     _, hide = masks.split(order, module.num_kept)
     latent = module.encode(images, order[:, : module.num_kept])
     images[:, :, :, 8:] = 5.0  # patches 2, 5 and 8
     assert torch.equal(module.encode(images, order[:, : module.num_kept]), latent)
-    assert module.loss(images, order) != before
+    assert module.loss(images, order)["loss"] != before
     assert 2 in hide
 
 
 def test_gray_patches_have_finite_targets():
     module = build()
     images = torch.zeros(1, 3, 12, 12)
-    assert torch.isfinite(module.loss(images, torch.arange(9).unsqueeze(0)))
+    assert torch.isfinite(module.loss(images, torch.arange(9).unsqueeze(0))["loss"])
 
 
 @pytest.mark.parametrize(
@@ -93,3 +94,14 @@ def test_backbones_that_cannot_drop_tokens_are_refused_with_the_reason(name, rea
 def test_settings_that_cannot_be_get_a_sentence(settings, words):
     with pytest.raises(UserError, match=words):
         build(**settings)
+
+
+def test_koleo_spreads_the_mean_of_the_kept_patches_by_its_weight():
+    module, weighted = build(), build(koleo_weight=0.5)
+    images, order = torch.randn(5, 3, 12, 12), masks.random_order(rng.fold_in(0, torch.arange(5)), 9)
+    values = weighted.loss(images, order)
+    kept = masks.split(order, module.num_kept)[0]
+    features = weighted.encoder.features(images, pool="mean", keep=kept).detach()
+    assert values["koleo"].item() == pytest.approx(koleo_oracle(features), rel=1e-4)
+    assert values["reconstruction"].item() == module.loss(images, order)["loss"].item()
+    assert values["loss"].item() == pytest.approx(values["reconstruction"].item() + 0.5 * values["koleo"].item())
