@@ -15,6 +15,7 @@ sslvit <command> [words]
   pretrain [recipe.yaml] [folder] [key=value ...]    train an encoder on unlabeled images
   knn      run=... data.train=... data.test=...      k-NN classification with its frozen features
   linear   run=... data.train=... data.test=...      linear probe of its frozen features
+  bench    [recipe.yaml] [folder] [key=value ...]    how fast this machine runs a recipe, and what to change first
   export   run=... to=timm out=<folder>              write it in a form that timm loads
 
 `sslvit <command> --help` lists the keys of a command. On several GPUs: accelerate launch -m sslvit <command> ...
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _find(command: str) -> Callable[[list[str]], None]:
-    commands = {"pretrain": _pretrain, "knn": _knn, "linear": _linear, "export": _export}
+    commands = {"pretrain": _pretrain, "knn": _knn, "linear": _linear, "bench": _bench, "export": _export}
     if command not in commands:
         near = difflib.get_close_matches(command, commands, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
@@ -94,6 +95,21 @@ def _linear(words: list[str]) -> None:
     from .evaluation import linear
 
     _evaluate(words, "linear", linear)
+
+
+def _bench(words: list[str]) -> None:
+    from . import bench, config
+
+    if _wants_help(words):
+        print("sslvit bench [recipe.yaml] [folder of images] [key=value ...]\n")
+        print(f"{bench.__doc__.strip()}\n\nThe words are those of sslvit pretrain, and one more:\n")
+        print("\n".join(help_lines(bench.Config())))
+        return
+    own = [word for word in words if word.startswith("seconds=")]
+    run = config.load([word for word in words if word not in own])
+    report = bench.bench(run, parse(bench.Config(), own, "bench"))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print("\n".join(bench.lines(report, run)))
 
 
 def _export(words: list[str]) -> None:

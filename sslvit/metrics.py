@@ -18,6 +18,7 @@ from .distributed import all_reduce_sum, world_size
 class Config:
     every_steps: int = 50  # a line in metrics.jsonl and on the console
     tensorboard: bool = True  # the same numbers in <run>/tensorboard
+    profile: bool = False  # write <run>/trace.json: what the processor does in three steps, for ui.perfetto.dev
 
 
 class Window:
@@ -125,6 +126,31 @@ class Stopwatch:
         result = {"images_per_second": images / elapsed, "data_wait": self.waited / elapsed}
         self.began, self.waited = now, 0.0
         return result
+
+
+class Trace:
+    """<run>/trace.json: every operation of the fourth to the sixth step of a start, with its time and shapes. Opens in
+    a browser, at ui.perfetto.dev or chrome://tracing."""
+
+    def __init__(self, path: Path | None) -> None:
+        """None: write nothing."""
+        self._profiler = None
+        if path is not None:
+            self._profiler = torch.profiler.profile(
+                schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
+                on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+                record_shapes=True,
+            )
+            self._profiler.start()
+
+    def step(self) -> None:
+        """A step has been taken."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def close(self) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
 
 
 def console_line(record: dict[str, float], total_steps: int, total_epochs: float) -> str:

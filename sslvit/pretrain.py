@@ -28,7 +28,8 @@ from .hardware import (
     start_accelerator,
     versions,
 )
-from .metrics import Window
+from .metrics import Trace, Window
+from .objectives import Objective
 from .run import BadImages, Recorder, check_images, images_record, open_run
 
 
@@ -101,12 +102,14 @@ def pretrain(config: RunConfig) -> Result:
 
     knn_before, knn_after = (saved["knn_before"], saved["knn_after"]) if saved else (evaluate(), None)
     evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
+    trace = Trace(run_dir / "trace.json" if config.log.profile and rank() == 0 else None)
     objective.train()
     clock = last_save = time.perf_counter()
     for step in range(run.step, plan.steps):
         optim.set_schedule(optimizer, schedule, step)
         train_step(config, plan, accelerator, model, optimizer, micro_batches(), step, recorder.window)
         run.step, run.images_seen = step + 1, run.images_seen + plan.layout.global_batch_size
+        trace.step()
         run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
 
         save_now = run.step == plan.steps or bool(config.save.every_steps and run.step % config.save.every_steps == 0)
@@ -122,6 +125,7 @@ def pretrain(config: RunConfig) -> Result:
             last_save = time.perf_counter()
         clock = time.perf_counter()
 
+    trace.close()
     recorder.close()
     return Result(run_dir, run.step, run.images_seen, run.seconds, knn_before, knn_after)
 
@@ -143,6 +147,14 @@ def train_step(
             values = model(batch, step)
             accelerator.backward(values["loss"] / accumulate)
         window.add(values, 1 / accumulate)
+    update(config, accelerator, objective, optimizer, step, window)
+
+
+def update(
+    config: RunConfig, accelerator: Accelerator, objective: Objective, optimizer: torch.optim.Optimizer, step: int,
+    window: Window,
+) -> None:  # fmt: skip
+    """What follows the last backward pass of a step."""
     accelerator.unscale_gradients(optimizer)
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     window.add({"grad_norm": optim.clip_gradients(trained, config.optim)})

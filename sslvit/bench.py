@@ -1,0 +1,291 @@
+"""How fast this machine runs a recipe: the time of each stage, what to change first, how long the whole run will take.
+
+Read pretrain.py first: this measures its parts. Nothing is written, and no run directory is touched.
+"""
+
+import math
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import config as configuration
+from . import data, objectives, optim, rng
+from .augment import Normalize, augment
+from .config import Plan, RunConfig
+from .data import BadImage, Source
+from .data.loader import Memory, cached, make_loader
+from .distributed import gather_objects
+from .errors import UserError
+from .hardware import bf16_is_fast, choose_attention, default_workers, first_on_each_machine, start_accelerator
+from .metrics import Window, duration
+from .pretrain import train_step, update
+from .views import Views, cut
+
+SAMPLE = 64  # images read and cut to measure one core
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Config:
+    seconds: float = 4.0  # of measuring the parts of a step, and twice that for the loop
+
+
+@dataclass
+class Report:
+    """What was measured. Times are seconds an image; those of the loop are of all processes together."""
+
+    device: str
+    dtype: torch.dtype
+    processes: int
+    workers: int  # loader processes of one process
+    cached: bool  # decoded images stay in memory
+    read: float  # one core
+    cut: float  # one core, all crops of an image
+    colours: float  # and the three below: one process
+    forward: float
+    backward: float
+    update: float
+    loop: float
+    waiting: float  # share of the loop that is spent waiting for the loader
+    flop: float  # of the matrix products of forward and backward, an image
+    matmul: float  # FLOP/s of the matrix products of one process, measured
+    memory: int  # bytes at the peak: of the GPU, or of the process on a CPU
+    memory_total: int
+    images: int  # that the whole run trains on
+
+    @property
+    def step(self) -> float:
+        """Seconds an image takes one process, apart from loading."""
+        return self.colours + self.forward + self.backward + self.update
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the measured matrix-product rate that the loop uses for the model's own products (MFU)."""
+        return self.flop / (self.loop * self.processes) / self.matmul
+
+
+def bench(config: RunConfig, settings: Config) -> Report:
+    """Measure a configuration on this machine, on as many processes as were started. Raises UserError."""
+    if not 0 < settings.seconds < math.inf:
+        raise UserError(f"seconds={settings.seconds} must be above 0.")
+    configuration.check(config)
+    accelerator = start_accelerator(config.precision)
+    device = accelerator.device
+    method = objectives.find(config.method)
+    source = first_on_each_machine(accelerator, lambda: data.open_source(config.data.train, config.data))
+    plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
+    views, normalize = method.views(config.objective, config.data), Normalize(*data.normalization(config.data))
+    objective = objectives.start(config, plan.steps_per_epoch, plan.steps).to(device)
+    choose_attention(objective, device, accelerator.mixed_precision)
+    optimizer = optim.make_optimizer(config.optim, objective)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    workers = default_workers(device) if config.data.workers is None else config.data.workers
+    objective.train()
+
+    read, crops = _one_core(source, views, config.seed)
+    in_memory = cached(source, config.data.cache, config.seed, Memory())
+    batches = _endless(config, plan, in_memory, views, workers, device)
+    raw, window = next(batches), Window()
+    batch = augment(raw, views, normalize, device)
+    spent: dict[str, list[float]] = {"colours": [], "forward": [], "backward": [], "update": []}
+
+    def parts() -> None:
+        _timed(spent["colours"], device, lambda: augment(raw, views, normalize, device))
+        loss = _timed(spent["forward"], device, lambda: model(batch, 0)["loss"])
+        _timed(spent["backward"], device, lambda: accelerator.backward(loss))
+        _timed(spent["update"], device, lambda: update(config, accelerator, objective, optimizer, 0, window))
+
+    with FlopCounterMode(display=False) as counter:
+        parts()
+    spent = {name: [] for name in spent}  # without the first, which allocates
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    _repeat(parts, settings.seconds, device)
+    b, accumulate = plan.layout.batch_size, plan.layout.accumulate
+    each = {name: statistics.median(values) / b for name, values in spent.items()}
+    each["update"] /= accumulate
+
+    waited: list[float] = []
+
+    def micro_batches() -> Iterator[dict[str, Tensor]]:
+        for _ in range(accumulate):
+            following = _timed(waited, None, lambda: next(batches))
+            yield augment(following, views, normalize, device)
+
+    for _ in range(2 * workers):  # what the workers had ready while the parts were measured
+        next(batches)
+    steps, elapsed = _repeat(
+        lambda: train_step(config, plan, accelerator, model, optimizer, micro_batches(), 0, window),
+        2 * settings.seconds,
+        device,
+    )
+    dtype = DTYPES[accelerator.mixed_precision]
+    used, total = _memory(device)
+    return Report(
+        device=_name(device),
+        dtype=dtype,
+        processes=accelerator.num_processes,
+        workers=workers,
+        cached=in_memory is not source,
+        read=read,
+        cut=crops,
+        **each,
+        loop=elapsed / steps / plan.layout.global_batch_size,
+        waiting=sum(waited[-steps * accumulate :]) / elapsed,
+        flop=counter.get_total_flops() / b,
+        matmul=matmul_rate(device, dtype),
+        memory=used,
+        memory_total=total,
+        images=plan.steps * plan.layout.global_batch_size,
+    )
+
+
+def lines(report: Report, config: RunConfig) -> list[str]:
+    """The report as it is printed."""
+
+    def row(name: str, seconds: float, note: str = "") -> str:
+        return f"  {name:28s}{1 / max(seconds, 1e-9):10,.0f} {1000 * seconds:10.3f}  {note}".rstrip()
+
+    r = report
+    name = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[r.dtype]
+    processes = "1 process" if r.processes == 1 else f"{r.processes} processes"
+    feeding = (
+        f"{r.workers} loader process{'es' if r.workers != 1 else ''} each, {r.waiting:.0%} of it waiting for images"
+    )
+    batch_size = config.batch_size or config.global_batch_size // r.processes
+    return [
+        f"{config.method}, {config.model.name}, batch_size {batch_size}, {name}, {processes}",
+        f"{r.device}, torch {torch.__version__}",
+        "",
+        f"  {'':28s}{'images/s':>10s} {'ms/image':>10s}",
+        row("read and decode, one core", r.read, "once: decoded images stay in memory" if r.cached else ""),
+        row("cut the crops, one core", r.cut),
+        row("colours, a batch", r.colours),
+        row("forward", r.forward),
+        row("backward", r.backward),
+        row("update", r.update),
+        row("the loop, all together", r.loop, feeding),
+        "",
+        f"  {r.flop / 1e9:.2f} GFLOP an image; {r.flop / r.loop / 1e9:,.0f} GFLOP/s, {r.utilisation:.0%} of the "
+        f"{r.matmul * r.processes / 1e9:,.0f} that matrix products reach here",
+        f"  memory at the peak {r.memory / 2**30:.1f} of {r.memory_total / 2**30:.0f} GiB",
+        f"  the whole run: {r.images:,} images, {duration(r.images * r.loop)}",
+        *[f"  first: {text}" for text in advice(report, config)],
+    ]
+
+
+def advice(report: Report, config: RunConfig) -> list[str]:
+    """What to change first, the largest gain first; at least one sentence."""
+    r, found = report, []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    loading = r.cut + (0 if r.cached else r.read)
+    if r.waiting > 0.1:
+        wanted = math.ceil(loading / r.step)
+        if r.workers < wanted and r.workers * r.processes < cores:
+            found.append(
+                f"the loader holds training up: data.workers={min(wanted, cores // r.processes)} "
+                f"(an image takes {1000 * loading:.1f} ms of a core, and training {1000 * r.step:.1f} ms)."
+            )
+        else:
+            found.append(
+                f"the loader holds training up and the {cores} cores are busy: smaller image files "
+                f"(reading takes {1000 * r.read:.1f} ms of a core, cropping {1000 * r.cut:.1f}), or data.cache=true."
+            )
+    if r.dtype == torch.float32 and bf16_is_fast(torch.device("cuda" if "cuda" in r.device else "cpu")):
+        found.append("precision=bf16: this hardware multiplies it several times faster than float32.")
+    if "cuda" in r.device and r.memory < 0.4 * r.memory_total and (config.batch_size or 0) < config.global_batch_size:
+        found.append("batch_size: twice as large a one fits into memory, and keeps the GPU busier.")
+    if r.update > 0.25 * r.step:
+        found.append(
+            f"the update takes {r.update / r.step:.0%} of a step, because the global batch is small for this model: "
+            "a larger global_batch_size."
+        )
+    return found or ["nothing stands out: the time goes into the model itself."]
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of a few square matrix products."""
+    best = 0.0
+    for n in (4096, 8192) if device.type == "cuda" else (768, 1536, 2048):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        spent: list[float] = []
+        for _ in range(8):
+            _timed(spent, device, lambda a=a, b=b: a @ b)
+        best = max(best, 2 * n**3 / statistics.median(spent))
+    return best
+
+
+def _one_core(source: Source, views: Views, seed: int) -> tuple[float, float]:
+    """Seconds to read an image, and to cut all its crops, on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    order = rng.permutation(rng.fold_in(seed, "bench"), len(source))
+    spent: dict[str, list[float]] = {"read": [], "cut": []}
+    for index in order[: SAMPLE + 1].tolist():
+        try:
+            image = _timed(spent["read"], None, lambda index=index: source.read(index))
+        except BadImage:
+            continue
+        _timed(spent["cut"], None, lambda image=image, index=index: cut([image] * 4, order[:4], views))
+    torch.set_num_threads(threads)
+    if not spent["cut"]:
+        raise UserError(f"None of {SAMPLE} images of the source can be read, for example {source.name(int(order[0]))}.")
+    return statistics.mean(spent["read"][1:] or spent["read"]), statistics.mean(spent["cut"][1:] or spent["cut"]) / 4
+
+
+def _endless(
+    config: RunConfig, plan: Plan, source: Source, views: Views, workers: int, device: torch.device
+) -> Iterator[dict]:
+    yield from make_loader(source, views, plan.layout, config.seed, (0, sys.maxsize // 2**20), workers, device)
+
+
+def _timed(into: list[float], device: torch.device | None, work: Callable[[], object]) -> object:
+    """What work returns; its seconds are appended. With a device, all that was asked of it is waited for."""
+    start = time.perf_counter()
+    result = work()
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    into.append(time.perf_counter() - start)
+    return result
+
+
+def _repeat(work: Callable[[], None], seconds: float, device: torch.device) -> tuple[int, float]:
+    """Call it for about so many seconds, as many times on each process, at least three: (times, seconds)."""
+    first: list[float] = []
+    _timed(first, device, work)
+    times = max(3, round(seconds / max(gather_objects(first[0]))))
+    total: list[float] = []
+    _timed(total, device, lambda: [work() for _ in range(times)])
+    return times, max(gather_objects(total[0]))
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """(peak, all there is) in bytes: of the GPU, or on a CPU of this process and of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, psutil.virtual_memory().total
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    except OSError:
+        names = []
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{device.type} ({name}, {torch.get_num_threads()} threads)"

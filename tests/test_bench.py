@@ -1,0 +1,76 @@
+"""`sslvit bench`: what it counts is right, and what it advises follows from what it measured."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+
+from sslvit import bench, config
+from tests.conftest import METHODS, words
+from tests.processes import launch
+
+
+@pytest.fixture(scope="module")
+def report(images):
+    run = config.load([str(images), *words("mae", "precision=float32", "workers=0", "batch_size=4")])
+    return bench.bench(run, bench.Config(seconds=0.05)), run
+
+
+def test_the_operations_of_a_step_are_those_of_the_equations(report):
+    def blocks(depth: int, tokens: int, width: int) -> float:
+        """Multiply-adds of the products of a forward pass: qkv, scores, weighted values, projection, MLP."""
+        return depth * tokens * (12 * width**2 + 2 * tokens * width)
+
+    patches, kept, pixels = 16, 4, 8 * 8 * 3
+    inner = blocks(2, 1 + kept, 48) + (1 + kept) * 48 * 32 + blocks(1, 1 + patches, 32) + (patches - kept) * 32 * pixels
+    stem = kept * pixels * 48  # its input needs no gradient, so its backward pass is one product instead of two
+    assert report[0].flop == pytest.approx(2 * (3 * inner + 2 * stem), rel=0.01)
+
+
+def test_the_report_names_every_stage_and_the_whole_run(report):
+    text = "\n".join(bench.lines(*report))
+    for stage in ("read and decode", "cut the crops", "colours", "forward", "backward", "update", "the loop"):
+        assert re.search(rf"{stage}.* [0-9,]+ +[0-9.]+", text), text
+    assert "the whole run: 64 images" in text
+    assert "float32, 1 process" in text
+    assert report[0].loop >= report[0].forward + report[0].backward
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"waiting": 0.5, "read": 0.02, "workers": 0}, "data.workers="),
+        ({"waiting": 0.5, "read": 0.02, "workers": 999}, "smaller image files"),
+        ({"device": "cuda (a GPU)", "dtype": torch.bfloat16, "memory": 10, "memory_total": 100}, "batch_size"),
+        ({"update": 9.0, "dtype": torch.bfloat16}, "a larger global_batch_size"),
+        ({"dtype": torch.bfloat16, "update": 0.0}, "nothing stands out"),
+    ],
+)
+def test_the_advice_follows_from_the_measurements(report, changes, expected):
+    measured, run = report
+    assert (
+        expected in bench.advice(dataclasses.replace(measured, **{"cached": False, "waiting": 0.0, **changes}), run)[0]
+    )
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_two_processes_measure_together_and_leave_nothing_behind(method, images, tmp_path):
+    argv = ["bench", str(images), *words(method, f"out={tmp_path / 'run'}", "seconds=0.05")]
+    text = launch(argv, tmp_path / "log", 2)
+    assert "2 processes" in text
+    assert text.count("the whole run") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trace_of_three_steps_can_be_opened(cli, images, tmp_path):
+    assert cli("pretrain", images, *words("mae", f"out={tmp_path / 'run'}", "profile=true"))[0] == 0
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")}
+    assert steps == {"ProfilerStep#3", "ProfilerStep#4", "ProfilerStep#5"}
+
+
+@pytest.mark.parametrize("seconds", ["0", "x"])
+def test_a_length_without_a_meaning_is_refused(fails, images, seconds):
+    assert "seconds" in fails("bench", images, *words("mae"), f"seconds={seconds}")
