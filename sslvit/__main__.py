@@ -4,6 +4,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 from .errors import UserError
@@ -102,14 +103,16 @@ def _bench(words: list[str]) -> None:
 
     if _wants_help(words):
         print("sslvit bench [recipe.yaml] [folder of images] [key=value ...]\n")
-        print(f"{bench.__doc__.strip()}\n\nThe words are those of sslvit pretrain, and one more:\n")
+        print(f"{bench.__doc__.strip()}\n\nThe words are those of sslvit pretrain, and two more:\n")
         print("\n".join(help_lines(bench.Config())))
         return
-    own = [word for word in words if word.startswith("seconds=")]
-    run = config.load([word for word in words if word not in own])
-    report = bench.bench(run, parse(bench.Config(), own, "bench"))
+    own = [word for word in words if word.startswith(("seconds=", "report="))]
+    run, settings = config.load([word for word in words if word not in own]), parse(bench.Config(), own, "bench")
+    report = bench.bench(run, settings)
     if int(os.environ.get("RANK", "0")) == 0:
         print("\n".join(bench.lines(report, run)))
+        if settings.report:
+            bench.save(report, Path(settings.report))
 
 
 def _export(words: list[str]) -> None:

@@ -3,6 +3,8 @@
 Read pretrain.py first: this measures its parts. Nothing is written, and no run directory is touched.
 """
 
+import dataclasses
+import json
 import math
 import os
 import platform
@@ -24,11 +26,18 @@ from .augment import Normalize, augment
 from .config import Plan, RunConfig
 from .data import BadImage, Source
 from .data.loader import Memory, cached, make_loader
-from .distributed import gather_objects
+from .distributed import gather_objects, say
 from .errors import UserError
-from .hardware import bf16_is_fast, choose_attention, default_workers, first_on_each_machine, start_accelerator
+from .hardware import (
+    bf16_is_fast,
+    choose_attention,
+    default_workers,
+    first_on_each_machine,
+    start_accelerator,
+    versions,
+)
 from .metrics import Window, duration
-from .pretrain import train_step, update
+from .pretrain import compiled, train_step, update
 from .views import Views, cut
 
 SAMPLE = 64  # images read and cut to measure one core
@@ -38,6 +47,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass
 class Config:
     seconds: float = 4.0  # of measuring the parts of a step, and twice that for the loop
+    report: str | None = None  # a JSON file to write what was measured to
 
 
 @dataclass
@@ -91,6 +101,8 @@ def bench(config: RunConfig, settings: Config) -> Report:
     model, optimizer = accelerator.prepare(objective, optimizer)
     workers = default_workers(device) if config.data.workers is None else config.data.workers
     objective.train()
+    if config.compile:
+        say(compiled(config, plan, accelerator, model, optimizer, views))
 
     read, crops = _one_core(source, views, config.seed)
     in_memory = cached(source, config.data.cache, config.seed, Memory())
@@ -182,6 +194,16 @@ def lines(report: Report, config: RunConfig) -> list[str]:
         f"  the whole run: {r.images:,} images, {duration(r.images * r.loop)}",
         *[f"  first: {text}" for text in advice(report, config)],
     ]
+
+
+def save(report: Report, path: Path) -> None:
+    """Write the measurements, the versions and what is derived from them. Raises UserError."""
+    values = dataclasses.asdict(report) | {"dtype": str(report.dtype), "images_per_second": 1 / report.loop}
+    values |= {"utilisation": report.utilisation, "versions": versions()}
+    try:
+        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"report={path} cannot be written: {error.strerror}.") from error
 
 
 def advice(report: Report, config: RunConfig) -> list[str]:

@@ -37,6 +37,7 @@ class RunConfig:
     global_batch_size: int = 256  # images for one optimizer step, over all processes
     batch_size: int | None = None  # images in memory at once, on each process; null: its share of the global batch
     precision: Precision = "auto"  # auto: bf16 where the hardware is fast at it, else float32
+    compile: bool = False  # torch.compile every transformer block: for GPUs and long runs; a minute at the start
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: Any = None  # the method's Config

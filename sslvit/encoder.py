@@ -42,6 +42,7 @@ class DropPath(nn.Module):
     def __init__(self, rate: float, place: int) -> None:
         super().__init__()
         self.rate, self.place = rate, place
+        self.name = rng.number("drop_path")  # here and not in forward: torch.compile cannot look into a hash
         self.key: Tensor | None = None  # [B], set by the encoder before each forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class DropPath(nn.Module):
             return x
         assert self.key is not None, "an encoder with drop path was called without keys"
         rows = x.shape[0] // self.key.shape[0]  # MobileViT folds patches into the batch: then several rows an image
-        draws = rng.uniform(rng.fold_in(self.key, "drop_path", self.place), rows).reshape(-1)
+        draws = rng.uniform(rng.fold_in(self.key, self.name, self.place), rows).reshape(-1)
         scale = (draws >= self.rate).to(x.dtype) / (1 - self.rate)
         return x * scale.view(-1, *[1] * (x.ndim - 1))
 

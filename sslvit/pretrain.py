@@ -22,6 +22,7 @@ from .distributed import any_process, rank, say, world_size
 from .evaluation.online import OnlineKNN
 from .hardware import (
     choose_attention,
+    compile_blocks,
     default_workers,
     first_on_each_machine,
     resolve_precision,
@@ -31,6 +32,7 @@ from .hardware import (
 from .metrics import Trace, Window
 from .objectives import Objective
 from .run import BadImages, Recorder, check_images, images_record, open_run
+from .views import Views, random_batch
 
 
 @dataclass
@@ -69,6 +71,8 @@ def pretrain(config: RunConfig) -> Result:
         check_images(saved, source, config.data.train)
         say(*complaints, f"Resuming {run_dir} at step {run.step} of {plan.steps}.")
     model, optimizer = accelerator.prepare(objective, optimizer)
+    if config.compile:
+        say(compiled(config, plan, accelerator, model, optimizer, views))
     source = cached(source, config.data.cache, config.seed, memory)
     workers = default_workers(device) if config.data.workers is None else config.data.workers
     say(*header(config, plan, schedule, objective, len(source), accelerator, workers))
@@ -163,6 +167,26 @@ def update(
     optimizer.zero_grad()
     objective.after_step(step)
     window.steps += 1
+
+
+def compiled(
+    config: RunConfig, plan: Plan, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer,
+    views: Views,
+) -> str:  # fmt: skip
+    """Compile the blocks of the objective; returns what that cost. Nothing of the training state changes."""
+    objective = accelerator.unwrap_model(model)
+    batch = random_batch(views, plan.layout.batch_size, config.data.in_chans, accelerator.device)
+    buffers = {name: value.clone() for name, value in objective.named_buffers()}
+
+    def work() -> None:
+        accelerator.backward(model(batch, 0)["loss"])
+        optimizer.zero_grad()
+
+    objective.train()
+    sentence = compile_blocks(objective, work, accelerator.device)
+    for name, value in objective.named_buffers():
+        value.copy_(buffers[name])
+    return sentence
 
 
 def where(objective: nn.Module) -> dict[str, str]:

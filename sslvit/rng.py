@@ -27,19 +27,36 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def _as_int64(place: int | str | Tensor) -> Tensor:
-    if isinstance(place, str):
-        place = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little", signed=True)
-    if isinstance(place, Tensor):
-        return place.to(torch.int64)
-    return torch.tensor((place + (1 << 63)) % (1 << 64) - (1 << 63), dtype=torch.int64)
+def _mix_int(x: int) -> int:
+    """`_mix` of one number, signed as an int64."""
+    x %= 1 << 64
+    x = (x ^ (x >> 30)) * MIX_1 % (1 << 64)
+    x = (x ^ (x >> 27)) * MIX_2 % (1 << 64)
+    return _signed(x ^ (x >> 31))
+
+
+def _signed(x: int) -> int:
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def number(name: str) -> int:
+    """What a name is as a place: 64 bits of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
 def fold_in(key: int | Tensor, *places: int | str | Tensor) -> Tensor:
-    """The key of a place inside a place: integers, names, or int64 tensors of places (then a tensor of keys)."""
-    key = _as_int64(key)
+    """The key of a place inside a place: integers, names, or int64 tensors of places (then a tensor of keys).
+
+    Integers and names stay numbers, so nothing is copied to the device of a key: that would wait for it.
+    """
+    if not isinstance(key, Tensor):
+        key = torch.tensor(_signed(key), dtype=torch.int64)
     for place in places:
-        key = _mix(key ^ _mix(_as_int64(place).to(key.device) + GAMMA))
+        if isinstance(place, Tensor):
+            place = _mix(place.to(key.device, torch.int64) + GAMMA)
+        else:
+            place = _mix_int((number(place) if isinstance(place, str) else place) + GAMMA)
+        key = _mix(key ^ place)
     return key
 
 

@@ -90,6 +90,14 @@ def cut(images: Sequence[Tensor], key: Tensor, views: Views) -> dict[str, Tensor
     return batch
 
 
+def random_batch(views: Views, batch_size: int, in_chans: int, device: torch.device) -> dict[str, Tensor]:
+    """Noise in the shape of an augmented batch: {"key": [B], name: [V, B, C, h, w] float32}."""
+    batch = {"key": torch.arange(batch_size, device=device)}
+    for name, crops in views.items():
+        batch[name] = torch.randn(len(crops), batch_size, in_chans, *crops[0].size, device=device)
+    return batch
+
+
 def crop_key(key: Tensor, name: str, view: int) -> Tensor:
     """[B] keys of images -> [B] keys of their crop number `view` of the given name."""
     return rng.fold_in(key, name, view)

@@ -57,8 +57,9 @@ def test_the_advice_follows_from_the_measurements(report, changes, expected):
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_two_processes_measure_together_and_leave_nothing_behind(method, images, tmp_path):
-    argv = ["bench", str(images), *words(method, f"out={tmp_path / 'run'}", "seconds=0.05")]
-    text = launch(argv, tmp_path / "log", 2)
+    own = ["seconds=0.05", f"report={tmp_path / 'report.json'}"]
+    text = launch(["bench", str(images), *words(method, f"out={tmp_path / 'run'}"), *own], tmp_path / "log", 2)
+    assert json.loads((tmp_path / "report.json").read_text())["processes"] == 2
     assert "2 processes" in text
     assert text.count("the whole run") == 1
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -283,3 +284,17 @@ def test_the_launchers_start_it(images, tmp_path, launcher):
     layout = "4 x 1 micro-batches x 2 processes" if "2" in launcher else "8 x 1 micro-batches x 1 processes"
     assert layout in done.stdout
     assert state.steps_saved(out) == [8]
+
+
+@pytest.mark.slow  # the compiler takes most of a minute for each
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_blocks_train_as_plain_ones_and_say_what_they_cost(cli, images, tmp_path, method):
+    more = ["precision=float32", "steps=5", "batch_size=4", *(["drop_path=0.5"] if method == "dino" else [])]
+    for name in ("plain", "compiled"):
+        chosen = ["compile=true"] if name == "compiled" else []
+        status, printed, _ = cli("pretrain", images, *words(method, f"out={tmp_path / name}", *more, *chosen))
+        assert status == 0
+    assert re.search(r"Compiled \d blocks in \d+ s", printed)
+    ours, theirs = final_weights(tmp_path / "compiled"), final_weights(tmp_path / "plain")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in ours)

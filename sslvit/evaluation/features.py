@@ -89,7 +89,8 @@ def extract(
         unreadable += failed
         if len(index):
             x = normalize(images.to(device, non_blocking=True).float() / 255)
-            with accelerator.autocast():
+            # Blocks that were compiled for training are not compiled again for these shapes.
+            with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 values.append(encoder.features(x, pool).float().cpu())
             numbers.append(index)
     encoder.train(was_training)
