@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,6 +33,7 @@ from .hardware import (
     choose_attention,
     default_workers,
     first_on_each_machine,
+    peak_memory,
     start_accelerator,
     versions,
 )
@@ -142,7 +143,8 @@ def bench(config: RunConfig, settings: Config) -> Report:
         device,
     )
     dtype = DTYPES[accelerator.mixed_precision]
-    used, total = _memory(device)
+    gpu = device.type == "cuda"
+    total = torch.cuda.get_device_properties(device).total_memory if gpu else psutil.virtual_memory().total
     return Report(
         device=_name(device),
         dtype=dtype,
@@ -156,7 +158,7 @@ def bench(config: RunConfig, settings: Config) -> Report:
         waiting=sum(waited[-steps * accumulate :]) / elapsed,
         flop=counter.get_total_flops() / b,
         matmul=matmul_rate(device, dtype),
-        memory=used,
+        memory=peak_memory(device),
         memory_total=total,
         images=plan.steps * plan.layout.global_batch_size,
     )
@@ -289,16 +291,6 @@ def _repeat(work: Callable[[], None], seconds: float, device: torch.device) -> t
     total: list[float] = []
     _timed(total, device, lambda: [work() for _ in range(times)])
     return times, max(gather_objects(total[0]))
-
-
-def _memory(device: torch.device) -> tuple[int, int]:
-    """(peak, all there is) in bytes: of the GPU, or on a CPU of this process and of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
-    import psutil
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, psutil.virtual_memory().total
 
 
 def _name(device: torch.device) -> str:

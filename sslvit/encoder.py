@@ -15,7 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import rng
+from . import blocks
+from .blocks import DropPath
 from .errors import UserError
 
 Pool = Literal["cls", "mean", "cls+mean", "pooled"]
@@ -33,29 +34,6 @@ class Tokens(NamedTuple):
 
     prefix: Tensor  # [B, P, D]: class token first, then registers; P may be 0
     patches: Tensor  # [B, N, D], row by row; with keep: [B, K, D] in the order of keep
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016) whose draws come from each image's key instead of from a global
-    generator."""
-
-    def __init__(self, rate: float, place: int) -> None:
-        super().__init__()
-        self.rate, self.place = rate, place
-        self.name = rng.number("drop_path")  # here and not in forward: torch.compile cannot look into a hash
-        self.key: Tensor | None = None  # [B], set by the encoder before each forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        assert self.key is not None, "an encoder with drop path was called without keys"
-        rows = x.shape[0] // self.key.shape[0]  # MobileViT folds patches into the batch: then several rows an image
-        draws = rng.uniform(rng.fold_in(self.key, self.name, self.place), rows).reshape(-1)
-        scale = (draws >= self.rate).to(x.dtype) / (1 - self.rate)
-        return x * scale.view(-1, *[1] * (x.ndim - 1))
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3f}"
 
 
 class Encoder(nn.Module):
@@ -108,20 +86,24 @@ class Encoder(nn.Module):
             return f"its {type(embed).__name__} stem lets neighbouring patches see each other"
         return None
 
-    def forward(self, images: Tensor, keep: Tensor | None = None, key: Tensor | None = None) -> Tokens:
+    def forward(
+        self, images: Tensor, keep: Tensor | None = None, key: Tensor | None = None, prefix_only: bool = False
+    ) -> Tokens:
         """[B, C, H, W] float -> Tokens. Plain ViTs only.
 
         keep: [B, K] int64 patch indices: only these are embedded and encoded. key: [B] int64, needed for drop path.
-        Without keep this equals `timm`'s `forward_features` bit for bit.
+        prefix_only: leave patches empty, which saves most of the last block. Without these, in float32, this equals
+        `timm`'s `forward_features` bit for bit.
         """
         vit = self.model
         x = vit._pos_embed(vit.patch_embed(images)) if keep is None else self._embed_kept(images, keep)
         x = vit.norm_pre(vit.patch_drop(x))
         for block in vit.blocks:
+            rows = slice(0, vit.num_prefix_tokens) if prefix_only and block is vit.blocks[-1] else None
             if vit.grad_checkpointing and self.training:
-                x = checkpoint(self._run, block, x, key, use_reentrant=False)
+                x = checkpoint(self._run, block, x, key, rows, use_reentrant=False)
             else:
-                x = self._run(block, x, key)
+                x = self._run(block, x, key, rows)
         x = vit.norm(x)
         return Tokens(x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :])
 
@@ -134,7 +116,7 @@ class Encoder(nn.Module):
             for module in self._drop_paths:
                 module.key = key
             return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
-        tokens = self(images, keep=keep, key=key)
+        tokens = self(images, keep=keep, key=key, prefix_only=pool == "cls" and self.training)
         if pool == "cls":
             return tokens.prefix[:, 0]
         if pool == "mean":
@@ -190,13 +172,11 @@ class Encoder(nn.Module):
         return vit.pos_drop(x)
 
     @staticmethod
-    def _run(block: nn.Module, x: Tensor, key: Tensor | None) -> Tensor:
-        for (
-            module
-        ) in block.modules():  # here and not once a forward: a recomputed block needs the keys of its own crops
+    def _run(block: nn.Module, x: Tensor, key: Tensor | None, rows: slice | None) -> Tensor:
+        for module in block.modules():  # here and not once a forward: a recomputed block needs its own crops' keys
             if isinstance(module, DropPath):
                 module.key = key
-        return block(x)
+        return blocks.run(block, x, rows)
 
 
 def sincos(width: int, grid: tuple[int, int], num_prefix: int) -> Tensor:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,17 @@ def free_memory() -> int:
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return free
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch has reserved on the GPU, or on a CPU the most that this process has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:  # not getrusage, which begins with the peak of the process that started this one
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
+    except (OSError, AttributeError):
+        return psutil.Process().memory_info().rss
 
 
 def versions() -> dict[str, str]:

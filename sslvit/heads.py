@@ -21,7 +21,9 @@ class Prototypes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., K]."""
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+        # The gains are applied to the products: normalised prototypes would be written down for each pass.
+        gain = self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
+        return F.linear(x, self.weight_v) * gain.t()
 
 
 class DINOHead(nn.Module):

@@ -19,7 +19,7 @@ LAYERS = [
     {"evaluation", "export"},
     {"pretrained"},
     {"objectives"},
-    {"encoder", "heads", "losses", "views", "augment", "data", "optim", "state"},
+    {"blocks", "encoder", "heads", "losses", "views", "augment", "data", "optim", "state"},
     {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors"},
 ]
 FAMILIES = {"objectives", "evaluation", "export"}

@@ -14,7 +14,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .. import data, encoder, masks
+from .. import blocks, data, encoder, masks
 from ..encoder import Encoder, patchify, sincos, take, xavier
 from ..errors import UserError, check_range, check_share
 from ..losses import koleo
@@ -112,7 +112,7 @@ class MAE(nn.Module):
         """
         keep, hide = masks.split(order, self.num_kept)
         latent = self.encode(images, keep)
-        prediction = self.predict(self.decode(latent, keep, hide)[:, -hide.shape[1] :])
+        prediction = self.predict(self.decode(latent, keep, hide, hidden_only=True))
         loss = (prediction.float() - take(self.target(images), hide)).square().mean()
         if not self.config.koleo_weight:
             return {"loss": loss}
@@ -123,8 +123,9 @@ class MAE(nn.Module):
         """[B, C, H, W], [B, K] -> [B, P + K, D]: prefix tokens and kept patches, normalised ("MAE encoder")."""
         return torch.cat(self.encoder(images, keep=keep), dim=1)
 
-    def decode(self, latent: Tensor, keep: Tensor, hide: Tensor) -> Tensor:
-        """[B, P + K, D] -> [B, P + N, width] in the order prefix, kept, hidden ("MAE decoder")."""
+    def decode(self, latent: Tensor, keep: Tensor, hide: Tensor, hidden_only: bool = False) -> Tensor:
+        """[B, P + K, D] -> [B, P + N, width] in the order prefix, kept, hidden, or the hidden ones alone ("MAE
+        decoder")."""
         x = self.decoder_embed(latent)
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hide.shape[1], -1)], dim=1)
         num_prefix = latent.shape[1] - keep.shape[1]
@@ -132,7 +133,8 @@ class MAE(nn.Module):
         positions = patches[torch.cat([keep, hide], dim=1)]
         x = x + torch.cat([prefix.expand(len(x), -1, -1), positions], dim=1)
         for block in self.decoder_blocks:
-            x = block(x)
+            rows = slice(-hide.shape[1], None) if hidden_only and block is self.decoder_blocks[-1] else None
+            x = blocks.run(block, x, rows)
         return x
 
     def predict(self, x: Tensor) -> Tensor:

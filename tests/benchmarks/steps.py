@@ -11,9 +11,7 @@ process measures the memory of each variant, as the growth of its peak over what
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit import config as configuration
 from sslvit import masks, objectives, optim
-from sslvit.hardware import choose_attention, start_accelerator
+from sslvit.bench import matmul_rate
+from sslvit.hardware import choose_attention, peak_memory, start_accelerator
 from sslvit.metrics import Window
 from sslvit.pretrain import train_step
 
@@ -92,7 +91,7 @@ def settings(case: Case, precision: str, drop_path: float) -> configuration.RunC
     else:
         words += [f"prototypes={case.prototypes}", f"local_crops={case.local[0]}", f"local_crop_size={case.local[1]}"]
         words += [f"drop_path={drop_path}", f"momentum={MOMENTUM}", f"momentum_end={MOMENTUM}"]
-        words += ["weight_decay_end=null"]
+        words += ["weight_decay_end=null", "freeze_last_layer_epochs=0"]  # most of a run is after that
     return configuration.load(words)
 
 
@@ -141,7 +140,7 @@ def theirs(case: Case, bf16: bool, drop_path: float, weights: dict[str, Tensor] 
         mine = {name[8:]: value for name, value in weights.items() if name.startswith("student.")}
         student.load_state_dict({name.replace("encoder.model.", "backbone."): value for name, value in mine.items()})
     dino = plain.DINOTraining(
-        student.to(device).train(), teacher.to(device).train(), case.prototypes, LR, MOMENTUM, freeze=True, bf16=bf16
+        student.to(device).train(), teacher.to(device).train(), case.prototypes, LR, MOMENTUM, freeze=False, bf16=bf16
     )
     return lambda batch, _: dino.step([*batch["global"], *batch["local"]])
 
@@ -186,7 +185,7 @@ def compare(case: Case, rounds: int, seconds: float) -> Iterator[dict]:
     for number in range(rounds):
         for name, step in steps.items():
             times[name].append(timed(step, batches, 3 + number * counts[name], counts[name]))
-    rates = {precision: matmul_rate(precision, device) for precision in (torch.float32, torch.bfloat16)}
+    rates = {precision: matmul_rate(device, precision) for precision in (torch.float32, torch.bfloat16)}
     for name in steps:
         median = statistics.median(times[name])
         yield {
@@ -199,25 +198,6 @@ def compare(case: Case, rounds: int, seconds: float) -> Iterator[dict]:
             "gflop_per_image": flops[name] / case.batch_size / 1e9,
             "of_matmul_rate": flops[name] / median / rates[torch.bfloat16 if "bf16" in name else torch.float32],
         }
-
-
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the best of a few square products."""
-    best = 0.0
-    for n in (768, 1024, 2048) if device.type == "cpu" else (4096, 8192):
-        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        a @ b
-        for _ in range(3):
-            repeat = 8
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(repeat):
-                a @ b
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best = max(best, repeat * 2 * n**3 / (time.perf_counter() - start))
-    return best
 
 
 def losses(case: Case, steps: int = 20) -> dict[str, list[float]]:
@@ -240,10 +220,7 @@ def _memory(name: str, variant: str, queue: multiprocessing.Queue) -> None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         step(batches[1], 1)
-    if device.type == "cuda":
-        queue.put(torch.cuda.max_memory_allocated() / 2**20)
-    else:
-        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+    queue.put(peak_memory(device) / 2**20)
 
 
 def memory(name: str, variant: str) -> float:

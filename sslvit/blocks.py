@@ -1,0 +1,99 @@
+"""timm's transformer blocks without the work that nobody reads.
+
+The output of a ViT's last block is often wanted for some tokens only: for the class token, or for the patches that a
+decoder has to predict. Keys and values need all tokens; queries, the projection and the MLP, which are ten twelfths of
+a block, need those alone.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from . import rng
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016) whose draws come from each image's key instead of from a global
+    generator."""
+
+    def __init__(self, rate: float, place: int) -> None:
+        super().__init__()
+        self.rate, self.place = rate, place
+        self.name = rng.number("drop_path")  # here and not in forward: torch.compile cannot look into a hash
+        self.key: Tensor | None = None  # [B], set by the encoder before each forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        assert self.key is not None, "an encoder with drop path was called without keys"
+        rows = x.shape[0] // self.key.shape[0]  # MobileViT folds patches into the batch: then several rows an image
+        draws = rng.uniform(rng.fold_in(self.key, self.name, self.place), rows).reshape(-1)
+        scale = (draws >= self.rate).to(x.dtype) / (1 - self.rate)
+        return x * scale.view(-1, *[1] * (x.ndim - 1))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+def run(block: nn.Module, x: Tensor, rows: slice | None = None) -> Tensor:
+    """[B, N, D] -> block(x)[:, rows], all rows by default; equal but for the order of float additions.
+
+    Not here: leaving out the images whose branch stochastic depth drops. At DINO's rate of 0.1, picking them costs what
+    it saves (measured on a CPU; on a GPU it would also have to wait for the draws).
+    """
+    compiled = getattr(block, "_compiled_call_impl", None) is not None
+    if not _known(block) or (rows is None and (compiled or block.attn.fused_attn)):
+        x = block(x)
+        return x if rows is None else x[:, rows]
+    base = x if rows is None else x[:, rows]
+    x = base + block.drop_path1(block.ls1(_attention(block.attn, block.norm1(x), rows)))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _known(block: nn.Module) -> bool:
+    """Whether `run` says all that a call of this block does."""
+    attention = getattr(block, "attn", None)
+    return (
+        type(block) is Block
+        and type(attention) is Attention
+        and getattr(attention, "gate", None) is None
+        and not (attention.training and attention.attn_drop.p > 0)
+        and not block._forward_hooks
+        and not block._forward_pre_hooks
+    )
+
+
+def _attention(attention: Attention, x: Tensor, rows: slice | None) -> Tensor:
+    """[B, N, D] -> [B, rows, D], what timm's Attention gives for these rows."""
+    heads, dim = attention.num_heads, attention.head_dim
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+
+    def project(x: Tensor, first: int, last: int) -> Tensor:
+        """[last - first, B, heads, N, dim]: q, k and v are 0, 1 and 2."""
+        part = slice(first * heads * dim, last * heads * dim)
+        y = F.linear(x, weight[part], None if bias is None else bias[part])
+        return y.unflatten(2, (last - first, heads, dim)).permute(2, 0, 3, 1, 4)
+
+    q, k, v = project(x, 0, 3) if rows is None else (*project(x[:, rows], 0, 1), *project(x, 1, 3))
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    if attention.fused_attn:
+        y = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+    else:
+        y = _plain_attention(q, k, v, attention.scale)
+    return attention.proj_drop(attention.proj(attention.norm(y.transpose(1, 2).flatten(2))))
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """[B, H, Q, d], [B, H, N, d] twice -> [B, H, Q, d].
+
+    The scale is part of the product, and the softmax is computed in float32 and rounded once, without autocast, which
+    would make two copies of the weights to the same end.
+    """
+    shape = q.shape
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+    with torch.autocast(scores.device.type, enabled=False):
+        weights = scores.softmax(dim=-1)
+    return (weights @ v).view(shape)
