@@ -19,12 +19,14 @@ def report(images):
 
 
 def test_the_operations_of_a_step_are_those_of_the_equations(report):
-    def blocks(depth: int, tokens: int, width: int) -> float:
-        """Multiply-adds of the products of a forward pass: qkv, scores, weighted values, projection, MLP."""
-        return depth * tokens * (12 * width**2 + 2 * tokens * width)
+    def block(tokens: int, rows: int, width: int) -> float:
+        """Multiply-adds of a forward pass: keys and values of all tokens; for the rows whose output is wanted, queries,
+        scores, weighted values, projection and MLP."""
+        return 2 * tokens * width**2 + rows * (10 * width**2 + 2 * tokens * width)
 
-    patches, kept, pixels = 16, 4, 8 * 8 * 3
-    inner = blocks(2, 1 + kept, 48) + (1 + kept) * 48 * 32 + blocks(1, 1 + patches, 32) + (patches - kept) * 32 * pixels
+    patches, kept, hidden, pixels = 16, 4, 12, 8 * 8 * 3
+    inner = 2 * block(1 + kept, 1 + kept, 48) + (1 + kept) * 48 * 32
+    inner += block(1 + patches, hidden, 32) + hidden * 32 * pixels  # the decoder's only block is its last
     stem = kept * pixels * 48  # its input needs no gradient, so its backward pass is one product instead of two
     assert report[0].flop == pytest.approx(2 * (3 * inner + 2 * stem), rel=0.01)
 
