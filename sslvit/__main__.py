@@ -16,6 +16,7 @@ sslvit <command> [words]
   pretrain [recipe.yaml] [folder] [key=value ...]    train an encoder on unlabeled images
   knn      run=... data.train=... data.test=...      k-NN classification with its frozen features
   linear   run=... data.train=... data.test=...      linear probe of its frozen features
+  quality  run=... data=...                          rank, uniformity and alignment of its features, without labels
   bench    [recipe.yaml] [folder] [key=value ...]    how fast this machine runs a recipe, and what to change first
   export   run=... to=timm out=<folder>              write it in a form that timm loads
 
@@ -24,15 +25,15 @@ sslvit <command> [words]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 2 for a mistake of the user's, which is one sentence and no traceback."""
+    """Exit status 0, 2 for a mistake of the user's, which is one sentence and no traceback, or 75 for a run that was
+    asked to stop and goes on when the same command is started again."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
     command, words = words[0], words[1:]
     try:
-        _find(command)(words)
-        return 0
+        return _find(command)(words) or 0
     except UserError as error:
         print(f"sslvit {command}: {error}", file=sys.stderr)
         return 2
@@ -41,8 +42,15 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _find(command: str) -> Callable[[list[str]], None]:
-    commands = {"pretrain": _pretrain, "knn": _knn, "linear": _linear, "bench": _bench, "export": _export}
+def _find(command: str) -> Callable[[list[str]], int | None]:
+    commands = {
+        "pretrain": _pretrain,
+        "knn": _knn,
+        "linear": _linear,
+        "quality": _quality,
+        "bench": _bench,
+        "export": _export,
+    }
     if command not in commands:
         near = difflib.get_close_matches(command, commands, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
@@ -54,19 +62,27 @@ def _wants_help(words: list[str]) -> bool:
     return any(word in ("-h", "--help", "help") for word in words)
 
 
-def _pretrain(words: list[str]) -> None:
+def _pretrain(words: list[str]) -> int | None:
     from . import config
     from .metrics import duration
+    from .stopping import REQUEUE
 
     if _wants_help(words):
         method = next((word.split("=", 1)[1] for word in words if word.startswith("method=")), "mae")
         print("sslvit pretrain [recipe.yaml] [folder of images] [key=value ...]\n")
         print(f"Keys with their defaults for method={method}; a key may be given by its last name alone:\n")
         print(config.help_text(method))
-        return
+        return None
     from .pretrain import pretrain
 
     result = pretrain(config.load(words))
+    if result.stopped:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(
+                f"Stopped by {result.stopped} after step {result.steps}, which is saved in {result.run_dir}: start the "
+                f"same command to go on (exit status {REQUEUE})."
+            )
+        return REQUEUE
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"Done: {result.images_seen} images in {duration(result.seconds)}, {result.run_dir}")
         if result.knn_before is not None and result.knn_after is not None:
@@ -75,11 +91,13 @@ def _pretrain(words: list[str]) -> None:
                 f"k-NN accuracy on images it never trained on: untrained encoder {result.knn_before:.1f}%, "
                 f"trained encoder {result.knn_after:.1f}% ({gain:+.1f} points)."
             )
+    return None
 
 
 def _evaluate(words: list[str], command: str, module: ModuleType) -> None:
     if _wants_help(words):
-        print(f"sslvit {command} run=... data.train=... data.test=... [key=value ...]\n")
+        data = "data=..." if command == "quality" else "data.train=... data.test=..."
+        print(f"sslvit {command} run=... {data} [key=value ...]\n")
         print(f"{module.__doc__.strip()}\n\nKeys with their defaults; a key may be given by its last name alone:\n")
         print("\n".join(help_lines(module.Config())))
     else:
@@ -96,6 +114,12 @@ def _linear(words: list[str]) -> None:
     from .evaluation import linear
 
     _evaluate(words, "linear", linear)
+
+
+def _quality(words: list[str]) -> None:
+    from .evaluation import quality
+
+    _evaluate(words, "quality", quality)
 
 
 def _bench(words: list[str]) -> None:

@@ -34,6 +34,7 @@ class RunConfig:
     epochs: float | None = None  # how long: passes over the images ...
     steps: int | None = None  # ... or optimizer steps ...
     images: int | None = None  # ... or images seen; exactly one of the three
+    max_hours: float | None = None  # of this start: then save and end with status 75; the same command goes on
     global_batch_size: int = 256  # images for one optimizer step, over all processes
     batch_size: int | None = None  # images in memory at once, on each process; null: its share of the global batch
     precision: Precision = "auto"  # auto: bf16 where the hardware is fast at it, else float32
@@ -130,6 +131,7 @@ def check(config: RunConfig) -> None:
         "save.keep_last": (config.save.keep_last, 1),
         "eval.every_epochs": (config.eval.every_epochs, 0),
         "eval.k": (config.eval.k, 1),
+        "max_hours": (config.max_hours, 0),
     }
     for key, (value, minimum) in least.items():
         if value is not None and not value >= minimum:

@@ -32,6 +32,7 @@ from .hardware import (
 from .metrics import Trace, Window
 from .objectives import Objective
 from .run import BadImages, Recorder, check_images, images_record, open_run
+from .stopping import Stop, listening
 from .views import Views, random_batch
 
 
@@ -45,10 +46,17 @@ class Result:
     seconds: float  # of training, over all starts
     knn_before: float | None  # top-1 in percent, of the untrained and of the trained encoder
     knn_after: float | None
+    stopped: str | None = None  # by what, if before its end: SIGTERM, SIGUSR1 or max_hours
 
 
 def pretrain(config: RunConfig) -> Result:
     """Train to the configured end, from the newest checkpoint of the run directory if it has one. Raises UserError."""
+    with listening(config.max_hours) as stop:
+        return train(config, stop)
+
+
+def train(config: RunConfig, stop: Stop) -> Result:
+    """The run itself, until its end or until `stop` says so."""
     configuration.check(config)
     accelerator = start_accelerator(config.precision)
     device = accelerator.device
@@ -108,7 +116,7 @@ def pretrain(config: RunConfig) -> Result:
     evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
     trace = Trace(run_dir / "trace.json" if config.log.profile and rank() == 0 else None)
     objective.train()
-    clock = last_save = time.perf_counter()
+    stopped, clock, last_save = None, time.perf_counter(), time.perf_counter()
     for step in range(run.step, plan.steps):
         optim.set_schedule(optimizer, schedule, step)
         train_step(config, plan, accelerator, model, optimizer, micro_batches(), step, recorder.window)
@@ -122,16 +130,19 @@ def pretrain(config: RunConfig) -> Result:
             recorder.line(run)
         if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # agreeing takes time
             save_now |= any_process((clock - last_save) / 60 > config.save.every_minutes)
-        if run.step % evaluate_every == 0 or run.step == plan.steps:
+        stopped = stop.due(run.step) if run.step < plan.steps else None
+        if run.step == plan.steps or (run.step % evaluate_every == 0 and not stopped):
             knn_after = evaluate()
-        if save_now:  # after the evaluation, so that a run that is killed here does not lose its result
+        if save_now or stopped:  # after the evaluation, so that a run that is killed here does not lose its result
             save()
             last_save = time.perf_counter()
+        if stopped:
+            break
         clock = time.perf_counter()
 
     trace.close()
     recorder.close()
-    return Result(run_dir, run.step, run.images_seen, run.seconds, knn_before, knn_after)
+    return Result(run_dir, run.step, run.images_seen, run.seconds, knn_before, knn_after, stopped)
 
 
 def train_step(

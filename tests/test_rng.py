@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from sslvit import rng
@@ -51,3 +52,28 @@ def test_permutation_is_a_permutation_that_depends_on_the_key():
     assert torch.equal(one.sort().values, torch.arange(1000))
     assert (one == other).sum() < 10
     assert (one == torch.arange(1000)).sum() < 10
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 37, 64, 65, 1000, 4097])
+def test_an_order_that_is_not_written_down_holds_everything_once(n):
+    key = rng.fold_in(0, "order", n)
+    order = rng.shuffled(key, n, torch.arange(n))
+    assert order.sort().values.tolist() == list(range(n))
+    assert torch.equal(rng.shuffled(key, n, torch.arange(n).flip(0)), order.flip(0))  # each place by itself
+
+
+def test_an_order_that_is_not_written_down_is_random():
+    """3,000 orders of 100,000: in which tenth the first eleven numbers lie, and in which the next one then does."""
+    n, places = 100_000, torch.arange(11)
+    tenths = torch.stack([rng.shuffled(rng.fold_in(5, i), n, places) for i in range(3000)]) * 10 // n
+    at = torch.stack([(tenths == value).sum(dim=0) for value in range(10)])
+    assert ((at - 300).square() / 300).sum() < 99 + 5 * (2 * 99) ** 0.5  # chi-square, five deviations
+    pairs = (tenths[:, :-1] * 10 + tenths[:, 1:]).flatten().bincount(minlength=100)
+    assert ((pairs - 300).square() / 300).sum() < 99 + 5 * (2 * 99) ** 0.5
+
+
+def test_a_billion_images_have_an_order_at_once():
+    order = rng.shuffled(rng.fold_in(0, "order"), 10**9, torch.arange(10**9 - 4096, 10**9))
+    assert 0 <= order.min() < 10**8
+    assert 9 * 10**8 < order.max() < 10**9
+    assert len(order.unique()) == 4096

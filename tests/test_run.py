@@ -4,10 +4,13 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -76,6 +79,35 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, images, method, worke
     assert f"Resuming {broken} at step" in printed
     assert_same_run(whole, broken)
     assert [line["step"] for line in learned(broken)] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 0)])
+def test_a_signal_saves_after_the_step_and_the_run_goes_on(tmp_path, images, number, workers):
+    """Sent to every process of the run, loader processes too, as a scheduler does."""
+    arguments = ["pretrain", images, *words("dino", f"workers={workers}", "epochs=20", "save.every_minutes=60")]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    processes.finish(processes.start([*arguments, f"out={whole}"], tmp_path / "log"), tmp_path / "log")
+    process = processes.start([*arguments, f"out={broken}"], tmp_path / "log2")
+    processes.wait_for_step(process, broken, 4)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.send_signal(number)
+    os.kill(process.pid, number)
+    printed = processes.finish(process, tmp_path / "log2", status=75)
+    step = state.steps_saved(broken)[-1]
+    assert 4 <= step < 80
+    assert f"Stopped by {number.name} after step {step}, which is saved in {broken}" in printed
+    assert "Traceback" not in printed
+    processes.finish(processes.start([*arguments, f"out={broken}"], tmp_path / "log3"), tmp_path / "log3")
+    assert_same_run(whole, broken)
+
+
+def test_two_processes_stop_at_the_same_step_when_the_time_is_over(tmp_path, images):
+    out, log = tmp_path / "run", tmp_path / "log"
+    printed = processes.launch(
+        ["pretrain", images, *words("mae", f"out={out}", "epochs=60", "max_hours=0")], log, 2, status=75
+    )
+    assert printed.count("Stopped by max_hours after step 10,") == 1
+    assert state.steps_saved(out) == [10]
 
 
 def test_a_line_of_the_log_that_a_kill_interrupts_is_the_same_line(cli, images, tmp_path):
@@ -284,6 +316,26 @@ def test_the_launchers_start_it(images, tmp_path, launcher):
     layout = "4 x 1 micro-batches x 2 processes" if "2" in launcher else "8 x 1 micro-batches x 1 processes"
     assert layout in done.stdout
     assert state.steps_saved(out) == [8]
+
+
+@pytest.mark.slow  # four processes on two cores
+def test_two_machines_train_as_one(images, tmp_path):
+    """Two torchruns that meet, as the recipe for several machines starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    run = ["-m", "sslvit", "pretrain", str(images), *words("dino", "precision=float32")]
+    meet = ["--master_addr", "127.0.0.1", "--master_port", port]
+    started = []
+    for node in range(2):
+        machine = ["--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "2", *meet]
+        command = [sys.executable, "-m", "torch.distributed.run", *machine, *run, f"out={tmp_path / 'two'}"]
+        started.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path))
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    command = [sys.executable, *run, f"out={tmp_path / 'one'}"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    ours, theirs = final_weights(tmp_path / "two"), final_weights(tmp_path / "one")
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in ours)
 
 
 @pytest.mark.slow  # the compiler takes most of a minute for each

@@ -20,7 +20,7 @@ LAYERS = [
     {"pretrained"},
     {"objectives"},
     {"blocks", "encoder", "heads", "losses", "views", "augment", "data", "optim", "state"},
-    {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors"},
+    {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors", "stopping"},
 ]
 FAMILIES = {"objectives", "evaluation", "export"}
 

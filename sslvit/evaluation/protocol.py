@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate import Accelerator
 from torch import Tensor
 
 from .. import pretrained
 from ..augment import Normalize
-from ..data import open_source
+from ..data import Source, open_source
 from ..distributed import rank, say
+from ..encoder import Pool
 from ..errors import UserError, check_range
 from ..hardware import (
     Precision,
@@ -34,9 +36,10 @@ class Sets:
 
 
 @dataclass
-class Config:
+class Subject:
+    """Which encoder is measured, and how it is run."""
+
     run: str = ""  # a run directory, untrained:<run directory>, an exported folder, timm:<name>, random:<name>, pixels
-    data: Sets = field(default_factory=Sets)
     pool: Literal["auto", "cls", "mean", "cls+mean", "pooled"] = "auto"  # of the tokens; auto: the method's
     image_size: int | tuple[int, int] | None = None  # for timm:, random: and pixels only; null: the model's own
     model_args: dict[str, Any] = field(default_factory=dict)  # for timm: and random: only, such as {patch_size: 4}
@@ -44,8 +47,32 @@ class Config:
     workers: int | None = None  # processes that load images; null: by the number of cores
     precision: Precision = "auto"  # of the encoder; auto: bf16 where the hardware is fast at it, else float32
     seed: int = 0  # of the held-out part, of the heads, and of the weights of random:
-    cache: bool = True  # keep the features in <run>/eval/features, for the next evaluation of the same weights
     out: str = ""  # file for the result; empty: <run>/eval/<name>.json
+
+
+@dataclass
+class Config(Subject):
+    data: Sets = field(default_factory=Sets)
+    cache: bool = True  # keep the features in <run>/eval/features, for the next evaluation of the same weights
+
+
+@dataclass
+class Frozen:
+    """An encoder on its device, with what running it needs."""
+
+    subject: Pretrained
+    pool: Pool
+    accelerator: Accelerator
+    precision: str
+
+    @property
+    def normalize(self) -> Normalize:
+        return Normalize(self.subject.mean, self.subject.std)
+
+    def open(self, word: str, download_dir: str = "~/.cache/sslvit") -> Source:
+        """The images that a word stands for, in the channels that the encoder takes. Raises UserError."""
+        wanted = replace(self.subject.data_config, download_dir=download_dir)
+        return first_on_each_machine(self.accelerator, partial(open_source, word, wanted))
 
 
 @dataclass
@@ -61,14 +88,8 @@ class Task:
     record: dict[str, Any]  # the protocol, for the result
 
 
-def prepare(config: Config, name: str) -> Task:
-    """Load the encoder, open the images, compute the features. Raises UserError before the features where it can."""
-    began = time.perf_counter()
-    for key in ("train", "test"):
-        if not getattr(config.data, key):
-            raise UserError(
-                f"data.{key} is missing: {name} needs labelled images, data.train=<folder> data.test=<folder>."
-            )
+def load(config: Subject) -> Frozen:
+    """Load the encoder and put it on its device. Raises UserError."""
     check_range("", config, 1, None, "batch_size", "image_size")
     check_range("", config, 0, None, "workers")
     subject = pretrained.load(config.run, config.image_size, config.model_args, config.seed)
@@ -80,16 +101,29 @@ def prepare(config: Config, name: str) -> Task:
     precision = resolve_precision(config.precision, accelerator.device)
     encoder.to(accelerator.device)
     choose_attention(encoder, accelerator.device, precision)
+    return Frozen(subject, pool, accelerator, precision)
+
+
+def prepare(config: Config, name: str) -> Task:
+    """Load the encoder, open the images, compute the features. Raises UserError before the features where it can."""
+    began = time.perf_counter()
+    for key in ("train", "test"):
+        if not getattr(config.data, key):
+            raise UserError(
+                f"data.{key} is missing: {name} needs labelled images, data.train=<folder> data.test=<folder>."
+            )
+    frozen = load(config)
+    subject, pool, accelerator, precision = frozen.subject, frozen.pool, frozen.accelerator, frozen.precision
+    encoder = subject.encoder
     sources = []
     for word in (config.data.train, config.data.test):
-        wanted = replace(subject.data_config, download_dir=config.data.download_dir)
-        source = first_on_each_machine(accelerator, partial(open_source, word, wanted))
+        source = frozen.open(word, config.data.download_dir)
         if source.labels is None:
             raise UserError(
                 f"{word} has no labels: evaluation needs <folder>/<class>/<image>, or a labelled set by name."
             )
         sources.append(source)
-    normalize = Normalize(subject.mean, subject.std)
+    normalize = frozen.normalize
     folder = subject.run_dir / "eval" / "features" if config.cache and subject.run_dir else None
     train, test = (
         extract_cached(folder, encoder, source, normalize, accelerator, pool, config.batch_size, config.workers)
@@ -130,16 +164,21 @@ def describe_pool(pool: str) -> str:
     }[pool]
 
 
-def write(config: Config, task: Task, name: str, results: Any) -> Path | None:
+def write(config: Subject, task: Task, name: str, results: Any) -> Path | None:
     """Write the result as JSON, on the first process: (protocol, results)."""
-    folder = task.subject.run_dir
+    return file(config, task.subject, name, {**task.record, "results": results})
+
+
+def file(config: Subject, subject: Pretrained, name: str, record: dict[str, Any]) -> Path | None:
+    """Write a record as JSON where the configuration or the run says, on the first process."""
+    folder = subject.run_dir
     if not config.out and folder is None:
         return None
     path = Path(config.out) if config.out else folder / "eval" / f"{name}.json"
     if rank() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**task.record, "results": results}, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"The result cannot be written to {path}: {error.strerror}.") from error
     say(f"written to {path}")

@@ -37,6 +37,14 @@ def order(layout: Layout, first: int = 0, last: int = 9, n: int = 37) -> list[tu
     return [(epoch, index.tolist()) for epoch, index in Order(0, n, layout, first, last)]
 
 
+@pytest.fixture(params=[False, True], ids=["listed", "computed"])
+def listed_or_computed(request, monkeypatch):
+    """The order of an epoch as a list, and as it is for sets too large for one."""
+    if request.param:
+        monkeypatch.setattr(loader, "WRITTEN_DOWN", 0)
+
+
+@pytest.mark.usefixtures("listed_or_computed")
 def test_an_epoch_sees_each_image_at_most_once_and_epochs_differ():
     batches = order(Layout(8))
     epochs = [[i for epoch, index in batches if epoch == e for i in index] for e in range(3)]
@@ -45,6 +53,7 @@ def test_an_epoch_sees_each_image_at_most_once_and_epochs_differ():
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.usefixtures("listed_or_computed")
 def test_the_stream_is_the_same_for_every_layout_and_start():
     whole = order(Layout(8))
     by_micro = order(Layout(2, accumulate=4))
