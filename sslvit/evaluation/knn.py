@@ -42,12 +42,20 @@ def run(config: Config) -> list[dict[str, float]]:
     accuracies = classify_labelled(
         task.train, task.train_labels, task.test, task.test_labels, len(task.classes), ks, config.temperature
     )
+    judged = int((task.test_labels >= 0).sum())
     results = [
-        {"k": k, "temperature": temperature, "top1": round(top1, 4), "top5": round(top5, 4)}
+        {
+            "k": k, "temperature": temperature, "top1": round(top1, 4), "top5": round(top5, 4),
+            "top1_interval": protocol.interval(top1, judged, config.seed),
+        }
         for (k, temperature), (top1, top5) in accuracies.items()
-    ]
-    rows = [[str(r["k"]), f"{r['temperature']:g}", f"{r['top1']:.2f}", f"{r['top5']:.2f}"] for r in results]
-    say(*protocol.table(["k", "T", "top-1 %", "top-5 %"], rows))
+    ]  # fmt: skip
+    rows = [
+        [str(r["k"]), f"{r['temperature']:g}", f"{r['top1']:.2f}", "{:.1f} - {:.1f}".format(*r["top1_interval"]),
+         f"{r['top5']:.2f}"]
+        for r in results
+    ]  # fmt: skip
+    say(*protocol.table(["k", "T", "top-1 %", "95 % interval", "top-5 %"], rows))
     protocol.write(config, task, "knn", results)
     return results
 

@@ -68,15 +68,20 @@ def probe(config: Config, task: protocol.Task) -> dict[str, Any]:
     head = train((x - mean) / std, labels, config.lr[best : best + 1])
     test = task.test_labels >= 0
     top1 = accuracy(head, (task.test.values[test] - mean) / std, task.test_labels[test]).item()
+    low, high = protocol.interval(top1, int(test.sum()), config.seed)
     results = {
         "top1": round(top1, 4),
+        "top1_interval": (low, high),
         "lr": config.lr[best],
         "holdout_top1": round(valid[best].item(), 4),
         "sweep": [{"lr": lr, "holdout_top1": round(v, 4)} for lr, v in zip(config.lr, valid.tolist(), strict=True)],
     }
     rows = [[f"{lr:g}", f"{value:.2f}"] for lr, value in zip(config.lr, valid.tolist(), strict=True)]
     say(*protocol.table(["lr", "held-out top-1 %"], rows))
-    say(f"test top-1 {top1:.2f}% with lr {config.lr[best]:g}, chosen on the held-out part")
+    say(
+        f"test top-1 {top1:.2f}% (95 % interval {low:.1f} - {high:.1f}) with lr {config.lr[best]:g}, "
+        "chosen on the held-out part"
+    )
     if best in (0, len(config.lr) - 1) and len(config.lr) > 1:
         say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
     return results
