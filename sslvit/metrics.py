@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from .distributed import all_reduce_sum, world_size
 class Config:
     every_steps: int = 50  # a line in metrics.jsonl and on the console
     tensorboard: bool = True  # the same numbers in <run>/tensorboard
+    on_collapse: Literal["warn", "stop"] = "warn"  # when the numbers of a line say that the features have collapsed
     profile: bool = False  # write <run>/trace.json: what the processor does in three steps, for ui.perfetto.dev
 
 

@@ -85,7 +85,7 @@ def train(config: RunConfig, stop: Stop) -> Result:
     workers = default_workers(device) if config.data.workers is None else config.data.workers
     say(*header(config, plan, schedule, objective, len(source), accelerator, workers))
     batches = iter(make_loader(source, views, plan.layout, config.seed, (run.step, plan.steps), workers, device))
-    recorder = Recorder(run_dir, config, plan, schedule, run, lock)
+    recorder = Recorder(run_dir, config, plan, schedule, run, lock, getattr(objective, "alarm", None))
     bad, images = BadImages(run_dir, config.data, source, run), images_record(source)
 
     def micro_batches() -> Iterator[dict[str, Tensor]]:

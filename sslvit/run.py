@@ -11,6 +11,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -132,10 +133,13 @@ class Recorder:
     """Writes a run's lines: to metrics.jsonl and TensorBoard, and on the console of the first process."""
 
     def __init__(
-        self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, lock: IO[str] | None
-    ) -> None:
+        self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, lock: IO[str] | None,
+        alarm: Callable[[dict[str, float]], str | None] | None = None,
+    ) -> None:  # fmt: skip
+        """alarm: the objective's, which looks at the means of a line."""
         self.run_dir, self.every, self.plan, self.schedule = run_dir, config.log.every_steps, plan, schedule
         self.lock = lock  # held as long as this is
+        self.alarm, self.stop_on_collapse = alarm, config.log.on_collapse == "stop"
         self.log = MetricsLog(run_dir, run.step, config.log.tensorboard) if rank() == 0 else None
         self.window, self.watch = Window(), Stopwatch()
         self.window.load(run.window)
@@ -162,9 +166,19 @@ class Recorder:
             **timing,
         }
         self.write(record)
+        self._sound(record)
         say(
             console_line({**record, "seconds_left": left}, self.plan.steps, self.plan.steps / self.plan.steps_per_epoch)
         )
+
+    def _sound(self, record: dict[str, float]) -> None:
+        """Raises UserError if the features have collapsed and log.on_collapse=stop; warns once otherwise."""
+        found = self.alarm(record) if self.alarm else None
+        if found and self.stop_on_collapse:
+            raise UserError(f"{found} The run stops at step {record['step']}, as log.on_collapse=stop asks.")
+        if found:
+            say(f"Warning at step {record['step']}: {found}")
+            self.alarm = None
 
     def write(self, record: dict[str, float | int]) -> None:
         if self.log:

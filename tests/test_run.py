@@ -254,6 +254,32 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(cli, fails, ima
     assert "NaN" not in (out / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    ("knobs", "expected"),
+    [
+        (["teacher_temp=5", "teacher_temp_start=5"], "collapsed to one even answer"),
+        (["teacher_temp=0.002", "teacher_temp_start=0.002", "center_momentum=1"], "collapsed to one prototype"),
+    ],
+)
+def test_a_collapse_is_said_in_plain_words_early_and_can_stop_the_run(cli, fails, images, tmp_path, knobs, expected):
+    arguments = [
+        "pretrain",
+        images,
+        *words("dino", "epochs=20", "warmup_epochs=0", "base_lr=0.05", "momentum=0.5", *knobs),
+    ]
+    printed = cli(*arguments, f"out={tmp_path / 'run'}")[1]
+    step = int(re.search(rf"Warning at step (\d+): DINO has {expected}", printed).group(1))
+    assert step <= 8  # a tenth of the run
+    assert printed.count("Warning at step") == 1
+    stopped = fails(*arguments, f"out={tmp_path / 'other'}", "on_collapse=stop")
+    assert expected in stopped
+    assert f"stops at step {step}" in stopped
+
+
+def test_a_healthy_run_raises_no_alarm(cli, images, tmp_path):
+    assert "Warning" not in cli("pretrain", images, *words("dino", f"out={tmp_path / 'run'}", "epochs=5"))[1]
+
+
 def test_broken_images_are_skipped_counted_and_named_once(cli, tmp_path):
     folder = write_images(tmp_path / "images", 37)
     (folder / "003.png").write_bytes(b"no image")

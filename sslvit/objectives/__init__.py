@@ -23,7 +23,7 @@ class Objective(Protocol):
 
     def __call__(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """{"loss": scalar, others to log} of one micro-batch. Writes nothing but sums that `after_step` consumes, so
-        that accumulation and the number of processes do not change a run (but for DINO's koleo_weight, off by default).
+        that accumulation and the number of processes do not change a run (but for koleo_weight, off by default).
         """
 
     def before_step(self, step: int) -> None:
@@ -31,6 +31,8 @@ class Objective(Protocol):
 
     def after_step(self, step: int) -> None:
         """The optimizer has stepped; called once a step."""
+
+    # May also have `alarm(values) -> str | None`: what the means of a logged line say of collapse, the same everywhere.
 
     def exported_encoder(self) -> Encoder:
         """The part that is evaluated and exported, with its pooling."""

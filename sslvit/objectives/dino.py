@@ -5,6 +5,7 @@ are of that paper. The released code computes one softmax for each of the (teach
 teacher's distributions are summed first, so each student crop needs one, with the same loss and gradients.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,8 @@ from ..errors import UserError, check_range, check_share
 from ..heads import DINOHead
 from ..losses import koleo
 from ..views import Crop, Views, crop_key
+
+FEW = 8  # images of a micro-batch, from which their mean answer is logged
 
 
 @dataclass
@@ -254,8 +257,28 @@ class DINO(nn.Module):
         log_p = (student_logits / self.config.student_temp).log_softmax(dim=-1)
         pairs = 2 * (num_views - 1)
         loss = -(targets * log_p).sum() / (len(first) * pairs)
-        entropy = -(target * target.clamp(min=1e-12).log()).sum(dim=-1).mean()
-        return {"loss": loss, "teacher_entropy": entropy}
+        values = {"loss": loss, "teacher_entropy": _entropy(target).mean()}
+        if len(first) >= FEW:  # of fewer images the mean says little
+            values["teacher_mean_entropy"] = _entropy(target.mean(dim=0))
+        return values
+
+    def alarm(self, values: dict[str, float]) -> str | None:
+        """What the means of some steps say of collapse (section 5.3, "avoiding collapse"), as a sentence with what to
+        change; None if all is well."""
+        highest = math.log(self.config.prototypes)
+        if values["teacher_entropy"] > 0.99 * highest:
+            return (
+                f"DINO has collapsed to one even answer: the teacher's entropy is {values['teacher_entropy']:.3f} of "
+                f"ln({self.config.prototypes}) = {highest:.3f}, so it tells no images apart. Lower objective."
+                "teacher_temp, lower optim.base_lr or warm it up longer, or raise objective.center_momentum."
+            )
+        if values.get("teacher_mean_entropy", highest) < 0.1:
+            return (
+                "DINO has collapsed to one prototype: the teacher gives it to all images (entropy of its mean answer "
+                f"{values['teacher_mean_entropy']:.3f}). Lower objective.center_momentum to 0.9, raise objective."
+                "teacher_temp, lower optim.base_lr, or freeze the prototypes longer (freeze_last_layer_epochs)."
+            )
+        return None
 
     def teacher_temp(self, step: int) -> float:
         """Changes once an epoch if its warm-up is given in whole epochs, as in the released code, else every step."""
@@ -286,3 +309,8 @@ class DINO(nn.Module):
 
     def exported_encoder(self) -> Encoder:
         return self.teacher.encoder
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """[..., K] probabilities -> [...] nats."""
+    return -(p * p.clamp(min=1e-12).log()).sum(dim=-1)
