@@ -68,7 +68,7 @@ class Report:
     update: float
     loop: float
     waiting: float  # share of the loop that is spent waiting for the loader
-    flop: float  # of the matrix products of forward and backward, an image
+    flop: float  # of the matrix products of forward and backward, an image; with grad_checkpointing, done twice
     matmul: float  # FLOP/s of the matrix products of one process, measured
     memory: int  # bytes at the peak: of the GPU, or of the process on a CPU
     memory_total: int
@@ -81,7 +81,8 @@ class Report:
 
     @property
     def utilisation(self) -> float:
-        """Share of the measured matrix-product rate that the loop uses for the model's own products (MFU)."""
+        """Share of the measured matrix-product rate that the loop uses for its products (MFU; with grad_checkpointing
+        the recomputed ones count too)."""
         return self.flop / (self.loop * self.processes) / self.matmul
 
 
@@ -143,6 +144,7 @@ def bench(config: RunConfig, settings: Config) -> Report:
         device,
     )
     dtype = DTYPES[accelerator.mixed_precision]
+    used = peak_memory(device)  # before the matrix products below add to it
     gpu = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if gpu else psutil.virtual_memory().total
     return Report(
@@ -158,7 +160,7 @@ def bench(config: RunConfig, settings: Config) -> Report:
         waiting=sum(waited[-steps * accumulate :]) / elapsed,
         flop=counter.get_total_flops() / b,
         matmul=matmul_rate(device, dtype),
-        memory=peak_memory(device),
+        memory=used,
         memory_total=total,
         images=plan.steps * plan.layout.global_batch_size,
     )

@@ -20,17 +20,22 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float, place: int) -> None:
         super().__init__()
-        self.rate, self.place = rate, place
-        self.name = rng.number("drop_path")  # here and not in forward: torch.compile cannot look into a hash
-        self.key: Tensor | None = None  # [B], set by the encoder before each forward
+        self.rate, self.place, self.active = rate, place, rate > 0
+        # What differs between blocks is a tensor in forward: a number would make torch.compile build a graph for each.
+        self.register_buffer("threshold", torch.tensor(rate, dtype=torch.float32), persistent=False)
+        self.key: Tensor | None = None  # [B], of this place
+
+    def take(self, key: Tensor | None) -> None:
+        """[B] keys of the images of the next forward pass; None in evaluation."""
+        self.key = None if key is None or not self.active else rng.fold_in(key, "drop_path", self.place)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
+        if not self.training or not self.active:
             return x
         assert self.key is not None, "an encoder with drop path was called without keys"
         rows = x.shape[0] // self.key.shape[0]  # MobileViT folds patches into the batch: then several rows an image
-        draws = rng.uniform(rng.fold_in(self.key, self.name, self.place), rows).reshape(-1)
-        scale = (draws >= self.rate).to(x.dtype) / (1 - self.rate)
+        draws = rng.uniform(self.key, rows).reshape(-1)
+        scale = (draws >= self.threshold).to(x.dtype) / (1 - self.threshold).to(x.dtype)
         return x * scale.view(-1, *[1] * (x.ndim - 1))
 
     def extra_repr(self) -> str:

@@ -114,7 +114,7 @@ class Encoder(nn.Module):
         pool = pool or self.pool
         if not self.is_vit:
             for module in self._drop_paths:
-                module.key = key
+                module.take(key)
             return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
         tokens = self(images, keep=keep, key=key, prefix_only=pool == "cls" and self.training)
         if pool == "cls":
@@ -175,7 +175,7 @@ class Encoder(nn.Module):
     def _run(block: nn.Module, x: Tensor, key: Tensor | None, rows: slice | None) -> Tensor:
         for module in block.modules():  # here and not once a forward: a recomputed block needs its own crops' keys
             if isinstance(module, DropPath):
-                module.key = key
+                module.take(key)
         return blocks.run(block, x, rows)
 
 

@@ -18,7 +18,7 @@ from . import data, objectives, optim, rng, state
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
 from .data.loader import Memory, cached, make_loader
-from .distributed import any_process, rank, say, world_size
+from .distributed import any_process, barrier, rank, say, world_size
 from .evaluation.online import OnlineKNN
 from .hardware import (
     choose_attention,
@@ -107,13 +107,15 @@ def train(config: RunConfig, stop: Stop) -> Result:
     def save() -> None:
         run.window = recorder.window_state(run.step)
         if rank() == 0:
-            scores = {"knn_before": knn_before, "knn_after": knn_after}
+            scores = {"knn_before": knn_before, "knn_after": knn_after, "knn_due": knn_due}
             record = {**scores, "images": images, "encoder": where(objective), "versions": versions()}
             state.save(run_dir, objective, optimizer.optimizer, run, record)
             state.prune(run_dir, config.save.keep_last, run.step)
 
-    knn_before, knn_after = (saved["knn_before"], saved["knn_after"]) if saved else (evaluate(), None)
     evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
+    knn_before, knn_after = (saved["knn_before"], saved["knn_after"]) if saved else (evaluate(), None)
+    if saved.get("knn_due"):  # the run was asked to stop when it should have evaluated
+        knn_after = evaluate()
     trace = Trace(run_dir / "trace.json" if config.log.profile and rank() == 0 else None)
     objective.train()
     stopped, clock, last_save = None, time.perf_counter(), time.perf_counter()
@@ -131,12 +133,14 @@ def train(config: RunConfig, stop: Stop) -> Result:
         if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # agreeing takes time
             save_now |= any_process((clock - last_save) / 60 > config.save.every_minutes)
         stopped = stop.due(run.step) if run.step < plan.steps else None
-        if run.step == plan.steps or (run.step % evaluate_every == 0 and not stopped):
-            knn_after = evaluate()
+        knn_due = run.step % evaluate_every == 0 or run.step == plan.steps
+        if knn_due and not stopped:
+            knn_after, knn_due = evaluate(), False
         if save_now or stopped:  # after the evaluation, so that a run that is killed here does not lose its result
             save()
             last_save = time.perf_counter()
         if stopped:
+            barrier()  # a launcher ends all processes when the first one has ended: none may before the save is written
             break
         clock = time.perf_counter()
 

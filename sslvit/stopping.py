@@ -33,12 +33,15 @@ class Stop:
 
 @contextmanager
 def listening(max_hours: float | None) -> Iterator[Stop]:
-    """Within it SIGTERM and SIGUSR1 ask the run to stop after the current step; a second one does as before."""
+    """Within it SIGTERM and SIGUSR1 ask the run to stop after the current step.
+
+    A second one changes nothing: a launcher that was signalled sends one of its own, perhaps while the first process
+    writes the checkpoint. SIGINT and SIGKILL end a run at once.
+    """
     stop, before = Stop(max_hours), {}
 
     def note(number: int, frame: FrameType | None) -> None:
         stop.reason = signal.Signals(number).name
-        signal.signal(number, before[number])
 
     wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     if threading.current_thread() is threading.main_thread():  # Python takes handlers nowhere else

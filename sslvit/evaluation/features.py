@@ -20,6 +20,7 @@ from ..distributed import any_process, gather_objects, rank, say
 from ..encoder import Encoder, Pool
 from ..errors import UserError
 from ..hardware import default_workers
+from ..stopping import ignore_in_worker
 from ..views import centre
 
 CROP_RATIO = 224 / 256  # the published evaluation resizes to 256 and cuts the central 224
@@ -80,6 +81,7 @@ def extract(
         batch_size=batch_size,
         num_workers=default_workers(device) if workers is None else workers,
         collate_fn=_collate,
+        worker_init_fn=ignore_in_worker,
         multiprocessing_context="fork" if workers != 0 and default_workers(device) else None,
     )
     was_training = encoder.training
