@@ -29,7 +29,7 @@ from .hardware import (
     start_accelerator,
     versions,
 )
-from .metrics import Trace, Window
+from .metrics import Window
 from .objectives import Objective
 from .run import BadImages, Recorder, check_images, images_record, open_run
 from .stopping import Stop, listening
@@ -60,11 +60,11 @@ def train(config: RunConfig, stop: Stop) -> Result:
     configuration.check(config)
     accelerator = start_accelerator(config.precision)
     device = accelerator.device
-    method = objectives.find(config.method)
     memory = Memory()
     source = first_on_each_machine(accelerator, lambda: data.open_source(config.data.train, config.data))
     plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
-    views, normalize = method.views(config.objective, config.data), Normalize(*data.normalization(config.data))
+    views = objectives.find(config.method).views(config.objective, config.data)
+    normalize = Normalize(*data.normalization(config.data))
     wanted = bool(config.eval.train or config.eval.test)
     knn = OnlineKNN(config.eval, config.data, config.seed, memory, accelerator) if wanted else None
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps).to(device)
@@ -116,14 +116,13 @@ def train(config: RunConfig, stop: Stop) -> Result:
     knn_before, knn_after = (saved["knn_before"], saved["knn_after"]) if saved else (evaluate(), None)
     if saved.get("knn_due"):  # the run was asked to stop when it should have evaluated
         knn_after = evaluate()
-    trace = Trace(run_dir / "trace.json" if config.log.profile and rank() == 0 else None)
     objective.train()
     stopped, clock, last_save = None, time.perf_counter(), time.perf_counter()
     for step in range(run.step, plan.steps):
         optim.set_schedule(optimizer, schedule, step)
         train_step(config, plan, accelerator, model, optimizer, micro_batches(), step, recorder.window)
         run.step, run.images_seen = step + 1, run.images_seen + plan.layout.global_batch_size
-        trace.step()
+        recorder.trace.step()
         run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
 
         save_now = run.step == plan.steps or bool(config.save.every_steps and run.step % config.save.every_steps == 0)
@@ -144,7 +143,6 @@ def train(config: RunConfig, stop: Stop) -> Result:
             break
         clock = time.perf_counter()
 
-    trace.close()
     recorder.close()
     return Result(run_dir, run.step, run.images_seen, run.seconds, knn_before, knn_after, stopped)
 

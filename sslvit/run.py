@@ -22,7 +22,7 @@ from .data import Source
 from .distributed import barrier, gather_objects, rank, say
 from .errors import UserError
 from .hardware import versions
-from .metrics import MetricsLog, Stopwatch, Window, console_line
+from .metrics import MetricsLog, Stopwatch, Trace, Window, console_line
 from .optim import Schedule
 from .state import RunState, steps_saved
 
@@ -142,6 +142,7 @@ class Recorder:
         self.alarm, self.stop_on_collapse = alarm, config.log.on_collapse == "stop"
         self.log = MetricsLog(run_dir, run.step, config.log.tensorboard) if rank() == 0 else None
         self.window, self.watch = Window(), Stopwatch()
+        self.trace = Trace(run_dir / "trace.json" if config.log.profile and rank() == 0 else None)
         self.window.load(run.window)
         self.seen = run.images_seen
 
@@ -206,6 +207,7 @@ class Recorder:
         return values
 
     def close(self) -> None:
+        self.trace.close()
         if self.log:
             self.log.close()
         if self.lock:

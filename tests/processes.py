@@ -9,6 +9,11 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
+from sslvit import state
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["sslvit.__main__", "sslvit.pretrain", "sslvit.evaluation.knn", "tests.processes"])
 
@@ -84,3 +89,27 @@ def kill_at(process: BaseProcess, run_dir: Path, step: int, seconds: float = 60)
     wait_for_step(process, run_dir, step, seconds)
     process.kill()
     process.join()
+
+
+TIMING = {"seconds", "images_per_second", "data_wait"}
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(state.folder_of(run_dir, state.steps_saved(run_dir)[-1]) / state.MODEL)
+
+
+def moments(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(state.folder_of(run_dir, state.steps_saved(run_dir)[-1]) / state.OPTIMIZER)
+
+
+def learned(run_dir: Path) -> list[dict]:
+    """metrics.jsonl without what a clock decides."""
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines(run_dir)]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for read in (final_weights, moments):
+        ours, theirs = read(a), read(b)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert learned(a) == learned(b)

@@ -4,45 +4,19 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sslvit import state
 
 from . import processes
 from .conftest import METHODS, words, write_images
-
-TIMING = {"seconds", "images_per_second", "data_wait"}
-
-
-def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(state.folder_of(run_dir, state.steps_saved(run_dir)[-1]) / state.MODEL)
-
-
-def moments(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(state.folder_of(run_dir, state.steps_saved(run_dir)[-1]) / state.OPTIMIZER)
-
-
-def learned(run_dir: Path) -> list[dict]:
-    """metrics.jsonl without what a clock decides."""
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in processes.lines(run_dir)]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    for read in (final_weights, moments):
-        ours, theirs = read(a), read(b)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert learned(a) == learned(b)
+from .processes import assert_same_run, final_weights, learned
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,69 +54,6 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, images, method, worke
     assert f"Resuming {broken} at step" in printed
     assert_same_run(whole, broken)
     assert [line["step"] for line in learned(broken)] == list(range(1, 13))
-
-
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 0)])
-def test_a_signal_saves_after_the_step_and_the_run_goes_on(tmp_path, images, number, workers):
-    """Sent to every process of the run, loader processes too, as a scheduler does."""
-    arguments = ["pretrain", images, *words("dino", f"workers={workers}", "epochs=20", "save.every_minutes=60")]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    processes.finish(processes.start([*arguments, f"out={whole}"], tmp_path / "log"), tmp_path / "log")
-    process = processes.start([*arguments, f"out={broken}"], tmp_path / "log2")
-    processes.wait_for_step(process, broken, 4)
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.send_signal(number)
-    os.kill(process.pid, number)
-    printed = processes.finish(process, tmp_path / "log2", status=75)
-    step = state.steps_saved(broken)[-1]
-    assert 4 <= step < 80
-    assert f"Stopped by {number.name} after step {step}, which is saved in {broken}" in printed
-    assert "Traceback" not in printed
-    processes.finish(processes.start([*arguments, f"out={broken}"], tmp_path / "log3"), tmp_path / "log3")
-    assert_same_run(whole, broken)
-
-
-@pytest.mark.slow  # eight seconds of writing, on purpose
-def test_no_process_ends_before_the_save_is_written_and_a_second_signal_does_not_break_it(tmp_path, images):
-    """Under torchrun, which ends all processes when one has ended, with a slow disk and SIGTERM to everything twice."""
-    slow = (
-        "import sys, time; from sslvit import state; from sslvit.__main__ import main; old = state.save; "
-        "state.save = lambda *a: (time.sleep(8), old(*a))[1]; sys.exit(main(sys.argv[1:]))"
-    )
-    (tmp_path / "slow.py").write_text(slow)
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "slow.py")]
-    command += ["pretrain", str(images), *words("mae", f"out={out}", "epochs=2000", "save.every_minutes=60")]
-    launcher = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while not any(line["step"] >= 4 for line in processes.lines(out)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    for _ in range(2):
-        for child in psutil.Process(launcher.pid).children(recursive=True):
-            child.send_signal(signal.SIGTERM)
-        time.sleep(3)
-    launcher.wait(timeout=120)
-    assert state.steps_saved(out)
-    assert not any(path.suffix == ".part" for path in (out / "checkpoints").iterdir())
-
-
-def test_an_evaluation_that_a_stop_prevents_is_made_up_for(cli, labelled, tmp_path):
-    arguments = ["pretrain", labelled / "train", *words("mae", f"out={tmp_path / 'run'}", "steps=8", "k=5"),
-                 f"eval.train={labelled / 'train'}", f"eval.test={labelled / 'test'}", "every_epochs=0.25"]  # fmt: skip
-    assert cli(*arguments, "max_hours=0")[0] == 75
-    assert cli(*arguments)[0] == 0
-    measured = [line["step"] for line in processes.lines(tmp_path / "run") if "knn/top1" in line]
-    assert measured == list(range(9))
-
-
-def test_two_processes_stop_at_the_same_step_when_the_time_is_over(tmp_path, images):
-    out, log = tmp_path / "run", tmp_path / "log"
-    printed = processes.launch(
-        ["pretrain", images, *words("mae", f"out={out}", "epochs=60", "max_hours=0")], log, 2, status=75
-    )
-    assert printed.count("Stopped by max_hours after step 10,") == 1
-    assert state.steps_saved(out) == [10]
 
 
 def test_a_line_of_the_log_that_a_kill_interrupts_is_the_same_line(cli, images, tmp_path):
