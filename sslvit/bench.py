@@ -1,6 +1,7 @@
 """How fast this machine runs a recipe: the time of each stage, what to change first, how long the whole run will take.
 
-Read pretrain.py first: this measures its parts. Nothing is written, and no run directory is touched.
+Read pretrain.py first: this measures its parts. Nothing is written but the report that is asked for, and no run
+directory is touched.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from .distributed import gather_objects, say
 from .errors import UserError
 from .hardware import (
     bf16_is_fast,
+    blocks_of,
     choose_attention,
     default_workers,
     first_on_each_machine,
@@ -90,6 +92,10 @@ def bench(config: RunConfig, settings: Config) -> Report:
     """Measure a configuration on this machine, on as many processes as were started. Raises UserError."""
     if not 0 < settings.seconds < math.inf:
         raise UserError(f"seconds={settings.seconds} must be above 0.")
+    if settings.report and not Path(settings.report).expanduser().parent.is_dir():
+        raise UserError(
+            f"report={settings.report} cannot be written: there is no folder {Path(settings.report).parent}."
+        )
     configuration.check(config)
     accelerator = start_accelerator(config.precision)
     device = accelerator.device
@@ -99,6 +105,8 @@ def bench(config: RunConfig, settings: Config) -> Report:
     views, normalize = method.views(config.objective, config.data), Normalize(*data.normalization(config.data))
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps).to(device)
     choose_attention(objective, device, accelerator.mixed_precision)
+    if config.compile:
+        blocks_of(objective)
     optimizer = optim.make_optimizer(config.optim, objective)
     model, optimizer = accelerator.prepare(objective, optimizer)
     workers = default_workers(device) if config.data.workers is None else config.data.workers
@@ -205,7 +213,7 @@ def save(report: Report, path: Path) -> None:
     values = dataclasses.asdict(report) | {"dtype": str(report.dtype), "images_per_second": 1 / report.loop}
     values |= {"utilisation": report.utilisation, "versions": versions()}
     try:
-        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        path.expanduser().write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"report={path} cannot be written: {error.strerror}.") from error
 

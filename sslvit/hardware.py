@@ -87,6 +87,16 @@ def choose_attention(module: nn.Module, device: torch.device, precision: str) ->
                 attention.fused_attn = False
 
 
+def blocks_of(objective: nn.Module) -> list[nn.Module]:
+    """The transformer blocks that can be compiled. Raises UserError for a model that has none."""
+    blocks = [module for module in objective.modules() if isinstance(module, Block)]
+    if not blocks:
+        raise UserError(
+            "compile=true is for models of transformer blocks (timm's Block), and this one has none: leave it out."
+        )
+    return blocks
+
+
 def compile_blocks(objective: nn.Module, work: Callable[[], None], device: torch.device) -> str:
     """Compile each transformer block in place; says what that cost and what it saves.
 
@@ -101,9 +111,7 @@ def compile_blocks(objective: nn.Module, work: Callable[[], None], device: torch
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    blocks = [module for module in objective.modules() if isinstance(module, Block)]
-    if not blocks:
-        raise UserError("compile=true is for models of transformer blocks (timm's Block), and this one has none.")
+    blocks = blocks_of(objective)
     seconds()
     before = min(seconds() for _ in range(3))
     for block in blocks:

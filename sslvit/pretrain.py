@@ -21,6 +21,7 @@ from .data.loader import Memory, cached, make_loader
 from .distributed import any_process, barrier, rank, say, world_size
 from .evaluation.online import OnlineKNN
 from .hardware import (
+    blocks_of,
     choose_attention,
     compile_blocks,
     default_workers,
@@ -69,6 +70,8 @@ def train(config: RunConfig, stop: Stop) -> Result:
     knn = OnlineKNN(config.eval, config.data, config.seed, memory, accelerator) if wanted else None
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps).to(device)
     choose_attention(objective, device, accelerator.mixed_precision)
+    if config.compile:
+        blocks_of(objective)  # refuses a model without, before anything is written
     optimizer = optim.make_optimizer(config.optim, objective)
     schedule = optim.Schedule(config.optim, plan.layout.global_batch_size, plan.warmup_steps, plan.steps)
 

@@ -77,3 +77,15 @@ def test_a_trace_of_three_steps_can_be_opened(cli, images, tmp_path):
 @pytest.mark.parametrize("seconds", ["0", "x"])
 def test_a_length_without_a_meaning_is_refused(fails, images, seconds):
     assert "seconds" in fails("bench", images, *words("mae"), f"seconds={seconds}")
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(fails, images):
+    assert "no folder" in fails("bench", images, *words("mae"), "report=/no/such/folder/x.json")
+
+
+@pytest.mark.parametrize("command", ["bench", "pretrain"])
+def test_a_model_without_blocks_is_not_compiled_and_nothing_is_written(fails, images, tmp_path, command):
+    resnet = ["model.name=resnet18", "image_size=64", "local_crop_size=32", "compile=true"]
+    given = [word for word in words("dino", *resnet) if not word.startswith("model.args=")]
+    assert "this one has none" in fails(command, images, *given, f"out={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()

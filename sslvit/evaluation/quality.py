@@ -30,6 +30,7 @@ from ..data import Source
 from ..data.loader import Cropped
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range, check_share
+from ..pretrained import Pixels
 from ..views import Crop
 from . import protocol
 from .features import extract
@@ -88,13 +89,14 @@ def run(config: Config) -> dict[str, float]:
         encoder, chosen, frozen.normalize, frozen.accelerator, frozen.pool, config.batch_size, config.workers
     )
     results = on_first_process(lambda: measure(whole.values, augmented(config, frozen, chosen)))
-    say(f"quality of {config.run}: {protocol.describe_pool(frozen.pool)}, {whole.values.shape[1]} wide, "
+    features = "pixels" if isinstance(encoder, Pixels) else protocol.describe_pool(frozen.pool)
+    say(f"quality of {config.run}: {features}, {whole.values.shape[1]} wide, "
         f"{frozen.precision}; {len(whole)} images in {config.views} views")  # fmt: skip
     say(*protocol.table(list(results), [[f"{value:.2f}" for value in results.values()]]))
     record = {
         "evaluation": "quality", "run": config.run, **frozen.subject.detail, "data": config.data, "images": len(whole),
         "views": config.views, "crop_scale": list(config.crop_scale), "width": whole.values.shape[1],
-        "features": protocol.describe_pool(frozen.pool), "precision": frozen.precision, "seed": config.seed,
+        "features": features, "precision": frozen.precision, "seed": config.seed,
         "versions": protocol.versions(), "results": results,
     }  # fmt: skip
     protocol.file(config, frozen.subject, "quality", record)

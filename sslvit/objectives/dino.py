@@ -270,7 +270,7 @@ class DINO(nn.Module):
             return (
                 f"DINO has collapsed to one even answer: the teacher's entropy is {values['teacher_entropy']:.3f} of "
                 f"ln({self.config.prototypes}) = {highest:.3f}, so it tells no images apart. Lower objective."
-                "teacher_temp, lower optim.base_lr or warm it up longer, or raise objective.center_momentum."
+                "teacher_temp, or lower optim.base_lr or warm it up longer."
             )
         if values.get("teacher_mean_entropy", highest) < 0.1:
             return (
