@@ -4,24 +4,35 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 from .errors import UserError
 from .words import help_lines, parse
 
-USAGE = """\
-sslvit <command> [words]
+# Evaluations are modules of sslvit/evaluation/ with a Config and run(config): {name: (its words, what it is)}.
+EVALUATIONS = {
+    "knn": ("run=... data.train=... data.test=...", "k-NN classification with its frozen features"),
+    "linear": ("run=... data.train=... data.test=...", "linear probe of its frozen features"),
+    "quality": ("run=... data=...", "rank, uniformity and alignment of its features, without labels"),
+}
+RECIPE = "[recipe.yaml] [folder] [key=value ...]"
 
-  pretrain [recipe.yaml] [folder] [key=value ...]    train an encoder on unlabeled images
-  knn      run=... data.train=... data.test=...      k-NN classification with its frozen features
-  linear   run=... data.train=... data.test=...      linear probe of its frozen features
-  quality  run=... data=...                          rank, uniformity and alignment of its features, without labels
-  bench    [recipe.yaml] [folder] [key=value ...]    how fast this machine runs a recipe, and what to change first
-  export   run=... to=timm out=<folder>              write it in a form that timm loads
 
-`sslvit <command> --help` lists the keys of a command. On several GPUs: accelerate launch -m sslvit <command> ...
-"""
+def usage() -> str:
+    lines = [
+        ("pretrain", RECIPE, "train an encoder on unlabeled images"),
+        *((name, words, text) for name, (words, text) in EVALUATIONS.items()),
+        ("bench", RECIPE, "how fast this machine runs a recipe, and what to change first"),
+        ("export", "run=... to=timm out=<folder>", "write it in a form that timm loads"),
+    ]
+    return (
+        "sslvit <command> [words]\n\n"
+        + "".join(f"  {name:<9}{words:<39}  {text}\n" for name, words, text in lines)
+        + "\n`sslvit <command> --help` lists the keys of a command. On several GPUs: accelerate launch -m sslvit "
+        "<command> ...\n"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     asked to stop and goes on when the same command is started again."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        print(usage(), end="")
         return 0
     command, words = words[0], words[1:]
     try:
@@ -45,9 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 def _find(command: str) -> Callable[[list[str]], int | None]:
     commands = {
         "pretrain": _pretrain,
-        "knn": _knn,
-        "linear": _linear,
-        "quality": _quality,
+        **{name: partial(_evaluate, name) for name in EVALUATIONS},
         "bench": _bench,
         "export": _export,
     }
@@ -94,32 +103,14 @@ def _pretrain(words: list[str]) -> int | None:
     return None
 
 
-def _evaluate(words: list[str], command: str, module: ModuleType) -> None:
+def _evaluate(name: str, words: list[str]) -> None:
+    module = import_module(f".evaluation.{name}", __package__)
     if _wants_help(words):
-        data = "data=..." if command == "quality" else "data.train=... data.test=..."
-        print(f"sslvit {command} run=... {data} [key=value ...]\n")
+        print(f"sslvit {name} {EVALUATIONS[name][0]} [key=value ...]\n")
         print(f"{module.__doc__.strip()}\n\nKeys with their defaults; a key may be given by its last name alone:\n")
         print("\n".join(help_lines(module.Config())))
     else:
-        module.run(parse(module.Config(), words, command))
-
-
-def _knn(words: list[str]) -> None:
-    from .evaluation import knn
-
-    _evaluate(words, "knn", knn)
-
-
-def _linear(words: list[str]) -> None:
-    from .evaluation import linear
-
-    _evaluate(words, "linear", linear)
-
-
-def _quality(words: list[str]) -> None:
-    from .evaluation import quality
-
-    _evaluate(words, "quality", quality)
+        module.run(parse(module.Config(), words, name))
 
 
 def _bench(words: list[str]) -> None:
