@@ -3,6 +3,7 @@ model."""
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,8 @@ from . import blocks
 from .blocks import DropPath
 from .errors import UserError
 
-Pool = Literal["cls", "mean", "cls+mean", "pooled"]
+Pool = Literal["cls", "mean", "cls+mean", "last4", "mean4", "pooled"]
+BLOCKS = {"last4": 4, "mean4": 4}  # how many of the last blocks these features come from; the others from the last
 
 
 @dataclass
@@ -64,7 +66,16 @@ class Encoder(nn.Module):
         return self.model.num_features if self.is_vit else self.model.head_hidden_size
 
     def feature_dim(self, pool: Pool | None = None) -> int:
-        return self.width * (2 if (pool or self.pool) == "cls+mean" else 1)
+        pool = pool or self.pool
+        if pool in BLOCKS:
+            return self.width * min(BLOCKS[pool], len(self.model.blocks))
+        return self.width * (2 if pool == "cls+mean" else 1)
+
+    def pools(self) -> tuple[Pool, ...]:
+        """The ways in which its tokens can become one feature."""
+        if not self.is_vit:
+            return ("pooled",)
+        return ("cls", "mean", "cls+mean", "last4", "mean4") if self.model.has_class_token else ("mean", "mean4")
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -107,6 +118,36 @@ class Encoder(nn.Module):
         x = vit.norm(x)
         return Tokens(x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :])
 
+    def last_blocks(self, images: Tensor, count: int) -> list[Tokens]:
+        """[B, C, H, W] float -> Tokens after each of the last `count` blocks (all, if there are fewer), each through
+        the final norm as in DINO's linear evaluation (section 4.1 and its code). Plain ViTs only."""
+        vit = self.model
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        found = []
+        for place, block in enumerate(vit.blocks):
+            x = self._run(block, x, None, None)
+            if place >= len(vit.blocks) - count:
+                tokens = vit.norm(x)
+                found.append(Tokens(tokens[:, : vit.num_prefix_tokens], tokens[:, vit.num_prefix_tokens :]))
+        return found
+
+    def pooled(self, images: Tensor, pools: Sequence[Pool]) -> dict[Pool, Tensor]:
+        """[B, C, H, W] float -> {pool: [B, feature_dim(pool)]}, all from one pass.
+
+        last4: the class tokens of the last four blocks side by side, mean4: the means of their patches.
+        """
+        if not self.is_vit:
+            return {pool: self.features(images, pool) for pool in pools}
+        blocks = self.last_blocks(images, max(BLOCKS.get(pool, 1) for pool in pools))
+        make = {
+            "cls": lambda: blocks[-1].prefix[:, 0],
+            "mean": lambda: blocks[-1].patches.mean(dim=1),
+            "cls+mean": lambda: torch.cat([blocks[-1].prefix[:, 0], blocks[-1].patches.mean(dim=1)], dim=1),
+            "last4": lambda: torch.cat([tokens.prefix[:, 0] for tokens in blocks], dim=1),
+            "mean4": lambda: torch.cat([tokens.patches.mean(dim=1) for tokens in blocks], dim=1),
+        }
+        return {pool: make[pool]() for pool in pools}
+
     def features(
         self, images: Tensor, pool: Pool | None = None, key: Tensor | None = None, keep: Tensor | None = None
     ) -> Tensor:
@@ -116,6 +157,8 @@ class Encoder(nn.Module):
             for module in self._drop_paths:
                 module.take(key)
             return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        if pool in BLOCKS:
+            return self.pooled(images, (pool,))[pool]
         tokens = self(images, keep=keep, key=key, prefix_only=pool == "cls" and self.training)
         if pool == "cls":
             return tokens.prefix[:, 0]

@@ -131,12 +131,22 @@ def compile_blocks(objective: nn.Module, work: Callable[[], None], device: torch
     )
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def evaluation_threads() -> int:
+    """For a search in this process: launchers leave one to each process, and the rest of the machine would wait."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return torch.get_num_threads() if local == 1 else max(1, cores() // local)
+
+
 def default_workers(device: torch.device) -> int:
     """Loader processes for one training process: the cores that this process may use, but one on a CPU that trains."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device.type == "cpu":
-        return 1 if cores > 1 else 0
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        return 1 if cores() > 1 else 0
+    return max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def free_memory() -> int:

@@ -2,6 +2,7 @@
 `random:<name>`, or `pixels`."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,9 +33,15 @@ class Pixels(nn.Module):
     def feature_dim(self, pool: str | None = None) -> int:
         return self.in_chans * self.image_size[0] * self.image_size[1]
 
+    def pools(self) -> tuple[str, ...]:
+        return ("pooled",)
+
     def features(self, images: Tensor, pool: str | None = None) -> Tensor:
         """[B, C, H, W] -> [B, C*H*W]."""
         return images.flatten(1)
+
+    def pooled(self, images: Tensor, pools: Sequence[str]) -> dict[str, Tensor]:
+        return {pool: self.features(images) for pool in pools}
 
 
 @dataclass
@@ -46,7 +53,8 @@ class Pretrained:
     std: tuple[float, ...]
     name: str  # as the user gave it
     detail: dict[str, Any]  # for the record: step, images seen, matched weights ...
-    run_dir: Path | None = None  # where results are filed, if it is a run or a folder
+    folder: Path | None = None  # its own, if it has one
+    results: Path | None = None  # where its results and features are filed
 
     @property
     def data_config(self) -> data.Config:
@@ -110,7 +118,7 @@ def _from_run(run_dir: Path) -> Pretrained:
         "images_seen": record["images_seen"],
         "notes": complaints,
     }
-    return Pretrained(built.eval(), mean, std, str(run_dir), detail, run_dir)
+    return Pretrained(built.eval(), mean, std, str(run_dir), detail, run_dir, run_dir / "eval")
 
 
 def _untrained(run_dir: Path, name: str) -> Pretrained:
@@ -126,9 +134,9 @@ def _untrained(run_dir: Path, name: str) -> Pretrained:
     config = SimpleNamespace(method=stored.method, seed=stored.seed, **parts)
     objective = objectives.start(config, steps_per_epoch=10**6, steps=10**9)  # lengths do not matter to the weights
     mean, std = data.normalization(config.data)
-    return Pretrained(
-        objective.exported_encoder().eval(), mean, std, name, {"weights": f"untrained, seed {config.seed}"}
-    )
+    detail = {"weights": f"untrained, seed {config.seed}"}
+    results = run_dir / "eval" / "untrained"
+    return Pretrained(objective.exported_encoder().eval(), mean, std, name, detail, results=results)
 
 
 def _from_folder(path: Path, name: str) -> Pretrained:
@@ -141,7 +149,9 @@ def _from_folder(path: Path, name: str) -> Pretrained:
         built = Encoder(model, tuple(size), in_chans, stored["architecture"], args)
         if built.is_vit and model.global_pool == "avg":
             built.pool = "mean"
-        return Pretrained(built.eval(), tuple(cfg["mean"]), tuple(cfg["std"]), name, {"folder": str(path)}, path)
+        return Pretrained(
+            built.eval(), tuple(cfg["mean"]), tuple(cfg["std"]), name, {"folder": str(path)}, path, path / "eval"
+        )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"run={name} is no encoder that timm can load: {type(error).__name__}: {_line(error)}."

@@ -3,9 +3,13 @@
 import hashlib
 import json
 import os
+import re
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -16,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..augment import Normalize
 from ..data import BadImage, Source
-from ..distributed import any_process, gather_objects, rank, say
+from ..distributed import any_process, barrier, gather_objects, rank, say, world_size
 from ..encoder import Encoder, Pool
 from ..errors import UserError
 from ..hardware import default_workers
@@ -24,23 +28,32 @@ from ..stopping import ignore_in_worker
 from ..views import centre
 
 CROP_RATIO = 224 / 256  # the published evaluation resizes to 256 and cuts the central 224
+SAY_EVERY = 20  # seconds between lines of progress
 
 
 @dataclass
 class Features:
-    """Features of the readable images of a source, in its order."""
+    """Features of the readable images of a source, or of the share of them that one process holds, in the source's
+    order."""
 
     values: Tensor  # [N, D] float32 on the CPU
     labels: Tensor  # [N] int64, -1 where an image has none
     classes: list[str]
     index: Tensor  # [N] int64, numbers of the images in the source
-    unreadable: int = 0
+    unreadable: int = 0  # of the whole source
 
     def __len__(self) -> int:
         return len(self.values)
 
     def normalized(self) -> Tensor:
+        """[N, D] of unit length."""
         return F.normalize(self.values, dim=1)
+
+    def normalize(self) -> "Features":
+        """Bring the values to unit length in place: a bank of a million needs no second copy."""
+        for rows in self.values.split(65536):
+            F.normalize(rows, dim=1, out=rows)
+        return self
 
 
 class Centred(Dataset):
@@ -63,19 +76,14 @@ class Centred(Dataset):
         return number, image
 
 
-@torch.inference_mode()
 def extract(
-    encoder: Encoder,
-    source: Source,
-    normalize: Normalize,
-    accelerator: Accelerator,
-    pool: Pool | None = None,
-    batch_size: int = 256,
-    workers: int | None = None,
-) -> Features:
-    """Features of all images of a source. Every process computes its share and gets the whole."""
+    encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator, pools: Sequence[Pool],
+    batch_size: int = 256, workers: int | None = None, whole: bool = True,
+) -> dict[Pool, Features]:  # fmt: skip
+    """Features of all images of a source, by each way of pooling, from one pass. Every process computes its share and
+    gets the whole, or with `whole=False` keeps its share: images rank, rank + world size, ... Raises UserError."""
     device = accelerator.device
-    mine = torch.arange(accelerator.process_index, len(source), accelerator.num_processes)
+    mine = torch.arange(rank(), len(source), world_size())
     loader = DataLoader(
         Centred(source, mine, encoder.image_size),
         batch_size=batch_size,
@@ -86,88 +94,143 @@ def extract(
     )
     was_training = encoder.training
     encoder.eval()
-    values, numbers, unreadable = [], [], 0
+    values = {pool: torch.empty(len(mine), encoder.feature_dim(pool)) for pool in pools}
+    numbers, done, seen, began, said = torch.empty_like(mine), 0, 0, time.perf_counter(), time.perf_counter()
     for index, images, failed in loader:
-        unreadable += failed
+        seen += len(index) + failed
         if len(index):
             x = normalize(images.to(device, non_blocking=True).float() / 255)
             # Blocks that were compiled for training are not compiled again for these shapes.
-            with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-                values.append(encoder.features(x, pool).float().cpu())
-            numbers.append(index)
+            with torch.inference_mode(), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+                for pool, pooled in encoder.pooled(x, pools).items():
+                    values[pool][done : done + len(index)] = pooled
+            numbers[done : done + len(index)] = index
+            done += len(index)
+        if time.perf_counter() - said > SAY_EVERY:
+            said = time.perf_counter()
+            speed = seen * world_size() / (said - began)
+            say(f"features of {seen * world_size()} of {len(source)} images, {speed:.0f} images/s")
     encoder.train(was_training)
-    width = encoder.feature_dim(pool)
-    part = (
-        torch.cat([torch.zeros(0, width), *values]),
-        torch.cat([torch.zeros(0, dtype=torch.long), *numbers]),
-        unreadable,
-    )
-    parts = gather_objects(part)
-    index = torch.cat([p[1] for p in parts])
-    order = index.argsort()
-    if not len(index):
+    total = sum(gather_objects(done))
+    if not total:
         raise UserError(f"None of the {len(source)} images can be read, the first is {source.name(0)}.")
-    index = index[order]
+    shares = {
+        pool: _features(value[:done], numbers[:done], source, len(source) - total) for pool, value in values.items()
+    }
+    return {pool: gathered(share, source) for pool, share in shares.items()} if whole else shares
+
+
+def _features(values: Tensor, index: Tensor, source: Source, unreadable: int) -> Features:
     labels = torch.full_like(index, -1) if source.labels is None else torch.from_numpy(source.labels)[index]
-    return Features(torch.cat([p[0] for p in parts])[order], labels, source.classes, index, sum(p[2] for p in parts))
+    return Features(values, labels, source.classes, index, unreadable)
+
+
+def gathered(share: Features, source: Source) -> Features:
+    """The whole on every process, from each one's share."""
+    if world_size() == 1:
+        return share
+    parts = gather_objects((share.values, share.index))
+    index = torch.cat([part[1] for part in parts])
+    order = index.argsort()
+    return _features(torch.cat([part[0] for part in parts])[order], index[order], source, share.unreadable)
 
 
 def extract_cached(
-    folder: Path | None,
-    encoder: Encoder,
-    source: Source,
-    normalize: Normalize,
-    accelerator: Accelerator,
-    pool: Pool,
-    batch_size: int,
-    workers: int | None,
-) -> Features:
-    """`extract`, or what it gave before for the same weights, images and protocol, from a file in the folder.
+    folder: Path | None, encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator,
+    pools: Sequence[Pool], batch_size: int, workers: int | None, whole: bool = True,
+) -> dict[Pool, Features]:  # fmt: skip
+    """`extract`, or what it gave before for the same weights, images and protocol, from files in the folder.
 
-    One file for each set and protocol: features of other weights replace it. A file that cannot be read is made again.
+    Each process writes its share to a file of its own, `<protocol>.<process>-<number of processes>.safetensors`, so
+    that none has to hold the whole; any number of processes can read them. Features of other weights replace them, and
+    files that cannot be read are made again.
     """
     if folder is None:
-        return extract(encoder, source, normalize, accelerator, pool, batch_size, workers)
+        return extract(encoder, source, normalize, accelerator, pools, batch_size, workers, whole)
     place = {
         "images": source.fingerprint(),
-        "pool": pool,
         "image_size": list(encoder.image_size),
         "normalize": [list(normalize.mean), list(normalize.std)],
         "precision": accelerator.mixed_precision,
         "crop_ratio": CROP_RATIO,
     }
-    path = folder / f"{hashlib.sha256(json.dumps(place).encode()).hexdigest()[:16]}.safetensors"
-    content = {"weights": _digest(encoder), **{key: json.dumps(value) for key, value in place.items()}}
-    stored = _read(path, content, source)
-    if not any_process(stored is None):
-        say(f"features of {source.name(0)} ... as computed before for these weights, {path}")
-        return stored
-    features = extract(encoder, source, normalize, accelerator, pool, batch_size, workers)
-    if rank() == 0:
-        tensors = {"values": features.values, "labels": features.labels, "index": features.index}
-        part = path.with_suffix(".part")
+    common = {"weights": digest(encoder), **{key: json.dumps(value) for key, value in place.items()}}
+    keys, found = {}, {}
+    for pool in pools:
+        keys[pool] = hashlib.sha256(json.dumps(place | {"pool": pool}).encode()).hexdigest()[:16]
+        share = _read(folder, keys[pool], common | {"pool": pool}, source)
+        if not any_process(share is None):
+            found[pool] = gathered(share, source) if whole else share
+    missing = [pool for pool in pools if pool not in found]
+    if not missing:
+        say(f"features of {source.name(0)} ... as computed before for these weights, {folder}")
+        return found
+    shares = extract(encoder, source, normalize, accelerator, missing, batch_size, workers, whole=False)
+    for pool, share in shares.items():
+        _write(folder, keys[pool], common | {"pool": pool}, share)
+        found[pool] = gathered(share, source) if whole else share
+    return {pool: found[pool] for pool in pools}
+
+
+def _parts(folder: Path, key: str) -> dict[int, list[Path]]:
+    """{number of processes: files that as many wrote}."""
+    parts: dict[int, list[Path]] = {}
+    for path in sorted(folder.glob(f"{key}.*-*.safetensors")):
+        match = re.fullmatch(rf"{key}\.(\d+)-(\d+)\.safetensors", path.name)
+        if match:
+            parts.setdefault(int(match[2]), []).append(path)
+    return parts
+
+
+def _read(folder: Path, key: str, content: dict[str, str], source: Source) -> Features | None:
+    """This process's share, from whole and matching files of however many processes; None if there are none."""
+    for count, paths in _parts(folder, key).items():
+        if len(paths) != count:
+            continue
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.contiguous() for k, v in tensors.items()}, part, content)
-            os.replace(part, path)
-        except (OSError, SafetensorError) as error:
-            say(f"The features are not kept for next time: {path}: {error}.")
-            part.unlink(missing_ok=True)
-    return features
+            values, index = [], []
+            for path in paths:
+                with safe_open(path, "pt") as file:
+                    if file.metadata() != content | {"images_read": file.metadata().get("images_read", "")}:
+                        return None
+                    total, numbers = int(file.metadata()["images_read"]), file.get_tensor("index")
+                    mine = numbers % world_size() == rank()
+                    stored = file.get_tensor("values")
+                    values.append(stored if mine.all() else stored[mine])
+                    index.append(numbers[mine])
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+        order = torch.cat(index).argsort()
+        joined = values[0] if len(values) == 1 else torch.cat(values)[order]
+        return _features(joined, torch.cat(index)[order], source, len(source) - total)
+    return None
 
 
-def _read(path: Path, content: dict[str, str], source: Source) -> Features | None:
+def _write(folder: Path, key: str, content: dict[str, str], share: Features) -> None:
+    """This process's share; the files of other runs of the same protocol go, when all processes have written."""
+    path = folder / f"{key}.{rank()}-{world_size()}.safetensors"
+    part = path.with_suffix(".part")
+    total, problem = sum(gather_objects(len(share))), None
     try:
-        with safe_open(path, "pt") as file:
-            if file.metadata() != content:
-                return None
-            values, labels, index = (file.get_tensor(name) for name in ("values", "labels", "index"))
-    except (OSError, SafetensorError):
-        return None
-    return Features(values, labels, source.classes, index, len(source) - len(index))
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"values": share.values.contiguous(), "index": share.index.contiguous()}
+        save_file(tensors, part, content | {"images_read": str(total)})
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        problem = f"The features are not kept for next time: {path}: {error}."
+        part.unlink(missing_ok=True)
+    problem = next((one for one in gather_objects(problem) if one), None)
+    if problem:
+        say(problem)
+        return
+    if rank() == 0:
+        for count, paths in _parts(folder, key).items():
+            for old in paths if count != world_size() else []:
+                old.unlink(missing_ok=True)
+    barrier()
 
 
-def _digest(encoder: Encoder) -> str:
+def digest(encoder: Encoder) -> str:
     """SHA-256 of the names and values of all weights."""
     digest = hashlib.sha256()
     for name, value in encoder.model.state_dict().items():
@@ -182,14 +245,16 @@ def _collate(items: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor | N
     return torch.tensor([number for number, _ in good], dtype=torch.long), images, len(items) - len(good)
 
 
-def align_labels(train: Features, test: Features, names: tuple[str, str]) -> tuple[Tensor, Tensor, list[str]]:
-    """Labels of both sets by the training set's class names, and these names. Raises UserError."""
-    for features, name in ((train, names[0]), (test, names[1])):
-        if not features.classes or (features.labels < 0).all():
+def same_classes(train: Source, test: Source, names: tuple[str, str]) -> Tensor:
+    """[classes of test] int64: the training set's number of each, by name. Raises UserError."""
+    for source, name in ((train, names[0]), (test, names[1])):
+        if source.labels is None or (source.labels < 0).all():
             raise UserError(
                 f"{name} has no labels: evaluation needs one folder a class, <folder>/<class>/<image>, "
                 "or a labelled set by name."
             )
+    if len(np.unique(train.labels[train.labels >= 0])) < 2:
+        raise UserError(f"{names[0]} has images of one class only: telling classes apart needs two or more.")
     unknown = sorted(set(test.classes) - set(train.classes))
     if unknown:
         raise UserError(
@@ -197,6 +262,9 @@ def align_labels(train: Features, test: Features, names: tuple[str, str]) -> tup
             f"{names[0]} has {', '.join(train.classes[:5])}{' ...' * (len(train.classes) > 5)}."
         )
     number = {name: i for i, name in enumerate(train.classes)}
-    mapping = torch.tensor([number[name] for name in test.classes])
-    test_labels = torch.where(test.labels >= 0, mapping[test.labels.clamp(min=0)], -1)
-    return train.labels, test_labels, train.classes
+    return torch.tensor([number[name] for name in test.classes])
+
+
+def renumbered(labels: Tensor, numbers: Tensor) -> Tensor:
+    """[N] int64 labels, -1 for none -> the same images by other numbers of their classes."""
+    return torch.where(labels >= 0, numbers[labels.clamp(min=0)], -1)

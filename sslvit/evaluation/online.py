@@ -12,8 +12,8 @@ from ..data.loader import Memory, cached
 from ..encoder import Encoder
 from ..errors import UserError
 from ..hardware import first_on_each_machine
-from .features import align_labels, extract
-from .knn import TEMPERATURE, classify_labelled
+from .features import extract, renumbered, same_classes
+from .knn import TEMPERATURE, classify, labelled, top
 
 
 @dataclass
@@ -39,18 +39,18 @@ class OnlineKNN:
         self.sources: list[Source] = []
         for name in (config.train, config.test):
             source = first_on_each_machine(accelerator, partial(open_source, name, data_config))
-            if source.labels is None:
-                raise UserError(
-                    f"eval: {name} has no labels: k-NN needs one folder a class, or a labelled set by name."
-                )
             self.sources.append(cached(source, data_config.cache, seed, memory))
+        self.numbers = same_classes(*self.sources, (config.train, config.test))
         if config.k > len(self.sources[0]):
             raise UserError(f"eval.k={config.k} is larger than the {len(self.sources[0])} images of {config.train}.")
 
     def __call__(self, encoder: Encoder) -> float:
         """Top-1 accuracy in percent, the same on every process."""
-        train, test = (extract(encoder, source, self.normalize, self.accelerator) for source in self.sources)
-        train_labels, test_labels, classes = align_labels(train, test, (self.config.train, self.config.test))
-        k = self.config.k
-        accuracies = classify_labelled(train, train_labels, test, test_labels, len(classes), (k,), (TEMPERATURE,))
-        return accuracies[k, TEMPERATURE][0]
+        pool, banks = encoder.pool, []
+        for source, numbers in zip(self.sources, (None, self.numbers), strict=True):
+            features = extract(encoder, source, self.normalize, self.accelerator, (pool,), whole=False)[pool]
+            banks.append(
+                labelled(features, features.labels if numbers is None else renumbered(features.labels, numbers))
+            )
+        k, classes = self.config.k, len(self.sources[0].classes)
+        return top(classify(*banks, classes, (k,), (TEMPERATURE,))[k, TEMPERATURE], 1)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from .. import pretrained
 from ..augment import Normalize
 from ..data import Source, open_source
-from ..distributed import rank, say
+from ..distributed import gather_objects, rank, say
 from ..encoder import Pool
 from ..errors import UserError, check_range
 from ..hardware import (
@@ -26,7 +27,7 @@ from ..hardware import (
     versions,
 )
 from ..pretrained import Pixels, Pretrained
-from .features import Features, align_labels, extract_cached
+from .features import Features, extract_cached, renumbered, same_classes
 
 
 @dataclass
@@ -41,14 +42,14 @@ class Subject:
     """Which encoder is measured, and how it is run."""
 
     run: str = ""  # a run directory, untrained:<run directory>, an exported folder, timm:<name>, random:<name>, pixels
-    pool: Literal["auto", "cls", "mean", "cls+mean", "pooled"] = "auto"  # of the tokens; auto: the method's
+    pool: Literal["auto", "cls", "mean", "cls+mean", "last4", "mean4", "pooled"] = "auto"  # of tokens; auto: as trained
     image_size: int | tuple[int, int] | None = None  # for timm:, random: and pixels only; null: the model's own
     model_args: dict[str, Any] = field(default_factory=dict)  # for timm: and random: only, such as {patch_size: 4}
     batch_size: int = 256  # images at once
     workers: int | None = None  # processes that load images; null: by the number of cores
     precision: Precision = "auto"  # of the encoder; auto: bf16 where the hardware is fast at it, else float32
     seed: int = 0  # of the held-out part, of the heads, and of the weights of random:
-    out: str = ""  # file for the result; empty: <run>/eval/<name>.json
+    out: str = ""  # file for the result; empty: <run>/eval/<name>.json, for untrained: <run>/eval/untrained/<name>.json
 
 
 @dataclass
@@ -78,15 +79,28 @@ class Frozen:
 
 @dataclass
 class Task:
-    """Frozen features of both sets, with labels by the training set's class names."""
+    """Frozen features of both sets, with labels by the training set's class names: the whole, or this process's
+    share."""
 
-    subject: Pretrained
-    train: Features
-    test: Features
+    frozen: Frozen
+    sets: dict[Pool, tuple[Features, Features]]  # train and test, by each way of pooling
     train_labels: Tensor
     test_labels: Tensor
     classes: list[str]
     record: dict[str, Any]  # the protocol, for the result
+
+    @property
+    def subject(self) -> Pretrained:
+        return self.frozen.subject
+
+    @property
+    def train(self) -> Features:
+        """By the first way of pooling."""
+        return next(iter(self.sets.values()))[0]
+
+    @property
+    def test(self) -> Features:
+        return next(iter(self.sets.values()))[1]
 
 
 def load(config: Subject) -> Frozen:
@@ -96,8 +110,8 @@ def load(config: Subject) -> Frozen:
     subject = pretrained.load(config.run, config.image_size, config.model_args, config.seed)
     encoder = subject.encoder
     pool = encoder.pool if config.pool == "auto" else config.pool
-    if (pool == "pooled") == encoder.is_vit or ("cls" in pool and not getattr(encoder.model, "has_class_token", False)):
-        raise UserError(f"pool={pool} is not something that {config.run} has: use pool={encoder.pool}.")
+    if pool not in encoder.pools():
+        raise UserError(f"pool={pool} is not something that {config.run} has: use {', '.join(encoder.pools())}.")
     accelerator = start_accelerator(config.precision)
     precision = resolve_precision(config.precision, accelerator.device)
     encoder.to(accelerator.device)
@@ -105,55 +119,74 @@ def load(config: Subject) -> Frozen:
     return Frozen(subject, pool, accelerator, precision)
 
 
-def prepare(config: Config, name: str) -> Task:
-    """Load the encoder, open the images, compute the features. Raises UserError before the features where it can."""
+def prepare(
+    config: Config, name: str, pools: Sequence[Pool] | None = None, whole: bool = True, alone: bool = False
+) -> Task:
+    """Load the encoder, open the images, compute the features. Raises UserError before the features where it can.
+
+    pools: ways of pooling that the encoder must have; null: the configured one. whole: every process holds all
+    features, or else its share. alone: without data.test the training images are both sets.
+    """
     began = time.perf_counter()
-    for key in ("train", "test"):
-        if not getattr(config.data, key):
+    words = (config.data.train, config.data.test or config.data.train if alone else config.data.test)
+    for key, word in zip(("train", "test"), words, strict=True):
+        if not word:
             raise UserError(
                 f"data.{key} is missing: {name} needs labelled images, data.train=<folder> data.test=<folder>."
             )
     frozen = load(config)
-    subject, pool, accelerator, precision = frozen.subject, frozen.pool, frozen.accelerator, frozen.precision
-    encoder = subject.encoder
-    sources = []
-    for word in (config.data.train, config.data.test):
-        source = frozen.open(word, config.data.download_dir)
-        if source.labels is None:
-            raise UserError(
-                f"{word} has no labels: evaluation needs <folder>/<class>/<image>, or a labelled set by name."
-            )
-        sources.append(source)
-    normalize = frozen.normalize
-    folder = subject.run_dir / "eval" / "features" if config.cache and subject.run_dir else None
-    train, test = (
-        extract_cached(folder, encoder, source, normalize, accelerator, pool, config.batch_size, config.workers)
-        for source in sources
-    )
+    subject, accelerator, encoder = frozen.subject, frozen.accelerator, frozen.subject.encoder
+    pools = tuple(pools or (frozen.pool,))
+    train_source = frozen.open(words[0], config.data.download_dir)
+    test_source = train_source if words[1] == words[0] else frozen.open(words[1], config.data.download_dir)
+    numbers = same_classes(train_source, test_source, words)
+    folder = subject.results / "features" if config.cache and subject.results else None
+
+    def compute(source: Source) -> dict[Pool, Features]:
+        return extract_cached(
+            folder, encoder, source, frozen.normalize, accelerator, pools, config.batch_size, config.workers, whole
+        )
+
+    train = compute(train_source)
+    test = train if test_source is train_source else compute(test_source)
     if isinstance(encoder, Pixels):  # else the brightness that all images share decides
-        mean_image = train.values.mean(dim=0)
-        train, test = (replace(features, values=features.values - mean_image) for features in (train, test))
-    train_labels, test_labels, classes = align_labels(train, test, (config.data.train, config.data.test))
+        train, test = without_mean_image(train["pooled"], test["pooled"])
+    sets = {pool: (train[pool], test[pool]) for pool in pools}
+    first, second = sets[pools[0]]
     record = {
         "evaluation": name,
         "run": config.run,
         **subject.detail,
-        "train": {"data": config.data.train, "images": len(train), "unreadable": train.unreadable},
-        "test": {"data": config.data.test, "images": len(test), "unreadable": test.unreadable},
-        "classes": len(classes),
-        "features": "pixels minus the mean training image" if isinstance(encoder, Pixels) else describe_pool(pool),
-        "width": train.values.shape[1],
+        "train": {"data": words[0], "images": sum_over_processes(len(first), whole), "unreadable": first.unreadable},
+        "test": {"data": words[1], "images": sum_over_processes(len(second), whole), "unreadable": second.unreadable},
+        "classes": len(train_source.classes),
+        "features": "pixels minus the mean training image"
+        if isinstance(encoder, Pixels)
+        else "; ".join(describe_pool(pool) for pool in pools),
+        "width": first.values.shape[1],
         "image_size": list(encoder.image_size),
-        "precision": precision,
+        "precision": frozen.precision,
         "seed": config.seed,
         "versions": versions(),
         "feature_seconds": round(time.perf_counter() - began, 1),
     }
     say(
-        f"{name} of {config.run}: {record['features']}, {record['width']} wide, {precision}; "
-        f"{len(train)} training and {len(test)} test images in {len(classes)} classes"
+        f"{name} of {config.run}: {record['features']}, {frozen.precision}; {record['train']['images']} training and "
+        f"{record['test']['images']} test images in {record['classes']} classes"
     )
-    return Task(subject, train, test, train_labels, test_labels, classes, record)
+    return Task(frozen, sets, first.labels, renumbered(second.labels, numbers), train_source.classes, record)
+
+
+def sum_over_processes(number: int, whole: bool) -> int:
+    return number if whole else sum(gather_objects(number))
+
+
+def without_mean_image(train: Features, test: Features) -> tuple[dict[Pool, Features], dict[Pool, Features]]:
+    """Pixels minus the mean of the training images, those of all processes if each holds a share."""
+    sums = gather_objects((train.values.double().sum(dim=0), len(train)))
+    mean = (sum(total for total, _ in sums) / sum(count for _, count in sums)).float()
+    train, test = (replace(features, values=features.values - mean) for features in (train, test))
+    return {"pooled": train}, {"pooled": test}
 
 
 def interval(top1: float, num_images: int, seed: int) -> tuple[float, float]:
@@ -167,11 +200,26 @@ def interval(top1: float, num_images: int, seed: int) -> tuple[float, float]:
     return round(float(low), 2), round(float(high), 2)
 
 
+def packed(right: Tensor) -> str:
+    """[N] bool, whether each test image was classified rightly -> hexadecimal, eight images to two digits.
+
+    With these of two runs on the same images, `sslvit compare` says how far their difference can be believed.
+    """
+    return np.packbits(right.cpu().numpy()).tobytes().hex()
+
+
+def unpacked(text: str, count: int) -> np.ndarray:
+    """What `packed` was given: [count] bool."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=count).astype(bool)
+
+
 def describe_pool(pool: str) -> str:
     return {
         "cls": "class token",
         "mean": "mean of patches",
         "cls+mean": "class token and mean of patches",
+        "last4": "class tokens of the last four blocks",
+        "mean4": "means of patches of the last four blocks",
         "pooled": "the model's pooled features",
     }[pool]
 
@@ -183,10 +231,9 @@ def write(config: Subject, task: Task, name: str, results: Any) -> Path | None:
 
 def file(config: Subject, subject: Pretrained, name: str, record: dict[str, Any]) -> Path | None:
     """Write a record as JSON where the configuration or the run says, on the first process."""
-    folder = subject.run_dir
-    if not config.out and folder is None:
+    if not config.out and subject.results is None:
         return None
-    path = Path(config.out) if config.out else folder / "eval" / f"{name}.json"
+    path = Path(config.out).expanduser() if config.out else subject.results / f"{name}.json"
     if rank() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -86,8 +86,8 @@ def run(config: Config) -> dict[str, float]:
     chosen = Chosen(source, index)
     encoder = frozen.subject.encoder
     whole = extract(
-        encoder, chosen, frozen.normalize, frozen.accelerator, frozen.pool, config.batch_size, config.workers
-    )
+        encoder, chosen, frozen.normalize, frozen.accelerator, (frozen.pool,), config.batch_size, config.workers
+    )[frozen.pool]
     results = on_first_process(lambda: measure(whole.values, augmented(config, frozen, chosen)))
     features = "pixels" if isinstance(encoder, Pixels) else protocol.describe_pool(frozen.pool)
     say(f"quality of {config.run}: {features}, {whole.values.shape[1]} wide, "

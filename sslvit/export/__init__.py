@@ -21,6 +21,6 @@ def run(config: Config) -> None:
     subject = pretrained.load(config.run)
     if isinstance(subject.encoder, pretrained.Pixels):
         raise UserError("run=pixels is no encoder that could be exported: give a run directory.")
-    if not config.out and subject.run_dir is None:
+    if not config.out and subject.folder is None:
         raise UserError("out= is missing: give the folder to write.")
-    timm_folder.export(subject, config.out or subject.run_dir / "export" / config.to)
+    timm_folder.export(subject, config.out or subject.folder / "export" / config.to)

@@ -1,6 +1,8 @@
 import json
 import math
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from sslvit.evaluation import knn
-from sslvit.evaluation.features import Features, align_labels
+from sslvit.evaluation.features import renumbered, same_classes
 from tests import processes
 from tests.conftest import words as training_words
 
@@ -37,37 +39,146 @@ def test_votes_equal_a_brute_force_loop(k, temperature):
     assert torch.allclose(ours / ours.sum(1, keepdim=True), theirs / theirs.sum(1, keepdim=True), atol=1e-5)
 
 
+def images_of(values, labels) -> knn.Labelled:
+    return knn.Labelled(values, torch.as_tensor(labels), torch.arange(len(values)))
+
+
+def accuracies(*arguments, **more) -> dict:
+    return {key: (knn.top(p, 1), knn.top(p, min(5, key[0]))) for key, p in knn.classify(*arguments, **more).items()}
+
+
+@pytest.fixture
+def labelled_sets(tmp_path, monkeypatch, colour_run, request) -> list[str]:
+    """run=, data.train= and data.test= of the three colours, in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    sets = request.getfixturevalue("labelled")
+    return [f"run={colour_run}", f"data.train={sets / 'train'}", f"data.test={sets / 'test'}", "cache=false"]
+
+
 def test_equal_similarities_and_equal_votes():
     """Copies of one image in two classes: the votes tie, and the smaller class number wins."""
-    bank = F.normalize(torch.ones(4, 3), dim=1)
-    result = knn.classify(bank, torch.tensor([1, 0, 1, 0]), bank[:2], torch.tensor([0, 1]), 2, (4,))
-    assert result[4, 0.07] == (50.0, 100.0)
+    bank = images_of(F.normalize(torch.ones(4, 3), dim=1), [1, 0, 1, 0])
+    assert accuracies(bank, images_of(bank.values[:2], [0, 1]), 2, (4,))[4, 0.07] == (50.0, 100.0)
+
+
+def test_of_equal_neighbours_the_smaller_rows_are_found():
+    """300 images of which each has 6 copies: any number of neighbours cuts through one of these ties."""
+    torch.manual_seed(0)
+    bank = F.normalize(torch.randint(-3, 4, (50, 8)).float(), dim=1).repeat(6, 1)
+    similarity = bank[:20] @ bank.t()
+    for k in (1, 4, 17):
+        values, rows = knn.neighbours(bank, bank[:20], k)
+        for q in range(20):
+            # Copies have the same similarity to the last bit; others are further apart than rounding.
+            expected = sorted(range(300), key=lambda i, q=q: (-round(similarity[q, i].item(), 5), i))[:k]
+            assert rows[q].tolist() == expected
+        assert (values[:, :-1] >= values[:, 1:]).all()
+
+
+def test_a_collapsed_encoder_does_not_search_for_ever():
+    bank = F.normalize(torch.ones(9000, 4), dim=1)
+    values, rows = knn.neighbours(bank, bank[:3], 5)
+    assert torch.allclose(values, torch.ones(3, 5))
+    assert rows.shape == (3, 5)
 
 
 def test_a_temperature_so_small_that_exp_overflows_still_votes():
-    bank = F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), dim=1)
-    result = knn.classify(bank, torch.tensor([1, 0, 0]), bank[:1], torch.tensor([1]), 2, (3,), (1e-4,))
-    assert result[3, 1e-4][0] == 100.0
+    bank = images_of(F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), dim=1), [1, 0, 0])
+    assert accuracies(bank, images_of(bank.values[:1], [1]), 2, (3,), (1e-4,))[3, 1e-4][0] == 100.0
 
 
 def test_one_search_serves_all_k_and_temperatures(monkeypatch):
     calls = []
     search = knn.neighbours
     monkeypatch.setattr(knn, "neighbours", lambda *a: calls.append(a[2]) or search(*a))
-    bank = F.normalize(torch.randn(50, 4), dim=1)
-    labels = torch.randint(0, 3, (50,))
-    together = knn.classify(bank, labels, bank[:9], labels[:9], 3, (1, 5, 20), (0.05, 0.5))
+    torch.manual_seed(0)
+    bank = images_of(F.normalize(torch.randn(50, 4), dim=1), torch.randint(0, 3, (50,)))
+    together = accuracies(bank, bank[:9], 3, (1, 5, 20), (0.05, 0.5))
     assert calls == [20]
     for (k, t), value in together.items():
-        assert knn.classify(bank, labels, bank[:9], labels[:9], 3, (k,), (t,))[k, t] == value
+        assert accuracies(bank, bank[:9], 3, (k,), (t,))[k, t] == value
+
+
+def test_places_are_those_of_a_stable_sort():
+    torch.manual_seed(0)
+    votes, labels = torch.randint(0, 4, (200, 6)).double(), torch.randint(0, 6, (200,))
+    ranked = votes.argsort(dim=1, descending=True, stable=True)
+    assert torch.equal(knn.place(votes, labels), (ranked == labels.unsqueeze(1)).int().argmax(dim=1))
+
+
+@pytest.mark.parametrize("k", [1, 7, 39])
+def test_leave_one_out_equals_classifying_each_image_by_the_others(k):
+    """With copies, so that an image's nearest neighbour may be its copy but never itself."""
+    torch.manual_seed(0)
+    values = F.normalize(torch.randn(20, 4), dim=1).repeat(2, 1)
+    bank = images_of(values, torch.randint(0, 3, (40,)))
+    ours = knn.classify(bank, bank, 3, (k,), (0.2,), alone=True)[k, 0.2]
+    for i in range(40):
+        others = torch.arange(40) != i
+        assert knn.classify(bank[others], bank[~others], 3, (k,), (0.2,))[k, 0.2].item() == ours[i]
+
+
+def test_few_shots_use_so_many_images_of_each_class_and_say_how_much_the_draw_matters(cli, fails, labelled_sets):
+    status, printed, _ = cli("knn", *labelled_sets, "k=[1,3]", "shots=[1,4]", "repeats=3", "out=few.json")
+    assert status == 0
+    few = json.loads(Path("few.json").read_text())["results"]["few_shot"]
+    assert [(r["shots"], r["k"]) for r in few] == [(1, 1), (1, 3), (4, 1), (4, 3)]
+    assert all(r["top1"] > 80 for r in few)
+    assert "images a class" in printed
+    assert "the smallest class has 12 labelled" in fails("knn", *labelled_sets, "shots=[13]")
+
+
+def test_few_shots_use_only_the_drawn_images(monkeypatch):
+    torch.manual_seed(0)
+    bank = images_of(F.normalize(torch.randn(60, 4), dim=1), torch.arange(60) % 3)
+    banks = []
+    classify = knn.classify
+    monkeypatch.setattr(knn, "classify", lambda few, *a: banks.append(few) or classify(few, *a))
+    knn._few_shot(knn.Config(k=(1,), shots=(2, 5), repeats=4), 3, bank, bank[:7], False)
+    assert [torch.bincount(few.labels).tolist() for few in banks] == [[2, 2, 2]] * 4 + [[5, 5, 5]] * 4
+    assert len({tuple(few.numbers.tolist()) for few in banks}) == 8
+
+
+def test_without_test_images_each_training_image_is_left_out_once(cli, fails, labelled_sets):
+    status, _, _ = cli("knn", *labelled_sets[:2], "k=[5]", "out=alone.json")
+    assert status == 0
+    record = json.loads(Path("alone.json").read_text())
+    assert record["results"]["protocol"] == "leave-one-out"
+    assert record["results"]["neighbours"][0]["top1"] > 90
+    assert "every image would find itself" in fails(
+        "knn", *labelled_sets[:2], labelled_sets[1].replace("train", "test", 1)
+    )
+
+
+@pytest.mark.parametrize("kind", ["ivf", "ivfpq"])
+def test_an_approximate_search_says_what_it_misses(kind):
+    """With all cells looked into an inverted file is exact, and with few it finds most of clustered features."""
+    torch.manual_seed(0)
+    centres = torch.randn(40, 16)
+    values = F.normalize(centres[torch.arange(30_000) % 40] + 0.3 * torch.randn(30_000, 16), dim=1)
+    bank = images_of(values, torch.arange(30_000) % 40)
+    queries = bank[:500]
+    few = knn._approximate(knn.Config(index=kind, probes=8), bank.values)
+    everywhere = knn._approximate(knn.Config(index=kind, probes=10_000), bank.values)
+    recall = [knn._recall(bank, queries, 10, index) for index in (few, everywhere)]
+    if kind == "ivf":
+        assert recall[1] > 99.9
+        exact, approximate = (knn.classify(bank, queries, 40, (10,), index=i)[10, 0.07] for i in (None, everywhere))
+        assert torch.equal(exact, approximate)
+    assert 20 < recall[0] <= recall[1]
+
+
+def test_an_approximate_search_of_few_images_is_refused(fails, labelled_sets):
+    assert "use index=exact" in fails("knn", *labelled_sets, "index=ivf")
+
+
+def source(labels, classes):
+    return SimpleNamespace(labels=np.array(labels), classes=classes)
 
 
 def test_labels_are_matched_by_the_names_of_the_classes():
-    def features(labels, classes):
-        return Features(torch.zeros(len(labels), 2), torch.tensor(labels), classes, torch.arange(len(labels)))
-
-    train, test = features([0, 1, 2], ["ant", "bee", "cat"]), features([0, 1, -1], ["bee", "cat"])
-    assert align_labels(train, test, ("a", "b"))[1].tolist() == [1, 2, -1]
+    numbers = same_classes(source([0, 1, 2], ["ant", "bee", "cat"]), source([0, 1, -1], ["bee", "cat"]), ("a", "b"))
+    assert renumbered(torch.tensor([0, 1, -1]), numbers).tolist() == [1, 2, -1]
 
 
 @pytest.mark.parametrize("command", ["knn", "linear"])
@@ -82,7 +193,7 @@ def test_colours_are_told_apart(cli, labelled, colour_run, tmp_path, command, po
     assert {"auto": "mean of patches", "cls": "class token", "cls+mean": "class token and mean"}[pool] in printed
     record = json.loads(out.read_text())
     results = record["results"]
-    assert (results[0] if command == "knn" else results)["top1"] > 90
+    assert (results["neighbours"][0] if command == "knn" else results)["top1"] > 90
     assert record["train"]["images"] == 36
     assert record["test"]["images"] == 18
     assert record["step"] == 8
@@ -168,7 +279,7 @@ def test_the_untrained_encoder_of_a_run_is_the_one_that_it_began_with(cli, label
     assert cli("knn", *words)[0] == 0
     record = json.loads(result.read_text())
     before = next(line["knn/top1"] for line in processes.lines(out) if line["step"] == 0)
-    assert record["results"][0]["top1"] == pytest.approx(before, abs=1e-3)
+    assert record["results"]["neighbours"][0]["top1"] == pytest.approx(before, abs=1e-3)
     assert record["weights"] == "untrained, seed 3"
 
 
@@ -186,7 +297,7 @@ def test_pixels_minus_the_mean_image_are_a_baseline(cli, fails, tmp_path):
     sets = [f"data.train={tmp_path / 'train'}", f"data.test={tmp_path / 'test'}"]
     assert cli("knn", "run=pixels", "image_size=16", *sets, "k=[5]", f"out={out}")[0] == 0
     record = json.loads(out.read_text())
-    assert (record["results"][0]["top1"], record["width"]) == (100, 3 * 16 * 16)
+    assert (record["results"]["neighbours"][0]["top1"], record["width"]) == (100, 3 * 16 * 16)
     assert record["features"] == "pixels minus the mean training image"
     assert "is no encoder that could be exported" in fails("export", "run=pixels", f"out={tmp_path / 'x'}")
 
@@ -196,7 +307,9 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
     train, test = f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"
     run = f"run={colour_run}"
     assert "run= is missing" in fails(command, train, test)
-    assert "data.test is missing" in fails(command, run, train)
+    assert ("data.train is missing" if command == "knn" else "data.test is missing") in fails(
+        command, run, *([train] if command == "linear" else [])
+    )
     assert "does not exist" in fails(command, "run=nowhere", train, test)
     assert "neither a run" in fails(command, f"run={images}", train, test)
     assert "has no labels" in fails(command, run, train, f"data.test={images}")
@@ -228,4 +341,4 @@ def test_of_the_default_ks_a_small_bank_takes_those_that_fit(cli, labelled, colo
     status, printed, _ = cli("knn", f"run={colour_run}", train, test, f"out={out}")
     assert status == 0
     assert "k = 10, 20 only: there are 36 labelled training images" in printed
-    assert [row["k"] for row in json.loads(out.read_text())["results"]] == [10, 20]
+    assert [row["k"] for row in json.loads(out.read_text())["results"]["neighbours"]] == [10, 20]
