@@ -15,6 +15,7 @@ from .words import help_lines, parse
 EVALUATIONS = {
     "knn": ("run=... data.train=... data.test=...", "k-NN classification with its frozen features"),
     "linear": ("run=... data.train=... data.test=...", "linear probe of its frozen features"),
+    "logistic": ("run=... data.train=... data.test=...", "logistic regression on its frozen features"),
     "quality": ("run=... data=...", "rank, uniformity and alignment of its features, without labels"),
 }
 RECIPE = "[recipe.yaml] [folder] [key=value ...]"

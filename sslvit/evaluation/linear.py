@@ -1,13 +1,16 @@
-"""Linear probe: many linear classifiers with different learning rates, trained at once on frozen features.
+"""Linear probe: many linear classifiers on frozen features, trained at once; one is chosen and tested.
 
-The learning rate is chosen on a held-out part of the training images, the classifier is trained again on all of them,
-and the test images are looked at once. Features are standardised by the training set's mean and deviation, which is
-what the BatchNorm without affine parameters of MAE's protocol does (He et al., appendix A.1; its code).
+The grid is learning rates x weight decays x ways of pooling the tokens (class token, mean of patches, both, the last
+four blocks), as in DINOv2 (Oquab et al., 2023, appendix B.3; 52 heads there). One is chosen on a held-out part of the
+training images, trained again on all of them, and the test images are looked at once. Features are standardised by the
+training set's mean and deviation, which is what the BatchNorm without affine parameters of MAE's protocol does (He et
+al., appendix A.1; its code). `protocol=mae` and `protocol=dino` are the papers' own, see published.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,76 +18,147 @@ from torch import Tensor
 
 from .. import rng, schedules
 from ..distributed import on_first_process, say
-from ..errors import UserError
+from ..errors import UserError, check_range
 from . import protocol
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+CHUNK = 2**24  # logits at once
+
+Setting = dict[str, float]
+Train = Callable[[Tensor, Tensor, Sequence[Setting]], Tensor]
 
 
 @dataclass
-class Config(protocol.Config):
+class Choice(protocol.Config):
+    """What every probe that chooses its settings on held-out images shares."""
+
+    pools: tuple[str, ...] = ()  # ways of pooling to choose from; empty: all that the encoder has, or pool= alone
+    holdout: float = 0.1  # share of the training images on which the choice is made
+
+
+@dataclass
+class Config(Choice):
     lr: tuple[float, ...] = LEARNING_RATES  # of SGD at a batch of 1024; one is chosen
-    epochs: int = 100  # of the heads
-    weight_decay: float = 0.0  # of the heads
-    holdout: float = 0.1  # share of the training images on which the learning rate is chosen
+    weight_decay: tuple[float, ...] = (0.0, 1e-3)  # one is chosen
+    epochs: int | None = None  # of the heads; null: 100, or what the published protocol has
     probe_batch_size: int = 1024  # features in a step of the heads
+    protocol: Literal["sweep", "mae", "dino"] = "sweep"  # mae, dino: the papers' own, with crops, one head
+    global_batch_size: int | None = None  # of protocol=mae and dino; null: 16384 and 1024, as published
 
 
-def run(config: Config) -> dict[str, float]:
+def run(config: Config) -> dict[str, Any]:
     """Features, sweep, choice, test; prints and writes <run>/eval/linear.json. Raises UserError."""
-    if not 0 < config.holdout < 1:
-        raise UserError(f"holdout={config.holdout} must lie between 0 and 1, both excluded.")
-    if not config.lr or min(config.lr) <= 0 or config.epochs < 1 or config.probe_batch_size < 1:
-        raise UserError("lr, epochs and probe_batch_size must be above 0.")
-    task = protocol.prepare(config, "linear")
-    results = on_first_process(lambda: probe(config, task))
+    if config.protocol != "sweep":
+        from . import published
+
+        return published.run(config)
+    if not config.lr or min(config.lr) <= 0 or not config.weight_decay or min(config.weight_decay) < 0:
+        raise UserError(
+            f"lr={list(config.lr)} must be numbers above 0, and weight_decay={list(config.weight_decay)} numbers of 0 "
+            "or above."
+        )
+    check_range("", config, 1, None, "epochs", "probe_batch_size")
+    if config.global_batch_size:
+        raise UserError("global_batch_size belongs to protocol=mae and protocol=dino: give probe_batch_size instead.")
+    settings = [{"lr": lr, "weight_decay": decay} for lr, decay in product(config.lr, config.weight_decay)]
+    task = protocol.prepare(config, "linear", pools(config))
+    device = task.frozen.accelerator.device
+
+    def train(x: Tensor, labels: Tensor, chosen: Sequence[Setting]) -> Tensor:
+        rates, decays = [one["lr"] for one in chosen], [one["weight_decay"] for one in chosen]
+        classes, epochs = len(task.classes), config.epochs or 100
+        heads = train_heads(
+            x.to(device), labels.to(device), classes, rates, epochs, decays, config.probe_batch_size, config.seed
+        )
+        return heads.cpu()
+
+    results = on_first_process(lambda: choose(config, task, settings, train))
+    ends = (min(config.lr), max(config.lr))
+    if results["setting"]["lr"] in ends and len(config.lr) > 1:
+        say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
     protocol.write(config, task, "linear", results)
     return results
 
 
-def probe(config: Config, task: protocol.Task) -> dict[str, Any]:
-    """Sweep, choice and test on features; prints a table. Raises UserError."""
+def pools(config: Choice) -> Sequence[str] | None:
+    """The configured ways of pooling; null for the one of `pool=`, or () for all that the encoder has. Raises UserError
+    for what cannot be chosen from."""
+    if not 0 < config.holdout < 1:
+        raise UserError(f"holdout={config.holdout} must lie between 0 and 1, both excluded.")
+    if config.pools and config.pool != "auto":
+        raise UserError(f"pool={config.pool} and pools={list(config.pools)}: give one of them.")
+    return config.pools if config.pools or config.pool == "auto" else None
+
+
+def choose(config: Choice, task: protocol.Task, settings: Sequence[Setting], train: Train) -> dict[str, Any]:
+    """Train heads of all settings on all ways of pooling, choose one on the held-out part, train it on everything and
+    test it; prints tables. `train(x, labels, settings)` gives [H, D + 1, C] heads. Raises UserError."""
     known = task.train_labels >= 0
-    x, labels = task.train.values[known], task.train_labels[known]
-    held_out = rng.permutation(rng.fold_in(config.seed, "holdout"), len(x)) < round(config.holdout * len(x))
-    if not 0 < held_out.sum() < len(x):
-        raise UserError(
-            f"holdout={config.holdout} of {len(x)} training images leaves none on one side: use more images."
-        )
-
-    def train(x: Tensor, labels: Tensor, lrs: Sequence[float]) -> Tensor:
-        return train_heads(
-            x, labels, len(task.classes), lrs, config.epochs, config.weight_decay, config.probe_batch_size, config.seed
-        )
-
-    mean, std = standardisation(x[~held_out])
-    heads = train((x[~held_out] - mean) / std, labels[~held_out], config.lr)
-    valid = accuracy(heads, (x[held_out] - mean) / std, labels[held_out])
-    loss = cross_entropy(heads, (x[held_out] - mean) / std, labels[held_out])
-    best = max(
-        range(len(config.lr)), key=lambda head: (valid[head].item(), -loss[head].item())
-    )  # a tie: the lower loss
+    labels, test_known = task.train_labels[known], task.test_labels >= 0
+    held_out = holdout(config, len(labels))
+    sweep = []
+    for pool, (train_set, _) in task.sets.items():
+        x = train_set.values[known]
+        mean, std = standardisation(x[~held_out])
+        heads = train((x[~held_out] - mean) / std, labels[~held_out], settings)
+        right, loss = judge(heads, (x[held_out] - mean) / std, labels[held_out])
+        sweep += [
+            {"pool": pool, **setting, "holdout_top1": round(100 * r.item(), 4), "holdout_loss": round(v.item(), 5)}
+            for setting, r, v in zip(settings, right.double().mean(dim=1), loss, strict=True)
+        ]
+    best = max(sweep, key=lambda row: (row["holdout_top1"], -row["holdout_loss"]))  # a tie: the lower loss
+    setting = {name: best[name] for name in settings[0]}
+    train_set, test_set = task.sets[best["pool"]]
+    x = train_set.values[known]
     mean, std = standardisation(x)
-    head = train((x - mean) / std, labels, config.lr[best : best + 1])
-    test = task.test_labels >= 0
-    top1 = accuracy(head, (task.test.values[test] - mean) / std, task.test_labels[test]).item()
-    low, high = protocol.interval(top1, int(test.sum()), config.seed)
-    results = {
-        "top1": round(top1, 4),
-        "top1_interval": (low, high),
-        "lr": config.lr[best],
-        "holdout_top1": round(valid[best].item(), 4),
-        "sweep": [{"lr": lr, "holdout_top1": round(v, 4)} for lr, v in zip(config.lr, valid.tolist(), strict=True)],
+    head = train((x - mean) / std, labels, [setting])
+    asked = task.test_labels[test_known]
+    right, loss = judge(head, (test_set.values[test_known] - mean) / std, asked)
+    say_sweep(sweep, settings)
+    words = ", ".join(f"{name} {value:g}" for name, value in setting.items())
+    results = outcome(config, task, right[0], asked, f"with {words} on {protocol.describe_pool(best['pool'])}")
+    return {**results, "pool": best["pool"], "setting": setting, "test_loss": round(loss.item(), 5),
+            "holdout_top1": best["holdout_top1"], "sweep": sweep}  # fmt: skip
+
+
+def outcome(config: protocol.Config, task: protocol.Task, right: Tensor, labels: Tensor, how: str) -> dict[str, Any]:
+    """[N] bool, which test images (with these labels) were told rightly -> top-1, its interval and by class, printed."""
+    top1 = 100 * right.double().mean().item()
+    low, high = protocol.interval(top1, len(right), config.seed)
+    counts = torch.bincount(labels, minlength=len(task.classes))
+    hits = torch.bincount(labels[right], minlength=len(task.classes))
+    by_class = {
+        name: round(100 * hit / count, 2)
+        for name, hit, count in zip(task.classes, hits.tolist(), counts.tolist(), strict=True)
+        if count
     }
-    rows = [[f"{lr:g}", f"{value:.2f}"] for lr, value in zip(config.lr, valid.tolist(), strict=True)]
-    say(*protocol.table(["lr", "held-out top-1 %"], rows))
-    say(
-        f"test top-1 {top1:.2f}% (95 % interval {low:.1f} - {high:.1f}) with lr {config.lr[best]:g}, "
-        "chosen on the held-out part"
-    )
-    if best in (0, len(config.lr) - 1) and len(config.lr) > 1:
-        say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
-    return results
+    worst, best = min(by_class, key=by_class.get), max(by_class, key=by_class.get)
+    say(f"test top-1 {top1:.2f} % (95 % interval {low:.1f} - {high:.1f}) {how}")
+    say(f"by class from {by_class[worst]:.1f} % ({worst}) to {by_class[best]:.1f} % ({best})")
+    return {
+        "top1": round(top1, 4), "top1_interval": (low, high), "by_class": by_class,
+        "mean_by_class": round(sum(by_class.values()) / len(by_class), 4), "right": protocol.packed(right),
+    }  # fmt: skip
+
+
+def say_sweep(sweep: Sequence[dict[str, Any]], settings: Sequence[Setting]) -> None:
+    """The best of each way of pooling, and of the best one all settings."""
+    places = list(dict.fromkeys(row["pool"] for row in sweep))
+    best = {pool: max((r for r in sweep if r["pool"] == pool), key=lambda r: r["holdout_top1"]) for pool in places}
+    names = list(settings[0])
+    rows = [[pool, *(f"{row[name]:g}" for name in names), f"{row['holdout_top1']:.2f}"] for pool, row in best.items()]
+    say(f"{len(sweep)} heads; the best of each way of pooling:")
+    say(*protocol.table(["pool", *names, "held-out top-1 %"], rows))
+
+
+def holdout(config: Choice, count: int) -> Tensor:
+    """[count] bool, true for the held-out images. Raises UserError."""
+    held_out = rng.permutation(rng.fold_in(config.seed, "holdout"), count) < round(config.holdout * count)
+    if not 0 < held_out.sum() < count:
+        raise UserError(
+            f"holdout={config.holdout} of {count} training images leaves none on one side: use more images."
+        )
+    return held_out
 
 
 def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,45 +167,55 @@ def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_heads(
-    x: Tensor, labels: Tensor, num_classes: int, lrs: Sequence[float], epochs: int, weight_decay: float,
-    batch_size: int, seed: int,
+    x: Tensor, labels: Tensor, num_classes: int, lrs: Sequence[float], epochs: int,
+    weight_decay: float | Sequence[float], batch_size: int, seed: int,
 ) -> Tensor:  # fmt: skip
     """[N, D] features, [N] labels -> [H, D + 1, num_classes] weights (the last row is the bias), one head for each
-    rate.
+    learning rate.
 
-    The heads are independent: SGD with momentum 0.9 on the sum of their losses, each with its own rate, on half a
-    cosine. All of them are one matrix product.
+    The heads are independent: SGD with momentum 0.9 on the sum of their losses, each with its own rate and decay, on
+    half a cosine. All of them are one matrix product. weight_decay: one for all, or one for each.
     """
     x = F.pad(x, (0, 1), value=1.0)
+    width, heads = x.shape[1], len(lrs)
     key = rng.fold_in(seed, "probe")
-    weights = 0.01 * (rng.uniform(key, x.shape[1] * num_classes).view(1, x.shape[1], num_classes) * 2 - 1) * 3**0.5
-    weights = weights.repeat(len(lrs), 1, 1)
-    weights[:, -1] = 0
+    start = 0.01 * (rng.uniform(key, width * num_classes).view(width, 1, num_classes) * 2 - 1) * 3**0.5
+    start[-1] = 0
+    weights = start.repeat(1, heads, 1).to(x.device)  # [D + 1, H, C]
     momentum = torch.zeros_like(weights)
     batch_size = min(batch_size, len(x))
-    rates = torch.tensor(lrs).view(-1, 1, 1) * batch_size / 1024
+    rates = torch.tensor(lrs, device=x.device).view(1, -1, 1) * batch_size / 1024
+    decays = torch.as_tensor(weight_decay, dtype=x.dtype, device=x.device).expand(heads).view(1, -1, 1)
+    decayed, rows_of_batch = bool((decays != 0).any()), torch.arange(batch_size, device=x.device)
     steps_per_epoch = len(x) // batch_size
     for step in range(epochs * steps_per_epoch):
         epoch, place = divmod(step, steps_per_epoch)
         if place == 0:
-            order = rng.permutation(rng.fold_in(key, epoch), len(x))
+            order = rng.permutation(rng.fold_in(key, epoch), len(x)).to(x.device)
         rows = order[place * batch_size : (place + 1) * batch_size]
         batch = x[rows]
-        probabilities = (batch @ weights).softmax(dim=-1)  # [H, B, C]
-        probabilities[:, torch.arange(batch_size), labels[rows]] -= 1
-        gradient = batch.t() @ probabilities / batch_size + weight_decay * weights
-        momentum = 0.9 * momentum + gradient
-        weights = weights - schedules.cosine(1.0, 0.0, step / (epochs * steps_per_epoch)) * rates * momentum
-    return weights
+        probabilities = (batch @ weights.flatten(1)).view(batch_size, heads, num_classes).softmax(dim=-1)
+        probabilities[rows_of_batch, :, labels[rows]] -= 1
+        momentum.mul_(0.9).add_((batch.t() @ probabilities.flatten(1)).view_as(weights), alpha=1 / batch_size)
+        if decayed:
+            momentum.addcmul_(weights, decays)
+        shape = schedules.cosine(1.0, 0.0, step / (epochs * steps_per_epoch))
+        weights.addcmul_(momentum, rates, value=-shape)
+    return weights.transpose(0, 1).contiguous()
+
+
+def judge(heads: Tensor, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """[H, D + 1, C], [N, D], [N] -> [H, N] bool, whether the largest logit is the right one, and [H] cross-entropy."""
+    right, loss = [], []
+    size = max(1, CHUNK // (heads.shape[0] * heads.shape[2]))
+    for rows, wanted in zip(x.split(size), labels.split(size), strict=True):
+        logits = F.pad(rows, (0, 1), value=1.0) @ heads  # [H, rows, C]
+        right.append(logits.argmax(dim=-1) == wanted)
+        chosen = logits.gather(2, wanted.view(1, -1, 1).expand(len(heads), -1, -1)).squeeze(2)
+        loss.append((logits.logsumexp(dim=-1) - chosen).double().sum(dim=1))
+    return torch.cat(right, dim=1), sum(loss) / len(x)
 
 
 def accuracy(heads: Tensor, x: Tensor, labels: Tensor) -> Tensor:
     """[H, D + 1, C], [N, D], [N] -> [H] top-1 in percent."""
-    predictions = (F.pad(x, (0, 1), value=1.0) @ heads).argmax(dim=-1)
-    return 100 * (predictions == labels).double().mean(dim=1)
-
-
-def cross_entropy(heads: Tensor, x: Tensor, labels: Tensor) -> Tensor:
-    """[H, D + 1, C], [N, D], [N] -> [H]."""
-    logits = F.pad(x, (0, 1), value=1.0) @ heads
-    return torch.stack([F.cross_entropy(of_one, labels) for of_one in logits])
+    return 100 * judge(heads, x, labels)[0].double().mean(dim=1)

@@ -124,7 +124,7 @@ def prepare(
 ) -> Task:
     """Load the encoder, open the images, compute the features. Raises UserError before the features where it can.
 
-    pools: ways of pooling that the encoder must have; null: the configured one. whole: every process holds all
+    pools: ways of pooling; null: the configured one, (): all that the encoder has. whole: every process holds all
     features, or else its share. alone: without data.test the training images are both sets.
     """
     began = time.perf_counter()
@@ -136,7 +136,10 @@ def prepare(
             )
     frozen = load(config)
     subject, accelerator, encoder = frozen.subject, frozen.accelerator, frozen.subject.encoder
-    pools = tuple(pools or (frozen.pool,))
+    for pool in pools or ():
+        if pool not in encoder.pools():
+            raise UserError(f"pools: {pool} is not something that {config.run} has: use {', '.join(encoder.pools())}.")
+    pools = tuple((frozen.pool,) if pools is None else pools or encoder.pools())
     train_source = frozen.open(words[0], config.data.download_dir)
     test_source = train_source if words[1] == words[0] else frozen.open(words[1], config.data.download_dir)
     numbers = same_classes(train_source, test_source, words)

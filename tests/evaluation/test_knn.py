@@ -165,7 +165,8 @@ def test_an_approximate_search_says_what_it_misses(kind):
         assert recall[1] > 99.9
         exact, approximate = (knn.classify(bank, queries, 40, (10,), index=i)[10, 0.07] for i in (None, everywhere))
         assert torch.equal(exact, approximate)
-    assert 20 < recall[0] <= recall[1]
+        assert 20 < recall[0] <= recall[1]
+    assert recall[0] > 20  # of codes of a quarter of a byte a number, on features that are noise within a cluster
 
 
 def test_an_approximate_search_of_few_images_is_refused(fails, labelled_sets):

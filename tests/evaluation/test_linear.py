@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sslvit import rng, schedules
 from sslvit.evaluation import linear
+from sslvit.evaluation.features import Features
 
 
 def clouds(n: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +58,7 @@ def test_the_rate_is_chosen_on_held_out_images_and_useless_features_stay_at_chan
         f"out={tmp_path / 'r.json'}", "lr=[1e-6,1.0]", "holdout=0.3", "epochs=30", "probe_batch_size=16",
     )  # fmt: skip
     assert status == 0
-    assert "with lr 1, chosen on the held-out part" in printed
+    assert "with lr 1, weight_decay 0" in printed
     assert "at the end of the list" in printed
     torch.manual_seed(0)
     noise, labels = torch.randn(2000, 8), torch.randint(0, 4, (2000,))
@@ -63,12 +66,47 @@ def test_the_rate_is_chosen_on_held_out_images_and_useless_features_stay_at_chan
     assert linear.accuracy(heads, noise[1000:], labels[1000:]).item() == pytest.approx(25, abs=5)
 
 
-def test_of_equal_accuracies_the_lower_loss_is_chosen():
+def test_losses_and_hits_equal_torchs():
     x, labels = clouds(64, 0.5, seed=0)
     heads = linear.train_heads(x, labels, 4, [0.1, 1.0], 20, 0.0, 16, seed=0)
-    expected = [F.cross_entropy(x @ head[:-1] + head[-1], labels) for head in heads]
-    assert torch.allclose(linear.cross_entropy(heads, x, labels), torch.stack(expected), atol=1e-6)
-    assert expected[1] < expected[0]
+    right, loss = linear.judge(heads, x, labels)
+    for i, head in enumerate(heads):
+        logits = x @ head[:-1] + head[-1]
+        assert torch.equal(right[i], logits.argmax(dim=1) == labels)
+        assert loss[i].item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+def test_what_a_head_reads_and_how_it_is_trained_is_chosen_on_held_out_images_only():
+    """The good features are those that hold on held-out images; the test images say the opposite and are not asked."""
+    x, labels = clouds(400, 0.1, seed=0)
+    noise = torch.randn(400, 6, generator=torch.Generator().manual_seed(1))
+
+    def features(values):
+        return Features(values, labels, list("abcd"), torch.arange(400))
+
+    sets = {"mean": (features(noise), features(x)), "cls": (features(x), features(noise))}
+    task = SimpleNamespace(sets=sets, train_labels=labels, test_labels=labels, classes=list("abcd"))
+    config = linear.Config(holdout=0.25)
+
+    def train(x, labels, settings):
+        rates = [one["lr"] for one in settings]
+        return linear.train_heads(x, labels, 4, rates, 10, [one["weight_decay"] for one in settings], 64, 0)
+
+    settings = [{"lr": lr, "weight_decay": 0.0} for lr in (1e-6, 0.3)]
+    results = linear.choose(config, task, settings, train)
+    assert (results["pool"], results["setting"]) == ("cls", settings[1])
+    assert results["holdout_top1"] == 100
+    assert results["top1"] < 40
+    assert len(results["sweep"]) == 4
+    assert results["mean_by_class"] == pytest.approx(results["top1"])
+
+
+def test_each_head_has_its_own_weight_decay():
+    x, labels = clouds(200, 0.5, seed=0)
+    together = linear.train_heads(x, labels, 4, [0.3, 0.3], 5, [0.0, 3.0], 32, seed=0)
+    for head, decay in zip(together, (0.0, 3.0), strict=True):
+        assert torch.allclose(head, linear.train_heads(x, labels, 4, [0.3], 5, decay, 32, seed=0)[0], atol=1e-6)
+    assert together[1].norm() < 0.9 * together[0].norm()
 
 
 def test_standardised_features_have_mean_zero_and_deviation_one():

@@ -1,0 +1,74 @@
+"""Logistic regression on frozen features, solved to its optimum by L-BFGS: no learning rate and no number of epochs.
+
+The strength of the L2 penalty and the way of pooling are chosen on a held-out part of the training images; then one
+regression is solved on all of them, and the test images are looked at once. Features are standardised by the training
+set's mean and deviation. So do CLIP (Radford et al., 2021, appendix A.3) and DINOv2 (Oquab et al., 2023).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..distributed import on_first_process, say
+from ..errors import UserError, check_range
+from . import linear, protocol
+from .linear import Setting
+
+ROWS = 2**15  # features in a part of the sum over images
+
+
+@dataclass
+class Config(linear.Choice):
+    l2: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # penalty: l2 / 2 * sum of squared weights; one is chosen
+    iterations: int = 200  # of L-BFGS at most
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Features, choice, test; prints and writes <run>/eval/logistic.json. Raises UserError."""
+    if not config.l2 or min(config.l2) <= 0:
+        raise UserError(f"l2={list(config.l2)} must be numbers above 0.")
+    check_range("", config, 1, None, "iterations")
+    task = protocol.prepare(config, "logistic", linear.pools(config))
+    device = task.frozen.accelerator.device
+
+    def train(x: Tensor, labels: Tensor, chosen: Sequence[Setting]) -> Tensor:
+        x, labels, start, heads = x.to(device), labels.to(device), None, {}
+        for l2 in sorted((one["l2"] for one in chosen), reverse=True):  # each begins where the stronger one ended
+            start = heads[l2] = solve(x, labels, len(task.classes), l2, config.iterations, start)
+        return torch.stack([heads[one["l2"]] for one in chosen]).cpu()
+
+    results = on_first_process(lambda: linear.choose(config, task, [{"l2": l2} for l2 in config.l2], train))
+    if results["setting"]["l2"] in (min(config.l2), max(config.l2)) and len(config.l2) > 1:
+        say("The chosen penalty is at the end of the list: a longer list may give a better one.")
+    protocol.write(config, task, "logistic", results)
+    return results
+
+
+def solve(
+    x: Tensor, labels: Tensor, num_classes: int, l2: float, iterations: int, start: Tensor | None = None
+) -> Tensor:
+    """[N, D], [N] -> [D + 1, num_classes] weights with the bias last, that minimise mean cross-entropy + l2 / 2 * the
+    sum of squared weights; the bias is not penalised."""
+    weights = torch.zeros(x.shape[1] + 1, num_classes, device=x.device) if start is None else start.clone()
+    weights.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        total = torch.zeros((), device=x.device)
+        for rows, wanted in zip(x.split(ROWS), labels.split(ROWS), strict=True):
+            part = F.cross_entropy(rows @ weights[:-1] + weights[-1], wanted, reduction="sum") / len(x)
+            part.backward()
+            total += part.detach()
+        penalty = l2 / 2 * weights[:-1].square().sum()
+        penalty.backward()
+        return total + penalty.detach()
+
+    optimizer.step(loss)
+    return weights.detach()
