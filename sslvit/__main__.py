@@ -16,6 +16,7 @@ EVALUATIONS = {
     "knn": ("run=... data.train=... data.test=...", "k-NN classification with its frozen features"),
     "linear": ("run=... data.train=... data.test=...", "linear probe of its frozen features"),
     "logistic": ("run=... data.train=... data.test=...", "logistic regression on its frozen features"),
+    "attentive": ("run=... data.train=... data.test=...", "attentive probe of its frozen patch tokens"),
     "quality": ("run=... data=...", "rank, uniformity and alignment of its features, without labels"),
 }
 RECIPE = "[recipe.yaml] [folder] [key=value ...]"
@@ -25,6 +26,7 @@ def usage() -> str:
     lines = [
         ("pretrain", RECIPE, "train an encoder on unlabeled images"),
         *((name, words, text) for name, (words, text) in EVALUATIONS.items()),
+        ("compare", "<run> <run> ...", "their results side by side, with the intervals of the differences"),
         ("bench", RECIPE, "how fast this machine runs a recipe, and what to change first"),
         ("export", "run=... to=timm out=<folder>", "write it in a form that timm loads"),
     ]
@@ -58,6 +60,7 @@ def _find(command: str) -> Callable[[list[str]], int | None]:
     commands = {
         "pretrain": _pretrain,
         **{name: partial(_evaluate, name) for name in EVALUATIONS},
+        "compare": _compare,
         "bench": _bench,
         "export": _export,
     }
@@ -112,6 +115,17 @@ def _evaluate(name: str, words: list[str]) -> None:
         print("\n".join(help_lines(module.Config())))
     else:
         module.run(parse(module.Config(), words, name))
+
+
+def _compare(words: list[str]) -> None:
+    from .evaluation import compare
+
+    if _wants_help(words):
+        print("sslvit compare <run> <run> ... [key=value ...]\n")
+        print(f"{compare.__doc__.strip()}\n\n" + "\n".join(help_lines(compare.Config())))
+        return
+    own = [word for word in words if word.startswith(("seed=", "out="))]
+    compare.compare([word for word in words if word not in own], parse(compare.Config(), own, "compare"))
 
 
 def _bench(words: list[str]) -> None:

@@ -7,6 +7,7 @@ draws when it applies them to a whole batch on the training device. Workers ther
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ class Crop:
     blur_prob: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize_prob: float = 0.0
+    tries: int = TRIES  # boxes drawn until one fits; then the largest centred one, or with 1 the drawn one, clamped
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
 Views = dict[str, list[Crop]]  # crops of one name have one size and travel as one tensor
@@ -41,12 +44,15 @@ def draw_boxes(crop: Crop, key: Tensor, height: Tensor, width: Tensor) -> Tensor
 
     key, height, width: [B] int64 -> [B, 4] int64: top, left, height, width in pixels.
     """
-    u = rng.uniform(rng.fold_in(key, "box"), 2 * TRIES + 2).double()
-    area = (height * width).double().unsqueeze(1) * (crop.scale[0] + (crop.scale[1] - crop.scale[0]) * u[:, :TRIES])
+    tries = crop.tries
+    u = rng.uniform(rng.fold_in(key, "box"), 2 * tries + 2).double()
+    area = (height * width).double().unsqueeze(1) * (crop.scale[0] + (crop.scale[1] - crop.scale[0]) * u[:, :tries])
     log_lo, log_hi = math.log(crop.ratio[0]), math.log(crop.ratio[1])
-    ratio = torch.exp(log_lo + (log_hi - log_lo) * u[:, TRIES : 2 * TRIES])
+    ratio = torch.exp(log_lo + (log_hi - log_lo) * u[:, tries : 2 * tries])
     w = (area * ratio).sqrt().round().long()
     h = (area / ratio).sqrt().round().long()
+    if tries == 1:
+        h, w = h.clamp(min=1).minimum(height.unsqueeze(1)), w.clamp(min=1).minimum(width.unsqueeze(1))
     fits = (w > 0) & (h > 0) & (w <= width.unsqueeze(1)) & (h <= height.unsqueeze(1))
     first = fits.int().argmax(dim=1, keepdim=True)  # argmax gives the first of equal values
     h, w = h.gather(1, first).squeeze(1), w.gather(1, first).squeeze(1)
@@ -65,11 +71,11 @@ def _centre_boxes(crop: Crop, height: Tensor, width: Tensor) -> Tensor:
     return torch.stack([(height - h) // 2, (width - w) // 2, h, w], dim=1)
 
 
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """[C, H, W] uint8 or float -> [C, h, w] of the same type: antialiased bicubic, as PIL's."""
+def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
+    """[C, H, W] uint8 or float -> [C, h, w] of the same type: antialiased, as PIL's."""
     if tuple(image.shape[-2:]) == size:
         return image
-    resized = F.interpolate(image.unsqueeze(0), size, mode="bicubic", antialias=True, align_corners=False)
+    resized = F.interpolate(image.unsqueeze(0), size, mode=interpolation, antialias=True, align_corners=False)
     return resized.squeeze(0).clamp_(0, 255)
 
 
@@ -85,7 +91,7 @@ def cut(images: Sequence[Tensor], key: Tensor, views: Views) -> dict[str, Tensor
         for v, crop in enumerate(crops):
             boxes = draw_boxes(crop, crop_key(key, name, v), height, width).tolist()
             for b, (image, (top, left, h, w)) in enumerate(zip(images, boxes, strict=True)):
-                out[v, b] = resize(image[:, top : top + h, left : left + w], crop.size)
+                out[v, b] = resize(image[:, top : top + h, left : left + w], crop.size, crop.interpolation)
         batch[name] = out
     return batch
 

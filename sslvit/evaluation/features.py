@@ -5,9 +5,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,16 +77,20 @@ class Centred(Dataset):
         return number, image
 
 
-def extract(
-    encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator, pools: Sequence[Pool],
-    batch_size: int = 256, workers: int | None = None, whole: bool = True,
-) -> dict[Pool, Features]:  # fmt: skip
-    """Features of all images of a source, by each way of pooling, from one pass. Every process computes its share and
-    gets the whole, or with `whole=False` keeps its share: images rank, rank + world size, ... Raises UserError."""
+def share(source: Source) -> Tensor:
+    """[n] numbers of the images that this process computes."""
+    return torch.arange(rank(), len(source), world_size())
+
+
+def batches(
+    encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator, batch_size: int,
+    workers: int | None,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """(numbers [B], normalised images [B, C, H, W] on the device) of this process's readable images, with the encoder
+    in evaluation mode while it lasts, and a line of progress now and then."""
     device = accelerator.device
-    mine = torch.arange(rank(), len(source), world_size())
     loader = DataLoader(
-        Centred(source, mine, encoder.image_size),
+        Centred(source, share(source), encoder.image_size),
         batch_size=batch_size,
         num_workers=default_workers(device) if workers is None else workers,
         collate_fn=_collate,
@@ -94,30 +99,41 @@ def extract(
     )
     was_training = encoder.training
     encoder.eval()
-    values = {pool: torch.empty(len(mine), encoder.feature_dim(pool)) for pool in pools}
-    numbers, done, seen, began, said = torch.empty_like(mine), 0, 0, time.perf_counter(), time.perf_counter()
+    seen, began, said = 0, time.perf_counter(), time.perf_counter()
     for index, images, failed in loader:
         seen += len(index) + failed
         if len(index):
-            x = normalize(images.to(device, non_blocking=True).float() / 255)
-            # Blocks that were compiled for training are not compiled again for these shapes.
-            with torch.inference_mode(), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-                for pool, pooled in encoder.pooled(x, pools).items():
-                    values[pool][done : done + len(index)] = pooled
-            numbers[done : done + len(index)] = index
-            done += len(index)
+            yield index, normalize(images.to(device, non_blocking=True).float() / 255)
         if time.perf_counter() - said > SAY_EVERY:
             said = time.perf_counter()
-            speed = seen * world_size() / (said - began)
-            say(f"features of {seen * world_size()} of {len(source)} images, {speed:.0f} images/s")
+            done = min(seen * world_size(), len(source))
+            say(f"features of {done} of {len(source)} images, {done / (said - began):.0f} images/s")
     encoder.train(was_training)
+
+
+def extract(
+    encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator, pools: Sequence[Pool],
+    batch_size: int = 256, workers: int | None = None, whole: bool = True,
+) -> dict[Pool, Features]:  # fmt: skip
+    """Features of all images of a source, by each way of pooling, from one pass. Every process computes its share and
+    gets the whole, or with `whole=False` keeps its share: images rank, rank + world size, ... Raises UserError."""
+    mine = share(source)
+    values = {pool: torch.empty(len(mine), encoder.feature_dim(pool)) for pool in pools}
+    numbers, done = torch.empty_like(mine), 0
+    for index, x in batches(encoder, source, normalize, accelerator, batch_size, workers):
+        # Blocks that were compiled for training are not compiled again for these shapes.
+        with torch.inference_mode(), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+            for pool, pooled in encoder.pooled(x, pools).items():
+                values[pool][done : done + len(index)] = pooled
+        numbers[done : done + len(index)] = index
+        done += len(index)
     total = sum(gather_objects(done))
     if not total:
         raise UserError(f"None of the {len(source)} images can be read, the first is {source.name(0)}.")
-    shares = {
+    found = {
         pool: _features(value[:done], numbers[:done], source, len(source) - total) for pool, value in values.items()
     }
-    return {pool: gathered(share, source) for pool, share in shares.items()} if whole else shares
+    return {pool: gathered(part, source) for pool, part in found.items()} if whole else found
 
 
 def _features(values: Tensor, index: Tensor, source: Source, unreadable: int) -> Features:
@@ -125,14 +141,14 @@ def _features(values: Tensor, index: Tensor, source: Source, unreadable: int) ->
     return Features(values, labels, source.classes, index, unreadable)
 
 
-def gathered(share: Features, source: Source) -> Features:
+def gathered(part: Features, source: Source) -> Features:
     """The whole on every process, from each one's share."""
     if world_size() == 1:
-        return share
-    parts = gather_objects((share.values, share.index))
+        return part
+    parts = gather_objects((part.values, part.index))
     index = torch.cat([part[1] for part in parts])
     order = index.argsort()
-    return _features(torch.cat([part[0] for part in parts])[order], index[order], source, share.unreadable)
+    return _features(torch.cat([part[0] for part in parts])[order], index[order], source, part.unreadable)
 
 
 def extract_cached(
@@ -147,29 +163,34 @@ def extract_cached(
     """
     if folder is None:
         return extract(encoder, source, normalize, accelerator, pools, batch_size, workers, whole)
-    place = {
+    place = place_of(encoder, source, normalize, accelerator)
+    common = {"weights": digest(encoder), **{key: json.dumps(value) for key, value in place.items()}}
+    keys, found = {}, {}
+    for pool in pools:
+        keys[pool] = hashlib.sha256(json.dumps(place | {"pool": pool}).encode()).hexdigest()[:16]
+        stored = _read(folder, keys[pool], common | {"pool": pool}, source)
+        if not any_process(stored is None):
+            found[pool] = gathered(stored, source) if whole else stored
+    missing = [pool for pool in pools if pool not in found]
+    if not missing:
+        say(f"features of {source.name(0)} ... as computed before for these weights, {folder}")
+        return found
+    fresh = extract(encoder, source, normalize, accelerator, missing, batch_size, workers, whole=False)
+    for pool, part in fresh.items():
+        _write(folder, keys[pool], common | {"pool": pool}, part)
+        found[pool] = gathered(part, source) if whole else part
+    return {pool: found[pool] for pool in pools}
+
+
+def place_of(encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator) -> dict[str, Any]:
+    """What features depend on beside the weights and the pooling."""
+    return {
         "images": source.fingerprint(),
         "image_size": list(encoder.image_size),
         "normalize": [list(normalize.mean), list(normalize.std)],
         "precision": accelerator.mixed_precision,
         "crop_ratio": CROP_RATIO,
     }
-    common = {"weights": digest(encoder), **{key: json.dumps(value) for key, value in place.items()}}
-    keys, found = {}, {}
-    for pool in pools:
-        keys[pool] = hashlib.sha256(json.dumps(place | {"pool": pool}).encode()).hexdigest()[:16]
-        share = _read(folder, keys[pool], common | {"pool": pool}, source)
-        if not any_process(share is None):
-            found[pool] = gathered(share, source) if whole else share
-    missing = [pool for pool in pools if pool not in found]
-    if not missing:
-        say(f"features of {source.name(0)} ... as computed before for these weights, {folder}")
-        return found
-    shares = extract(encoder, source, normalize, accelerator, missing, batch_size, workers, whole=False)
-    for pool, share in shares.items():
-        _write(folder, keys[pool], common | {"pool": pool}, share)
-        found[pool] = gathered(share, source) if whole else share
-    return {pool: found[pool] for pool in pools}
 
 
 def _parts(folder: Path, key: str) -> dict[int, list[Path]]:
@@ -206,14 +227,14 @@ def _read(folder: Path, key: str, content: dict[str, str], source: Source) -> Fe
     return None
 
 
-def _write(folder: Path, key: str, content: dict[str, str], share: Features) -> None:
+def _write(folder: Path, key: str, content: dict[str, str], features: Features) -> None:
     """This process's share; the files of other runs of the same protocol go, when all processes have written."""
     path = folder / f"{key}.{rank()}-{world_size()}.safetensors"
     part = path.with_suffix(".part")
-    total, problem = sum(gather_objects(len(share))), None
+    total, problem = sum(gather_objects(len(features))), None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"values": share.values.contiguous(), "index": share.index.contiguous()}
+        tensors = {"values": features.values.contiguous(), "index": features.index.contiguous()}
         save_file(tensors, part, content | {"images_read": str(total)})
         os.replace(part, path)
     except (OSError, SafetensorError) as error:

@@ -116,20 +116,20 @@ def choose(config: Choice, task: protocol.Task, settings: Sequence[Setting], tra
     right, loss = judge(head, (test_set.values[test_known] - mean) / std, asked)
     say_sweep(sweep, settings)
     words = ", ".join(f"{name} {value:g}" for name, value in setting.items())
-    results = outcome(config, task, right[0], asked, f"with {words} on {protocol.describe_pool(best['pool'])}")
+    results = outcome(config, task.classes, right[0], asked, f"with {words} on {protocol.describe_pool(best['pool'])}")
     return {**results, "pool": best["pool"], "setting": setting, "test_loss": round(loss.item(), 5),
             "holdout_top1": best["holdout_top1"], "sweep": sweep}  # fmt: skip
 
 
-def outcome(config: protocol.Config, task: protocol.Task, right: Tensor, labels: Tensor, how: str) -> dict[str, Any]:
-    """[N] bool, which test images (with these labels) were told rightly -> top-1, its interval and by class, printed."""
+def outcome(config: protocol.Config, classes: list[str], right: Tensor, labels: Tensor, how: str) -> dict[str, Any]:
+    """[N] bool, which test images were told rightly, [N] their labels -> top-1, its interval and by class, printed."""
     top1 = 100 * right.double().mean().item()
     low, high = protocol.interval(top1, len(right), config.seed)
-    counts = torch.bincount(labels, minlength=len(task.classes))
-    hits = torch.bincount(labels[right], minlength=len(task.classes))
+    counts = torch.bincount(labels, minlength=len(classes))
+    hits = torch.bincount(labels[right], minlength=len(classes))
     by_class = {
         name: round(100 * hit / count, 2)
-        for name, hit, count in zip(task.classes, hits.tolist(), counts.tolist(), strict=True)
+        for name, hit, count in zip(classes, hits.tolist(), counts.tolist(), strict=True)
         if count
     }
     worst, best = min(by_class, key=by_class.get), max(by_class, key=by_class.get)
@@ -151,8 +151,8 @@ def say_sweep(sweep: Sequence[dict[str, Any]], settings: Sequence[Setting]) -> N
     say(*protocol.table(["pool", *names, "held-out top-1 %"], rows))
 
 
-def holdout(config: Choice, count: int) -> Tensor:
-    """[count] bool, true for the held-out images. Raises UserError."""
+def holdout(config: Any, count: int) -> Tensor:
+    """[count] bool, true for the held-out images: a share of `config.holdout` by `config.seed`. Raises UserError."""
     held_out = rng.permutation(rng.fold_in(config.seed, "holdout"), count) < round(config.holdout * count)
     if not 0 < held_out.sum() < count:
         raise UserError(

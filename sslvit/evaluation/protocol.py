@@ -128,12 +128,7 @@ def prepare(
     features, or else its share. alone: without data.test the training images are both sets.
     """
     began = time.perf_counter()
-    words = (config.data.train, config.data.test or config.data.train if alone else config.data.test)
-    for key, word in zip(("train", "test"), words, strict=True):
-        if not word:
-            raise UserError(
-                f"data.{key} is missing: {name} needs labelled images, data.train=<folder> data.test=<folder>."
-            )
+    words = both_sets(config, name, alone)
     frozen = load(config)
     subject, accelerator, encoder = frozen.subject, frozen.accelerator, frozen.subject.encoder
     for pool in pools or ():
@@ -178,6 +173,17 @@ def prepare(
         f"{record['test']['images']} test images in {record['classes']} classes"
     )
     return Task(frozen, sets, first.labels, renumbered(second.labels, numbers), train_source.classes, record)
+
+
+def both_sets(config: Config, name: str, alone: bool = False) -> tuple[str, str]:
+    """The words for training and test images; with `alone` the first may stand for both. Raises UserError."""
+    words = (config.data.train, config.data.test or config.data.train if alone else config.data.test)
+    for key, word in zip(("train", "test"), words, strict=True):
+        if not word:
+            raise UserError(
+                f"data.{key} is missing: {name} needs labelled images, data.train=<folder> data.test=<folder>."
+            )
+    return words
 
 
 def sum_over_processes(number: int, whole: bool) -> int:

@@ -1,0 +1,170 @@
+"""The papers' own linear probes, for comparison with their tables: `sslvit linear protocol=mae` or `protocol=dino`.
+
+They pass every image through the frozen encoder in each epoch, in a new random crop, and train one head.
+
+mae   He et al., appendix A.1, and the released code: class token after the final norm, BatchNorm without affine
+      parameters (eps 1e-6), LARS at 0.1 x batch / 256, batch 16384, no weight decay, 90 epochs of which 10 warm up,
+      half a cosine for each step, crops of 0.08 to 1 of the area (one draw, clamped to the image, bicubic), flips.
+dino  Caron et al., section 4.1, and the released code: class tokens of the last four blocks, SGD with momentum 0.9 at
+      0.001 x batch / 256, batch 1024, no weight decay, 100 epochs, half a cosine for each epoch, crops of 0.08 to 1 of
+      the area (bilinear), flips. For a ViT-B the code takes `pool=cls+mean`.
+
+Here the last epoch is reported, and the test images are looked at once; both released codes report the best epoch on
+the test images. `epochs=`, `global_batch_size=`, `lr=[...]` (one rate at a batch of 256) and `pool=` change the
+protocol, and the result says so. The encoder runs in the configured precision; theirs in float32.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import rng, schedules
+from ..augment import augment
+from ..data.loader import Layout, make_loader
+from ..distributed import all_reduce_sum, rank, say, world_size
+from ..encoder import Pool
+from ..errors import UserError
+from ..hardware import default_workers
+from ..optim import LARS
+from ..views import Crop
+from . import linear, protocol
+from .features import extract_cached, renumbered, same_classes
+
+IGNORED = -1  # the label of an image that has none
+
+
+@dataclass(frozen=True)
+class Published:
+    """One paper's protocol."""
+
+    pool: Pool
+    lr: float  # at a batch of 256 images
+    global_batch_size: int
+    epochs: int
+    warmup_epochs: int
+    batch_norm: bool
+    crop: dict[str, Any]
+    by_epoch: bool  # whether the learning rate changes between epochs only
+
+
+PROTOCOLS = {
+    "mae": Published("cls", 0.1, 16384, 90, 10, True, {"interpolation": "bicubic", "tries": 1}, False),
+    "dino": Published("last4", 0.001, 1024, 100, 0, False, {"interpolation": "bilinear"}, True),
+}
+
+
+def run(config: linear.Config) -> dict[str, Any]:
+    """Train the head on random crops, test it once; prints and writes <run>/eval/linear_<protocol>.json. Raises
+    UserError."""
+    name, published = config.protocol, PROTOCOLS[config.protocol]
+    if config.pools or config.weight_decay != linear.Config.weight_decay:
+        raise UserError(f"pools and weight_decay belong to protocol=sweep: protocol={name} has one head without decay.")
+    if config.lr != linear.LEARNING_RATES and len(config.lr) != 1:
+        raise UserError(f"lr={list(config.lr)}: protocol={name} has one learning rate, at a batch of 256 images.")
+    lr = published.lr if config.lr == linear.LEARNING_RATES else config.lr[0]
+    words = protocol.both_sets(config, "linear")
+    frozen = protocol.load(config)
+    encoder, accelerator = frozen.subject.encoder, frozen.accelerator
+    pool = published.pool if config.pool == "auto" else config.pool
+    if pool not in encoder.pools():
+        raise UserError(
+            f"protocol={name} reads {protocol.describe_pool(pool)}, which {config.run} has not: give pool= one of "
+            f"{', '.join(encoder.pools())}."
+        )
+    train, test = (frozen.open(word, config.data.download_dir) for word in words)
+    numbers = same_classes(train, test, words)
+    wanted = config.global_batch_size or published.global_batch_size
+    layout, total = _layout(config, min(wanted, len(train)))
+    epochs, steps_per_epoch = config.epochs or published.epochs, len(train) // total
+    asked = "" if total == wanted else f" of {wanted} asked"
+    say(
+        f"linear probe of {config.run}, protocol {name}: {protocol.describe_pool(pool)}, {frozen.precision}; {epochs} "
+        f"epochs of {steps_per_epoch} steps, batch {total}{asked}, "
+        f"learning rate {lr * total / 256:g}"
+    )
+    head = Head(encoder.feature_dim(pool), len(train.classes), published.batch_norm, config.seed).to(accelerator.device)
+    parameters = list(head.parameters())
+    make = LARS if published.batch_norm else partial(torch.optim.SGD, momentum=0.9)
+    optimizer = make(parameters, lr=0.0, weight_decay=0.0)
+    views = {"view": [Crop(encoder.image_size, (0.08, 1.0), **published.crop)]}
+    workers = default_workers(accelerator.device) if config.workers is None else config.workers
+    steps = epochs * steps_per_epoch
+    batches = iter(make_loader(train, views, layout, config.seed, (0, steps), workers, accelerator.device))
+    labels = torch.from_numpy(train.labels)
+    encoder.eval()
+    for step in range(steps):
+        epoch, place = divmod(step, steps_per_epoch)
+        at = epoch * steps_per_epoch if published.by_epoch else step
+        rate = schedules.warmup_cosine(at, lr * total / 256, 0.0, published.warmup_epochs * steps_per_epoch, steps)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        for _ in range(layout.accumulate):
+            batch = next(batches)
+            if batch.pop("failed", False):
+                raise UserError(f"Many images in a row of {words[0]} cannot be read.")
+            wanted_labels = labels[batch["index"]]
+            for row, _ in batch.pop("bad"):  # another image stands in its place: it has not this label
+                wanted_labels[batch["index"] == row] = IGNORED
+            x = augment(batch, views, frozen.normalize, accelerator.device)["view"][0]
+            with torch.no_grad(), accelerator.autocast():
+                features = encoder.features(x, pool).float()
+            loss = F.cross_entropy(head(features), wanted_labels.to(x.device), ignore_index=IGNORED, reduction="sum")
+            loss = loss / layout.batch_size
+            (loss / layout.accumulate).backward()
+        for parameter in parameters:
+            parameter.grad = all_reduce_sum(parameter.grad) / world_size()
+        optimizer.step()
+        if place == steps_per_epoch - 1:
+            say(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.4f} in the last micro-batch")
+    folder = frozen.subject.results / "features" if config.cache and frozen.subject.results else None
+    features = extract_cached(
+        folder, encoder, test, frozen.normalize, accelerator, (pool,), config.batch_size, config.workers
+    )[pool]
+    test_labels = renumbered(features.labels, numbers)
+    known = test_labels >= 0
+    head.eval().cpu()
+    with torch.no_grad():
+        right = head(features.values[known]).argmax(dim=1) == test_labels[known]
+    results = linear.outcome(config, train.classes, right, test_labels[known], f"by the protocol of {name}")
+    changed = {"epochs": (epochs, published.epochs), "global_batch_size": (total, published.global_batch_size),
+               "lr": (lr, published.lr), "pool": (pool, published.pool)}  # fmt: skip
+    departures = {key: {"here": here, "published": theirs} for key, (here, theirs) in changed.items() if here != theirs}
+    record = {
+        "evaluation": f"linear_{name}", "run": config.run, **frozen.subject.detail,
+        "train": {"data": words[0], "images": len(train)},
+        "test": {"data": words[1], "images": len(features), "unreadable": features.unreadable},
+        "classes": len(train.classes), "features": protocol.describe_pool(pool), "precision": frozen.precision,
+        "image_size": list(encoder.image_size), "seed": config.seed, "versions": protocol.versions(),
+        "departures": departures, "results": results,
+    }  # fmt: skip
+    for key, values in departures.items():
+        say(f"not as published: {key} is {values['here']}, published {values['published']}")
+    protocol.file(config, frozen.subject, f"linear_{name}", record)
+    return results
+
+
+class Head(nn.Module):
+    """BatchNorm without affine parameters, if the protocol has it, and a linear classifier: N(0, 0.01), bias 0."""
+
+    def __init__(self, width: int, num_classes: int, batch_norm: bool, seed: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if batch_norm else nn.Identity()
+        self.linear = nn.Linear(width, num_classes)
+        torch.manual_seed(int(rng.fold_in(seed, "published")))
+        nn.init.trunc_normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
+
+
+def _layout(config: linear.Config, total: int) -> tuple[Layout, int]:
+    """(how a global batch of at most `total` images is dealt out, its size)."""
+    size = min(config.batch_size, max(1, total // world_size()))
+    accumulate = max(1, total // (size * world_size()))
+    layout = Layout(size, accumulate, world_size(), rank())
+    return layout, layout.global_batch_size

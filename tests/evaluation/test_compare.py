@@ -1,0 +1,76 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from sslvit.evaluation import compare, protocol
+
+
+def record(right, top1=None, **more) -> dict:
+    right = torch.tensor(right)
+    results = {"top1": 100 * right.double().mean().item() if top1 is None else top1, "right": protocol.packed(right)}
+    test = {"data": "x", "images": len(right), "unreadable": 0}
+    return {"test": test, "train": {"data": "t"}, "precision": "bf16", "seed": 0, "results": results, **more}
+
+
+def write(run, name, content):
+    (run / "eval").mkdir(parents=True, exist_ok=True)
+    (run / "eval" / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_what_is_packed_is_unpacked():
+    right = torch.rand(37, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert protocol.unpacked(protocol.packed(right), 37).tolist() == right.tolist()
+
+
+def test_the_interval_of_a_difference_is_that_of_drawing_images_in_pairs():
+    generator = np.random.default_rng(0)
+    a = generator.random(400) < 0.6
+    b = np.where(generator.random(400) < 0.2, ~a, a)
+    found = compare.difference(record(a.tolist()), record(b.tolist()), "linear", seed=1)
+    assert found["difference"] == pytest.approx(100 * (b.mean() - a.mean()), abs=1e-3)
+    drawn = generator.integers(0, 400, (4000, 400))
+    slow = 100 * (b[drawn].mean(axis=1) - a[drawn].mean(axis=1))
+    assert found["interval"] == pytest.approx(np.percentile(slow, [2.5, 97.5]), abs=0.35)
+
+
+def test_runs_stand_side_by_side_and_other_rulers_are_named(cli, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    right = [True] * 60 + [False] * 40
+    write(a, "linear", record(right))
+    write(b, "linear", record([True] * 80 + [False] * 20, precision="float32"))
+    write(b, "quality", {"results": {"rankme": 12.5}})
+    status, printed, _ = cli("compare", a, b, f"out={tmp_path / 'out.json'}")
+    assert status == 0
+    table = [line.split() for line in printed.splitlines()]
+    assert table[0] == ["run", "linear", "%", "RankMe"]
+    assert table[1] == [str(a), "60.00"]
+    assert table[2] == [str(b), "80.00", "12.50"]
+    assert f"linear: {b} +20.00 against {a} (95 % interval" in printed
+    assert 'Not by one ruler, linear: precision is "bf16"' in printed
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["results"][str(b)] == {"linear": 80.0, "quality": 12.5}
+    assert report["differences"][0]["interval"][0] > 0
+
+
+def test_a_difference_that_other_images_could_turn_round_is_called_so(cli, tmp_path):
+    write(tmp_path / "a", "linear", record([True, False] * 50))
+    write(tmp_path / "b", "linear", record([False, True] * 49 + [True, True]))
+    assert "other test images could turn it round" in cli("compare", tmp_path / "a", tmp_path / "b")[1]
+
+
+def test_real_results_of_a_run_and_of_its_beginning(cli, fails, labelled, colour_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(colour_run, run, ignore=shutil.ignore_patterns("eval"))
+    assert "has no results" in fails("compare", run)
+    sets = [f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}", "k=[3]"]
+    for name in (str(run), f"untrained:{run}"):
+        assert cli("knn", f"run={name}", *sets)[0] == 0
+    status, printed, _ = cli("compare", run, f"untrained:{run}")
+    assert status == 0
+    assert f"k-NN: untrained:{run}" in printed
+    (run / "eval" / "knn.json").write_text("{}")
+    assert "is no result of this version" in fails("compare", run)
+    assert "compare needs runs" in fails("compare")
