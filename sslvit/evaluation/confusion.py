@@ -60,7 +60,8 @@ def draw(matrix: Tensor, names: Sequence[str]) -> Image.Image:
     if num_classes <= NAMED:
         marks = {c: pictures.shorten(name) for c, name in enumerate(names)}
     else:
-        marks = {c: str(c) for c in range(0, num_classes, 10 ** (len(str(num_classes - 1)) - 1))}
+        step = next((step for step in (10, 20, 50, 100, 200, 500) if num_classes <= 20 * step), 1000)
+        marks = {c: str(c) for c in range(0, num_classes, step)}
     share = matrix.double() / matrix.sum(dim=1, keepdim=True).clamp(min=1)
     margin = max(pictures.text_width(mark, text) for mark in marks.values()) + 12
     edge, head = cell * num_classes, 24

@@ -75,8 +75,9 @@ def image_of(pixels: Tensor, size: tuple[int, int] | None = None, smooth: bool =
 
 
 def heat(values: Tensor) -> Tensor:
-    """[H, W] float -> [3, H, W] float in [0, 255]: from black over red and yellow to white, the largest value white."""
-    x = values.float() / values.max().clamp(min=1e-12)
+    """[H, W] float, not negative -> [3, H, W] float in [0, 255]: from black over red and yellow to white, which the
+    largest hundredth of the values has, so that a single pixel does not darken all others."""
+    x = values.float() / values.float().quantile(0.99).clamp(min=1e-12)
     return 255 * torch.stack([3 * x, 3 * x - 1, 3 * x - 2]).clamp(0, 1)
 
 
