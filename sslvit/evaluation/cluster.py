@@ -8,9 +8,10 @@ looking at a label; what is told is the mean and the deviation over the repeats.
 NMI         Mutual information of clusters and classes, divided by the mean of their entropies, 0 to 100. Vinh et al.,
             JMLR 11 (2010), table 2, NMI_sum. It grows with the number of clusters even for chance.
 ARI         Share of pairs of images on which both agree, above what chance gives: 0 is chance, 100 equality. Hubert
-            and Arabie, Journal of Classification 2 (1985), equation 5.
+            and Arabie, Journal of Classification 2 (1985).
 accuracy    Share of images that lie in the cluster matched to their class, each cluster to one class at most, by the
-            matching that makes it largest (Kuhn, 1955; Xie et al., ICML 2016, equation 10). Chance is above 100 / k.
+            matching that makes it largest (Kuhn, 1955; Xie et al., ICML 2016, arXiv 1511.06335). Chance is
+            above 100 / k.
 
 The measures are computed here from the table of clusters by classes: each is a line or two, and the matching twenty,
 which is less than a dependency on scikit-learn and SciPy weighs.

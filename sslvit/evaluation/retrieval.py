@@ -5,9 +5,10 @@ answers. Without data.test, every image of data.train ranks all the others: itse
 by its similarity, so a copy of it stays in.
 
 mAP           Mean over the queries of the average precision, the mean of the precision at the rank of each right
-              answer, over the complete ranking (Philbin et al., CVPR 2007, section 3; without interpolation).
-recall@k      Share of the queries with a right answer among the first k (Song et al., CVPR 2016, arXiv 1511.06452,
-              section 5), as is usual for retrieval by class. Not the share of the right answers that were found.
+              answer, over the complete ranking (Manning, Raghavan and Schuetze, Introduction to Information
+              Retrieval, 2008, section 8.4).
+recall@k      Share of the queries with a right answer among the first k (Song et al., CVPR 2016, arXiv 1511.06452),
+              as is usual for retrieval by class. Not the share of the right answers that were found.
 precision@k   Mean share of right answers among the first k.
 
 The rankings are exact, by faiss. Equal similarities come in a random order that is a function of the seed: in the order

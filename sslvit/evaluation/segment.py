@@ -16,8 +16,8 @@ is chosen by mean IoU on a held-out part of the training images; then one classi
 test images are looked at once.
 
 IoU of a class: pixels that are and were called it, by pixels that are or were called it, over all images together; the
-mean is over the classes that occur in the masks or the predictions (PASCAL VOC, Everingham et al., IJCV 2010, section
-4.1.3, where it is called accuracy).
+mean is over the classes that occur in the masks or the predictions (PASCAL VOC, Everingham et al., IJCV 2010, where it
+is called accuracy).
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,6 +47,8 @@ UNKNOWN = 255
 PALETTE_SIZE = 256
 SHOWN = 6  # test images in the picture
 
+Shown = tuple[int, Tensor, Tensor]  # number of an image, its mask, what was predicted
+
 
 @dataclass
 class Sets:
@@ -58,7 +60,7 @@ class Sets:
 class Config(protocol.Subject):
     data: Sets = field(default_factory=Sets)
     size: int | tuple[int, int] | None = None  # pixels at which the encoder sees the images; null: its own size
-    lr: tuple[float, ...] = (*linear.LEARNING_RATES, 3.0, 10.0)  # of SGD at a batch of 1024 patches; one is chosen
+    lr: tuple[float, ...] = (*linear.LEARNING_RATES, 3.0)  # of SGD at a batch of 1024 patches; one is chosen
     epochs: int = 20  # of the classifiers, over all patches
     weight_decay: float = 0.0  # of the classifiers
     holdout: float = 0.1  # share of the training images on which the learning rate is chosen
@@ -123,7 +125,7 @@ def run(config: Config) -> dict[str, Any]:
     frozen = protocol.load(config)
     size = image_size(frozen, config.size)
     train, test = (Masked(word, frozen.subject.encoder.in_chans) for word in (config.data.train, config.data.test))
-    results = on_first_process(lambda: probe(config, frozen, train, test, size))
+    results, shown = on_first_process(lambda: probe(config, frozen, train, test, size))
     record = sets.record(
         frozen, config, "segment", train={"data": config.data.train, "images": results.pop("train_images")},
         test={"data": config.data.test, "images": results.pop("test_images")}, size=list(size),
@@ -131,6 +133,8 @@ def run(config: Config) -> dict[str, Any]:
     )  # fmt: skip
     record["features"] = "patch tokens"
     protocol.file(config, frozen.subject, "segment", record)
+    if config.picture:
+        on_first_process(lambda: draw(config, test, shown, size))
     return results
 
 
@@ -157,8 +161,10 @@ def image_size(frozen: protocol.Frozen, wanted: int | tuple[int, int] | None) ->
     size = encoder.image_size if wanted is None else (wanted, wanted) if isinstance(wanted, int) else tuple(wanted)
     for side, patch in zip(size, encoder.patch_size, strict=True):
         if side % patch:
-            near = f"{max(1, side // patch) * patch} or {(side // patch + 1) * patch}"
-            raise UserError(f"size={side} is not divisible by the patch size {patch}: use {near}.")
+            near = sorted({max(1, side // patch) * patch, (side // patch + 1) * patch})
+            raise UserError(
+                f"size={side} is not divisible by the patch size {patch}: use {' or '.join(map(str, near))}."
+            )
     if size != tuple(encoder.image_size) and not getattr(encoder.model, "dynamic_img_size", False):
         raise UserError(f"run={frozen.subject.name} takes images of {encoder.image_size} only: leave size out.")
     return size
@@ -166,8 +172,8 @@ def image_size(frozen: protocol.Frozen, wanted: int | tuple[int, int] | None) ->
 
 def probe(
     config: Config, frozen: protocol.Frozen, train: Masked, test: Masked, size: tuple[int, int]
-) -> dict[str, Any]:
-    """Everything between the images and the results. Raises UserError."""
+) -> tuple[dict[str, Any], list[Shown]]:
+    """Everything between the images and the results, and what the picture shows. Raises UserError."""
     order = rng.permutation(rng.fold_in(config.seed, "segment"), len(train))[: config.images]
     num_classes = count_classes(train, order)
     for number in range(len(test)):
@@ -198,6 +204,8 @@ def probe(
 
     def fit(rows: Tensor, lrs: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
         chosen = weights[rows] > 0
+        if not chosen.any():
+            raise UserError(f"The masks of {config.data.train} know no pixel of the images to learn from.")
         features = x[rows][chosen]
         mean, std = linear.standardisation(features)
         features = (features - mean) / std
@@ -236,9 +244,7 @@ def probe(
         "test_images": count,
     }
     report(config, results, best)
-    if config.picture:
-        draw(config, test, shown, size)
-    return results
+    return results, shown
 
 
 def count_classes(train: Masked, order: Tensor) -> int:
@@ -413,7 +419,7 @@ def report(config: Config, results: dict[str, Any], best: int) -> None:
         say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
 
 
-def draw(config: Config, test: Masked, shown: list[tuple[int, Tensor, Tensor]], size: tuple[int, int]) -> None:
+def draw(config: Config, test: Masked, shown: list[Shown], size: tuple[int, int]) -> None:
     """A row for each of some test images: the image, its mask and the prediction."""
     factor = min(1.0, 320 / max(size)) if max(size) > 160 else max(1, 160 // max(size))
     cell = (round(size[0] * factor), round(size[1] * factor))
