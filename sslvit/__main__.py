@@ -18,6 +18,11 @@ EVALUATIONS = {
     "logistic": ("run=... data.train=... data.test=...", "logistic regression on its frozen features"),
     "attentive": ("run=... data.train=... data.test=...", "attentive probe of its frozen patch tokens"),
     "quality": ("run=... data=...", "rank, uniformity and alignment of its features, without labels"),
+    "retrieval": ("run=... data.train=... [data.test=...]", "which images it finds alike: mAP, recall, precision"),
+    "cluster": ("run=... data=...", "clusters of its features beside the classes: NMI, ARI, accuracy"),
+    "robustness": ("run=... data.train=... data.test=...", "its linear probe on corrupted and attacked images"),
+    "segment": ("run=... data.train=... data.test=...", "a linear classifier of its patches: mean IoU"),
+    "attention": ("run=... data=... picture=...", "a picture of its attention and of its patch features"),
 }
 RECIPE = "[recipe.yaml] [folder] [key=value ...]"
 
@@ -32,7 +37,7 @@ def usage() -> str:
     ]
     return (
         "sslvit <command> [words]\n\n"
-        + "".join(f"  {name:<9}{words:<39}  {text}\n" for name, words, text in lines)
+        + "".join(f"  {name:<11}{words:<39}  {text}\n" for name, words, text in lines)
         + "\n`sslvit <command> --help` lists the keys of a command. On several GPUs: accelerate launch -m sslvit "
         "<command> ...\n"
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sslvit import state
+from sslvit.__main__ import EVALUATIONS
 
 from .conftest import words
 
@@ -15,7 +16,7 @@ from .conftest import words
 def test_help_is_printed_for_every_command(cli):
     status, usage, _ = cli()
     assert status == 0
-    for command in ("pretrain", "knn", "linear", "bench", "export"):
+    for command in ("pretrain", *EVALUATIONS, "bench", "export"):
         assert command in usage
         status, text, _ = cli(command, "--help")
         assert status == 0

@@ -35,6 +35,7 @@ from ..views import Crop
 from . import protocol
 from .features import extract
 from .knn import neighbours
+from .sets import Chosen
 
 NEIGHBOURS = 10
 DELTA = 1e-4  # LiDAR's: added to the covariance within images before it is inverted
@@ -46,29 +47,6 @@ class Config(protocol.Subject):
     images: int = 2000  # of them, chosen by the seed
     views: int = 8  # augmented views of each
     crop_scale: tuple[float, float] = (0.4, 1.0)  # of a view: share of the image's area
-
-
-class Chosen:
-    """Some images of a source, as a source."""
-
-    def __init__(self, source: Source, index: Tensor) -> None:
-        self.source, self.index = source, index.tolist()
-        self.labels, self.classes = None, []
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def read(self, index: int) -> Tensor:
-        return self.source.read(self.index[index])
-
-    def name(self, index: int) -> str:
-        return self.source.name(self.index[index])
-
-    def identity(self) -> str:
-        return self.source.identity()
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
 
 
 def run(config: Config) -> dict[str, float]:

@@ -1,0 +1,236 @@
+"""Where an encoder looks: a picture of its attention and of its patch tokens, and numbers that describe the heads.
+
+A row for each image, in this order:
+
+image     as the encoder sees it, at `size`
+patches   the three main directions of the patch tokens (after the final norm), over all shown images together, as red,
+          green and blue: patches of one colour have like features (Oquab et al., arXiv 2304.07193, section 7.5).
+          The same smooth colours in all images say that the tokens mostly tell where they are.
+mean      attention of the last block (or of `block`) from the class token to the patches, mean over the heads
+rollout   (rollout=true) the product over the blocks of half their mean attention and half the identity, which stands
+          for the skip connection: Abnar and Zuidema, ACL 2020 (arXiv 2005.00928), section 3
+0, 1, ... attention of each head (Caron et al., DINO, figure 3)
+
+Attention is softmax(q k^T / sqrt(d)) of a block, in float32. Each map is drawn from black (0) to white (its largest
+hundredth). Without a class token, or with query=mean, the map is the mean over all patches as queries: how much each
+patch is looked at. With MAE, whose loss no class token takes part in, query=mean may say more.
+
+The numbers are means over the shown images, for each head: entropy of the attention in bits, mean distance from a patch
+to what it looks at in patches (Dosovitskiy et al., ICLR 2021, figure 7), and the share of the attention that goes to
+prefix tokens (class token and registers) in percent.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from timm.layers import Attention
+from torch import Tensor
+
+from ..augment import Normalize
+from ..data import BadImage, Source
+from ..distributed import on_first_process, say
+from ..encoder import Encoder
+from ..errors import UserError, check_range
+from ..views import centre
+from . import pictures, protocol, sets
+from .segment import image_size
+
+SIDE = 128  # pixels of a cell in the picture, or a little less
+FAINT = 0.02  # share of patches at each end of a direction whose colour is cut off
+
+
+@dataclass
+class Config(protocol.Subject):
+    data: str = ""  # images, labelled or not: a folder, or a set by name
+    images: int = 8  # of them, chosen by the seed
+    size: int | tuple[int, int] | None = None  # pixels at which the encoder sees the images; null: its own size
+    block: int = -1  # whose attention, counted from 0, or from the last with -1
+    query: Literal["auto", "cls", "mean"] = "auto"  # who looks: the class token or all patches; auto: cls if there is
+    rollout: bool = False  # one more column: attention through all blocks
+    picture: str = ""  # the PNG to draw
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Attention and tokens of some images; draws the picture and writes <run>/eval/attention.json. Raises UserError."""
+    check_range("", config, 1, None, "images", "size")
+    if not config.data:
+        raise UserError("data is missing: attention needs images, labelled or not, data=<folder>.")
+    if not config.picture:
+        raise UserError("picture is missing: name the PNG to draw, picture=attention.png.")
+    pictures.check(config.picture)
+    frozen = protocol.load(config)
+    size = image_size(frozen, config.size)
+    encoder = frozen.subject.encoder
+    blocks = len(encoder.model.blocks)
+    if not -blocks <= config.block < blocks:
+        raise UserError(
+            f"block={config.block} is not one of the {blocks} blocks: give -1 for the last, or 0 and above."
+        )
+    for block in encoder.model.blocks:
+        if type(getattr(block, "attn", None)) is not Attention:
+            raise UserError(f"run={config.run} has an attention of its own kind, which is not known here.")
+    if config.query == "cls" and not encoder.model.has_class_token:
+        raise UserError(f"run={config.run} has no class token: use query=mean.")
+    source = frozen.open(config.data)
+    results = on_first_process(lambda: show(config, frozen, source, size))
+    record = sets.record(
+        frozen,
+        config,
+        "attention",
+        data=config.data,
+        size=list(size),
+        patches=list(encoder.grid(size)),
+        results=results,
+    )
+    record["features"] = "patch tokens"
+    protocol.file(config, frozen.subject, "attention", record)
+    return results
+
+
+def show(config: Config, frozen: protocol.Frozen, source: Source, size: tuple[int, int]) -> dict[str, Any]:
+    """Draw, and describe the heads; prints a table."""
+    encoder, device = frozen.subject.encoder.eval(), frozen.accelerator.device
+    chosen = sets.choose(source, config.images, config.seed, "attention")
+    images = readable(chosen, size)
+    if not images:
+        raise UserError(f"None of the {len(chosen)} chosen images of {config.data} can be read.")
+    x = torch.stack(images).to(device) / 255
+    looked = attend(encoder, frozen.normalize, x, config.batch_size)
+    grid, prefix = encoder.grid(size), encoder.model.num_prefix_tokens
+    query = "mean" if config.query == "mean" or not encoder.model.has_class_token else "cls"
+    weights = looked.weights[config.block]
+    maps = from_query(weights, query, prefix)
+    drawn = {"mean": maps.mean(dim=1, keepdim=True)}
+    if config.rollout:
+        drawn["rollout"] = from_query(rollout(looked.weights).unsqueeze(1), query, prefix)
+    drawn |= {str(head): maps[:, head : head + 1] for head in range(maps.shape[1])}
+    colours = principal_colours(looked.patches).unflatten(1, grid)
+    cell = cell_size(size)
+    rows = [
+        [
+            pictures.image_of(image, cell, smooth=True),
+            pictures.image_of(255 * colours[i].permute(2, 0, 1), cell),
+            *(pictures.image_of(pictures.heat(map_[i, 0].unflatten(0, grid)), cell) for map_ in drawn.values()),
+        ]
+        for i, image in enumerate(images)
+    ]
+    place = config.block % len(looked.weights)
+    who = "the class token" if query == "cls" else "all patches"
+    title = f"attention of {who} in block {place}, by head"
+    pictures.save(pictures.montage(rows, column_names=["image", "patches", *drawn], title=title), config.picture)
+    results = {"block": place, "query": query, "images": len(images), "heads": describe(weights, query, prefix, grid)}
+    say(
+        f"{title}, of {config.run}: {len(images)} images at {size[0]} x {size[1]} pixels, {grid[0]} x {grid[1]} patches"
+    )
+    header = ["head", "entropy, bits", "distance, patches", "on prefix %"]
+    rows = [
+        [str(h), *(f"{one[name]:.2f}" for name in ("entropy", "distance", "on_prefix"))]
+        for h, one in enumerate(results["heads"])
+    ]
+    say(*protocol.table(header, rows))
+    return results
+
+
+def readable(source: Source, size: tuple[int, int]) -> list[Tensor]:
+    """[C, h, w] float in [0, 255] for each image that can be read: as large as fits, then its centre."""
+    images = []
+    for index in range(len(source)):
+        try:
+            images.append(centre(source.read(index), size).float())
+        except BadImage as error:
+            say(f"{source.name(index)} cannot be read and is left out: {error}.")
+    return images
+
+
+class Looked(NamedTuple):
+    """What some images gave; on the CPU."""
+
+    weights: list[Tensor]  # for each block [B, H, N, N] float32: of token n (row), to token m
+    patches: Tensor  # [B, P, D] float32
+
+
+@torch.inference_mode()
+def attend(encoder: Encoder, normalize: Normalize, images: Tensor, batch_size: int = 256) -> Looked:
+    """[B, C, H, W] in [0, 1] -> attention of all blocks, and the patch tokens, in float32."""
+    inputs: list[Tensor] = []
+    hooks = [
+        hook
+        for block in encoder.model.blocks
+        for hook in (
+            block.register_forward_pre_hook(lambda module, args: None),  # a block with hooks is run as timm runs it
+            block.attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0])),
+        )
+    ]
+    weights: list[list[Tensor]] = [[] for _ in encoder.model.blocks]
+    patches = []
+    try:
+        for x in images.split(batch_size):
+            with torch.compiler.set_stance("force_eager"):
+                patches.append(encoder(normalize(x)).patches.float().cpu())
+            for parts, block, given in zip(weights, encoder.model.blocks, inputs, strict=True):
+                parts.append(attention_of(block.attn, given).cpu())
+            inputs.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Looked([torch.cat(parts) for parts in weights], torch.cat(patches))
+
+
+def attention_of(module: Attention, x: Tensor) -> Tensor:
+    """[B, N, D], what the module is given -> [B, H, N, N], rows that sum to 1."""
+    q, k, _ = module.qkv(x).unflatten(2, (3, module.num_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
+    q, k = module.q_norm(q), module.k_norm(k)
+    return (q.float() @ k.float().transpose(-2, -1) * module.scale).softmax(dim=-1)
+
+
+def rollout(weights: list[Tensor]) -> Tensor:
+    """[B, H, N, N] for each block, the first first -> [B, N, N]: how much of each input token is in each output."""
+    identity = torch.eye(weights[0].shape[-1])
+    through = identity.expand(len(weights[0]), -1, -1)
+    for weight in weights:
+        through = (0.5 * weight.mean(dim=1) + 0.5 * identity) @ through
+    return through
+
+
+def from_query(weights: Tensor, query: str, prefix: int) -> Tensor:
+    """[B, H, N, N] -> [B, H, P], to the patches, from the class token (the first) or as the mean over all patches."""
+    rows = weights[:, :, 0] if query == "cls" else weights[:, :, prefix:].mean(dim=2)
+    return rows[:, :, prefix:]
+
+
+def describe(weights: Tensor, query: str, prefix: int, grid: tuple[int, int]) -> list[dict[str, float]]:
+    """[B, H, N, N] -> for each head: entropy and share on prefix tokens of the query's attention, and the distance of
+    patches."""
+    rows = weights[:, :, :1] if query == "cls" else weights[:, :, prefix:]
+    entropy = torch.special.entr(rows).sum(dim=-1).mean(dim=(0, 2)) / torch.log(torch.tensor(2.0))
+    on_prefix = rows[..., :prefix].sum(dim=-1).mean(dim=(0, 2))
+    place = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).float().view(-1, 2)
+    among = weights[:, :, prefix:, prefix:]
+    shares = among / among.sum(dim=-1, keepdim=True)
+    distance = (shares * torch.cdist(place, place)).sum(dim=-1).mean(dim=(0, 2))
+    return [
+        {"entropy": round(e, 4), "distance": round(d, 4), "on_prefix": round(100 * p, 4)}
+        for e, d, p in zip(entropy.tolist(), distance.tolist(), on_prefix.tolist(), strict=True)
+    ]
+
+
+def principal_colours(patches: Tensor) -> Tensor:
+    """[B, P, D] -> [B, P, 3] in [0, 1]: coordinates along the three directions in which the tokens differ most.
+
+    A direction points where its largest coordinate is positive, so that the colours do not depend on the machine.
+    """
+    x = patches.flatten(0, 1).double()
+    x = x - x.mean(dim=0)
+    directions = torch.linalg.eigh(x.t() @ x).eigenvectors.flip(1)[:, :3]
+    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
+    found = x @ (directions * largest.sign())
+    low, high = found.quantile(torch.tensor([FAINT, 1 - FAINT], dtype=torch.float64), dim=0)
+    colours = ((found - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
+    return colours.unflatten(0, patches.shape[:2])
+
+
+def cell_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Pixels of a cell: a whole multiple of a small image, or less than a large one."""
+    factor = SIDE // max(size) if max(size) <= SIDE else 2 * SIDE / max(size) if max(size) > 2 * SIDE else 1
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))

@@ -1,0 +1,137 @@
+"""Pictures of a result, drawn with PIL alone: grids of images with captions, as PNG files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+
+from ..distributed import rank, say
+from ..errors import UserError
+
+INK, PAPER = (20, 20, 20), (255, 255, 255)
+MARK = "sslvit"  # written into the file: only a picture that carries it is ever replaced
+LONGEST = 24  # letters of a caption
+
+
+def check(path: str) -> None:
+    """Refuse a picture that could not be written, before the work. Raises UserError."""
+    file = Path(path).expanduser()
+    if not path:
+        return
+    if file.suffix.lower() != ".png":
+        raise UserError(f"picture={path} must end in .png.")
+    if not file.parent.is_dir():
+        raise UserError(f"picture={path}: there is no folder {file.parent}, make it first.")
+    if file.exists() and not _ours(file):
+        raise UserError(f"picture={path} exists and was not drawn by sslvit: give another name.")
+
+
+def save(image: Image.Image, path: str) -> None:
+    """Write a PNG on the first process, in place of one that was drawn before. Raises UserError."""
+    if rank() == 0:
+        mark = PngImagePlugin.PngInfo()
+        mark.add_text("Software", MARK)
+        try:
+            image.save(Path(path).expanduser(), pnginfo=mark)
+        except OSError as error:
+            raise UserError(f"The picture cannot be written to {path}: {error.strerror or error}.") from error
+    say(f"picture in {path}")
+
+
+def _ours(file: Path) -> bool:
+    try:
+        with Image.open(file) as image:
+            return image.info.get("Software") == MARK
+    except OSError:
+        return False
+
+
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def text_width(text: str, size: int) -> int:
+    return round(font(size).getlength(text))
+
+
+def shorten(text: str, longest: int = LONGEST) -> str:
+    return text if len(text) <= longest else text[: longest - 2] + ".."
+
+
+def image_of(pixels: Tensor, size: tuple[int, int] | None = None, smooth: bool = False) -> Image.Image:
+    """[C, H, W], uint8 or float in [0, 255], of any channel count -> RGB, enlarged or reduced to (h, w).
+
+    One or two channels give their first in gray; of four and more, the first three are shown.
+    """
+    pixels = pixels.detach().cpu().float().round().clamp(0, 255).to(torch.uint8)
+    pixels = pixels[:1].expand(3, -1, -1) if len(pixels) < 3 else pixels[:3]
+    image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+    if size is None or (image.height, image.width) == tuple(size):
+        return image
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
+
+
+def heat(values: Tensor) -> Tensor:
+    """[H, W] float, not negative -> [3, H, W] float in [0, 255]: from black over red and yellow to white, which the
+    largest hundredth of the values has, so that a single pixel does not darken all others."""
+    x = values.float() / values.float().quantile(0.99).clamp(min=1e-12)
+    return 255 * torch.stack([3 * x, 3 * x - 1, 3 * x - 2]).clamp(0, 1)
+
+
+def montage(
+    rows: Sequence[Sequence[Image.Image | None]],
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+    title: str = "",
+    gap: int = 4,
+) -> Image.Image:
+    """A grid of images of one size, with a caption beside each row and above each column. None leaves a gap."""
+    cell = next(image for row in rows for image in row if image is not None)
+    columns, text = max(len(row) for row in rows), 13
+    left = max([0, *(text_width(shorten(name, 40), text) for name in row_names)]) + (2 * gap if row_names else 0)
+    upright = any(text_width(name, text) > cell.width for name in column_names)
+    names = [shorten(name) for name in column_names]
+    above = (max([0, *(text_width(name, text) for name in names)]) if upright else text + 2) if names else 0
+    top = above + gap + (text + 8 if title else 0)
+    width = left + gap + columns * (cell.width + gap)
+    if title:
+        width = max(width, text_width(title, text) + 2 * gap)
+    sheet = Image.new("RGB", (width, top + len(rows) * (cell.height + gap)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((gap, 2), title, INK, font(text))
+    for c, name in enumerate(names):
+        x = left + gap + c * (cell.width + gap)
+        if upright:
+            write_upright(sheet, name, (x + cell.width // 2, top - gap), text)
+        else:
+            draw.text((x + cell.width // 2, top - gap), name, INK, font(text), anchor="mb")
+    for r, row in enumerate(rows):
+        y = top + r * (cell.height + gap)
+        if row_names:
+            draw.text((left, y + cell.height // 2), shorten(row_names[r], 40), INK, font(text), anchor="rm")
+        for c, image in enumerate(row):
+            if image is not None:
+                sheet.paste(image, (left + gap + c * (cell.width + gap), y))
+    return sheet
+
+
+def write_upright(sheet: Image.Image, text: str, foot: tuple[int, int], size: int) -> None:
+    """Write from below to above, centred on the column of `foot` (x, y) and ending above it."""
+    box = Image.new("RGB", (text_width(text, size) + 2, size + 4), PAPER)
+    ImageDraw.Draw(box).text((1, (size + 4) // 2), text, INK, font(size), anchor="lm")
+    box = box.rotate(90, expand=True)
+    sheet.paste(box, (foot[0] - box.width // 2, foot[1] - box.height))
+
+
+def thumbnail(pixels: Tensor, side: int) -> Image.Image:
+    """[C, H, W] of any size -> the whole image inside a square of `side` pixels, on white."""
+    factor = side / max(pixels.shape[-2:])
+    size = tuple(max(1, round(length * factor)) for length in pixels.shape[-2:])
+    square = Image.new("RGB", (side, side), PAPER)
+    image = image_of(pixels, size, smooth=factor < 1)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

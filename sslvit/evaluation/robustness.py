@@ -1,0 +1,332 @@
+"""The linear probe on test images that are corrupted, or changed against it: accuracy by corruption, severity and eps.
+
+The classifier is that of `sslvit linear`, trained on clean images only, with the same choice of learning rate on a
+held-out part of them.
+
+Corruptions are those of corruptions.py. Their mean error is the mean over corruptions and severities of 100 - accuracy;
+relative to clean, the clean error is taken off (Hendrycks and Dietterich, ICLR 2019, section 4, without the division
+by AlexNet's errors, which exist for ImageNet only).
+
+Attacks move every pixel of an image in [0, 1] by eps / 255 at most, to raise the cross-entropy of the right class, with
+gradients through the frozen encoder, the standardisation and the classifier, in float32:
+
+fgsm   x + eps sign(gradient). Goodfellow et al., ICLR 2015 (arXiv 1412.6572), section 4.
+pgd    From a random place in the ball, `steps` of 2.5 eps / steps along the sign of the gradient, each brought back
+       into the ball and into [0, 1]. Madry et al., ICLR 2018 (arXiv 1706.06083), section 2.1. Of the places on the way,
+       the one with the largest loss is the attack.
+
+Nobody defended these encoders: accuracies near 0 at eps = 8 are what an undefended classifier has.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .. import rng
+from ..data import BadImage, Source
+from ..distributed import all_reduce_sum, on_first_process, say
+from ..errors import UserError, check_range
+from ..views import centre
+from . import corruptions, linear, pictures, protocol, sets
+from .features import CROP_RATIO, Centred, Features, align_labels, extract
+
+
+@dataclass
+class Config(linear.Config):
+    images: int | None = 500  # test images that are used, chosen by the seed; null: all
+    corruptions: tuple[str, ...] = corruptions.NAMES  # which ones; empty: none
+    attacks: tuple[str, ...] = ("fgsm", "pgd")  # which ones; empty: none
+    eps: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)  # how far an attack may move a pixel, in 255ths
+    steps: int = 10  # of pgd
+    picture: str = ""  # PNG with an image in every corruption at every severity; empty: none
+
+
+class Classifier(NamedTuple):
+    """A linear classifier of standardised features."""
+
+    mean: Tensor  # [D]
+    std: Tensor  # [D]
+    head: Tensor  # [D + 1, C], the last row is the bias
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[N, D] -> [N, C] logits."""
+        return F.pad((features - self.mean) / self.std, (0, 1), value=1.0) @ self.head
+
+    def to(self, device: torch.device) -> "Classifier":
+        return Classifier(*(tensor.to(device) for tensor in self))
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Probe, corruptions, attacks; prints tables and writes <run>/eval/robustness.json. Raises UserError."""
+    check(config)
+    frozen = protocol.load(config)
+    train_source = sets.open_labelled(frozen, config.data.train, config.data.download_dir)
+    whole = sets.open_labelled(frozen, config.data.test, config.data.download_dir, least=1)
+    source = sets.choose(whole, config.images, config.seed, "robustness")
+    train = sets.features(frozen, train_source, config, config.cache, centred=False)
+    clean = extracted(config, frozen, source)
+    names = (config.data.train, config.data.test)
+    train_labels, labels, classes = align_labels(train, clean, names)
+    known = train_labels >= 0
+    classifier, lr = on_first_process(lambda: fit(config, train.values[known], train_labels[known], len(classes)))
+    aligned = torch.full((len(source),), -1)
+    aligned[clean.index] = labels  # by the number of the image in the source
+
+    def accuracy(found: Features) -> float:
+        right, asked = classifier(found.values).argmax(dim=1) == aligned[found.index], aligned[found.index] >= 0
+        return 100 * right[asked].double().mean().item()
+
+    images = int((labels >= 0).sum())
+    say(
+        f"robustness of {config.run}: {sets.describe(frozen)}, {train.values.shape[1]} wide, {frozen.precision}; "
+        f"linear classifier with lr {lr:g} from {len(train)} training images; {images} test images in {len(classes)} "
+        "classes"
+    )
+    results: dict[str, Any] = {"lr": lr, "images": images, "clean": round(accuracy(clean), 4)}
+    results["clean_interval"] = protocol.interval(results["clean"], images, config.seed)
+    say("clean top-1 {:.2f} % (95 % interval {:.1f} - {:.1f})".format(results["clean"], *results["clean_interval"]))
+    if config.corruptions:
+        results["corruptions"] = corrupted(config, frozen, source, accuracy, results["clean"])
+    if config.attacks:
+        results["attacks"] = attacked(config, frozen, source, aligned, classifier)
+    record = sets.record(
+        frozen, config, "robustness",
+        train={"data": names[0], "images": len(train), "unreadable": train.unreadable},
+        test={"data": names[1], "images": len(clean), "unreadable": clean.unreadable, "of": len(whole)},
+        classes=len(classes), width=train.values.shape[1], results=results,
+    )  # fmt: skip
+    protocol.file(config, frozen.subject, "robustness", record)
+    if config.picture:
+        on_first_process(lambda: draw(config, frozen, source))
+    return results
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot be, before the work. Raises UserError."""
+    for key in ("train", "test"):
+        if not getattr(config.data, key):
+            raise UserError(
+                f"data.{key} is missing: robustness needs labelled images, data.train=<folder> data.test=<folder>."
+            )
+    linear_settings(config)
+    check_range("", config, 1, None, "images", "steps")
+    check_range("", config, 0, 255, "eps")
+    for key, names in (("corruptions", corruptions.NAMES), ("attacks", tuple(ATTACKS))):
+        unknown = [name for name in getattr(config, key) if name not in names]
+        if unknown:
+            raise UserError(f"{key} has {unknown[0]}, which is not one of {', '.join(names)}.")
+    if config.attacks and not config.eps:
+        raise UserError("eps is empty: give how far an attack may move a pixel, such as eps=[1,4], or attacks=[].")
+    pictures.check(config.picture)
+
+
+def linear_settings(config: linear.Config) -> None:
+    """What `linear` asks of its settings. Raises UserError."""
+    if not 0 < config.holdout < 1:
+        raise UserError(f"holdout={config.holdout} must lie between 0 and 1, both excluded.")
+    if not config.lr or min(config.lr) <= 0 or config.epochs < 1 or config.probe_batch_size < 1:
+        raise UserError("lr, epochs and probe_batch_size must be above 0.")
+
+
+def fit(config: linear.Config, x: Tensor, labels: Tensor, num_classes: int) -> tuple[Classifier, float]:
+    """The classifier of `sslvit linear` and its learning rate, by the same protocol. Raises UserError."""
+    held_out = rng.permutation(rng.fold_in(config.seed, "holdout"), len(x)) < round(config.holdout * len(x))
+    if not 0 < held_out.sum() < len(x):
+        raise UserError(
+            f"holdout={config.holdout} of {len(x)} training images leaves none on one side: use more images."
+        )
+
+    def train(x: Tensor, labels: Tensor, lrs: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+        mean, std = linear.standardisation(x)
+        heads = linear.train_heads(
+            (x - mean) / std, labels, num_classes, lrs, config.epochs, config.weight_decay, config.probe_batch_size,
+            config.seed,
+        )  # fmt: skip
+        return mean, std, heads
+
+    mean, std, heads = train(x[~held_out], labels[~held_out], config.lr)
+    valid = (x[held_out] - mean) / std, labels[held_out]
+    accuracy, loss = linear.accuracy(heads, *valid), linear.cross_entropy(heads, *valid)
+    best = max(range(len(config.lr)), key=lambda head: (accuracy[head].item(), -loss[head].item()))
+    mean, std, heads = train(x, labels, config.lr[best : best + 1])
+    return Classifier(mean, std, heads[0]), config.lr[best]
+
+
+def extracted(config: Config, frozen: protocol.Frozen, source: Source) -> Features:
+    return extract(
+        frozen.subject.encoder, source, frozen.normalize, frozen.accelerator, frozen.pool, config.batch_size,
+        config.workers,
+    )  # fmt: skip
+
+
+class Corrupted:
+    """A source whose images are resized and centred for the encoder, and then corrupted."""
+
+    def __init__(self, source: Source, size: tuple[int, int], name: str, severity: int, seed: int) -> None:
+        self.source, self.size, self.corruption, self.severity = source, size, name, severity
+        self.key = rng.fold_in(seed, "robustness")
+        self.labels, self.classes = source.labels, source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> Tensor:
+        image = centred(self.source.read(index), self.size)
+        return corruptions.corrupt(image, self.corruption, self.severity, rng.fold_in(self.key, index))
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def identity(self) -> str:
+        return self.source.identity()
+
+    def fingerprint(self) -> str:
+        return f"{self.source.fingerprint()} {self.corruption} {self.severity} {int(self.key)}"
+
+
+def centred(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """As `features.Centred` does it."""
+    return image if tuple(image.shape[-2:]) == size else centre(image, size, CROP_RATIO)
+
+
+def corrupted(
+    config: Config, frozen: protocol.Frozen, source: Source, accuracy: Callable[[Features], float], clean: float
+) -> dict[str, Any]:
+    """Accuracy for each corruption and severity, and their mean error; prints a table, row by row: it takes a while."""
+    size = frozen.subject.encoder.image_size
+    wide = max(len(name) for name in config.corruptions)
+
+    def row(name: str, values: Sequence[float]) -> str:
+        return name.rjust(wide) + "".join(f"{value:8.2f}" for value in [*values, sum(values) / len(values)])
+
+    say(f"top-1 % of corrupted images, at the severities of {corruptions.scale_of(size)[0]}:")
+    say(" " * wide + "".join(str(head).rjust(8) for head in [*corruptions.SEVERITIES, "mean"]))
+    found = {}
+    for name in config.corruptions:
+        worse = [Corrupted(source, size, name, s, config.seed) for s in corruptions.SEVERITIES]
+        found[name] = [round(accuracy(extracted(config, frozen, one)), 4) for one in worse]
+        say(row(name, found[name]))
+    values = torch.tensor(list(found.values()), dtype=torch.float64)
+    error, by_severity = 100 - values.mean().item(), values.mean(dim=0).tolist()
+    say(row("mean", by_severity))
+    say(f"mean corruption error {error:.2f} %, {error - (100 - clean):+.2f} points from the clean error")
+    return {
+        "severities": corruptions.scale_of(size)[0],
+        "top1": found,
+        "by_severity": [round(v, 4) for v in by_severity],
+        "mean_error": round(error, 4),
+        "relative_error": round(error - (100 - clean), 4),
+    }
+
+
+def attacked(
+    config: Config, frozen: protocol.Frozen, source: Source, labels: Tensor, classifier: Classifier
+) -> dict[str, list[dict[str, float]]]:
+    """Accuracy for each attack and eps; prints a table. Every process takes its share of the images."""
+    encoder, accelerator, device = frozen.subject.encoder, frozen.accelerator, frozen.accelerator.device
+    encoder.eval().requires_grad_(False)
+    classifier = classifier.to(device)
+
+    def logits(x: Tensor) -> Tensor:
+        with torch.compiler.set_stance("force_eager"):
+            return classifier(encoder.features(frozen.normalize(x), frozen.pool).float())
+
+    mine = torch.arange(accelerator.process_index, len(source), accelerator.num_processes)
+    mine = mine[labels[mine] >= 0]
+    cells = [(name, eps) for name in config.attacks for eps in config.eps]
+    right, asked = (torch.zeros(n, dtype=torch.long, device=device) for n in (len(cells), 1))
+    batch_size = max(1, config.batch_size // 8)  # gradients need the memory of every block
+    loader = DataLoader(Centred(source, mine, encoder.image_size), batch_size, collate_fn=_readable)
+    for index, images in loader:
+        if not len(index):
+            continue
+        x, y = images.to(device).float() / 255, labels[index].to(device)
+        asked += len(index)
+        for cell, (name, eps) in enumerate(cells):
+            key = rng.fold_in(rng.fold_in(config.seed, "attack"), index)
+            moved = ATTACKS[name](logits, x, y, eps / 255, config.steps, key)
+            with torch.no_grad():
+                right[cell] += (logits(moved).argmax(dim=1) == y).sum()
+    top1 = (100 * all_reduce_sum(right) / all_reduce_sum(asked)).tolist()
+    found = {name: [] for name in config.attacks}
+    for (name, eps), value in zip(cells, top1, strict=True):
+        found[name].append({"eps": eps, "top1": round(value, 4)})
+    rows = [[name, *(f"{one['top1']:.2f}" for one in row)] for name, row in found.items()]
+    say("top-1 % of attacked images, in float32, by eps in 255ths:")
+    say(*protocol.table(["", *(f"{eps:g}" for eps in config.eps)], rows))
+    return found
+
+
+def _readable(items: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    good = [(number, image.float()) for number, image in items if image is not None]
+    images = torch.stack([image for _, image in good]) if good else None
+    return torch.tensor([number for number, _ in good], dtype=torch.long), images
+
+
+Logits = Callable[[Tensor], Tensor]
+
+
+def fgsm(logits: Logits, x: Tensor, labels: Tensor, eps: float, steps: int, key: Tensor) -> Tensor:
+    """[B, C, H, W] in [0, 1], [B] -> images at most eps from x and in [0, 1]. steps and key are pgd's."""
+    return _within(x + eps * _uphill(logits, x, labels)[0], x, eps)
+
+
+def pgd(logits: Logits, x: Tensor, labels: Tensor, eps: float, steps: int, key: Tensor) -> Tensor:
+    """As `fgsm`, in `steps` steps from a random place. key: [B], of the images."""
+    if eps == 0:
+        return x
+    start = rng.uniform(rng.fold_in(key, "start"), x[0].numel()).view(x.shape).to(x.device)
+    moved = _within(x + eps * (2 * start - 1), x, eps)
+    best, largest = moved, torch.full((len(x),), -torch.inf, device=x.device)
+    for _ in range(steps):
+        direction, loss = _uphill(logits, moved, labels)
+        best, largest = _worse(best, largest, moved, loss)
+        moved = _within(moved + 2.5 * eps / steps * direction, x, eps)
+    with torch.no_grad():
+        loss = F.cross_entropy(logits(moved), labels, reduction="none")
+    return _worse(best, largest, moved, loss)[0]
+
+
+def _uphill(logits: Logits, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sign of the loss's gradient by the image, and the loss of each image."""
+    x = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        loss = F.cross_entropy(logits(x), labels, reduction="none")
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+    return gradient.sign(), loss.detach()
+
+
+def _worse(best: Tensor, largest: Tensor, moved: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    worse = loss > largest
+    return torch.where(worse.view(-1, 1, 1, 1), moved, best), torch.where(worse, loss, largest)
+
+
+def _within(moved: Tensor, x: Tensor, eps: float) -> Tensor:
+    return torch.minimum(torch.maximum(moved, x - eps), x + eps).clamp(0, 1)
+
+
+ATTACKS = {"fgsm": fgsm, "pgd": pgd}
+
+
+def draw(config: Config, frozen: protocol.Frozen, source: Source) -> None:
+    """The first image that can be read: a row for each corruption, a column for each severity."""
+    size = frozen.subject.encoder.image_size
+    factor = max(1, 96 // max(size))
+    shown = (size[0] * factor, size[1] * factor)
+    for index in range(len(source)):
+        try:
+            clean = pictures.image_of(centred(source.read(index), size), shown)
+        except BadImage:
+            continue
+        rows = []
+        for name in config.corruptions:
+            worse = [Corrupted(source, size, name, s, config.seed).read(index) for s in corruptions.SEVERITIES]
+            rows.append([clean, *(pictures.image_of(image, shown) for image in worse)])
+        columns = ["clean", *map(str, corruptions.SEVERITIES)]
+        pictures.save(pictures.montage(rows or [[clean]], config.corruptions, columns), config.picture)
+        return

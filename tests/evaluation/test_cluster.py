@@ -1,0 +1,140 @@
+"""Clusters: the measures against definitions counted pair by pair and matching by matching, and the command."""
+
+import itertools
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sslvit.evaluation import cluster
+
+
+def random_table(rows, columns, seed):
+    return torch.randint(0, 30, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def assignments(counts):
+    """A table of clusters by classes as two lists, one entry an image."""
+    cells = [(r, c) for r, row in enumerate(counts.tolist()) for c, n in enumerate(row) for _ in range(n)]
+    return [r for r, _ in cells], [c for _, c in cells]
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 6), (6, 3), (1, 4), (7, 7)])
+def test_the_matching_is_the_best_of_all(shape):
+    for seed in range(20):
+        counts = random_table(*shape, seed)
+        small, large = sorted(shape)
+        wide = counts if shape[0] == small else counts.t()
+        best = max(sum(int(wide[r, c]) for r, c in enumerate(p)) for p in itertools.permutations(range(large), small))
+        rows, columns = cluster.best_matching(counts.double().numpy())
+        assert len(set(rows)) == len(set(columns)) == small
+        assert int(counts[rows, columns].sum()) == best
+        assert cluster.matched(counts) == pytest.approx(best / int(counts.sum()))
+
+
+def test_a_large_matching_finds_a_hidden_permutation():
+    hidden = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    value = np.random.default_rng(0).uniform(0, 1, (300, 300))
+    value[np.arange(300), hidden.numpy()] += 0.9  # often less than another cell of the row, and best together
+    rows, columns = cluster.best_matching(value)
+    assert value[rows, columns].sum() >= value[np.arange(300), hidden.numpy()].sum()
+    twice = cluster.best_matching(value.T)
+    assert value.T[twice].sum() == pytest.approx(value[rows, columns].sum())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_rand_index_equals_a_count_of_pairs(seed):
+    counts = random_table(3, 4, seed) // 6
+    a, b = assignments(counts)
+    pairs = list(itertools.combinations(range(len(a)), 2))
+    both = sum(a[i] == a[j] and b[i] == b[j] for i, j in pairs)
+    in_a, in_b = sum(a[i] == a[j] for i, j in pairs), sum(b[i] == b[j] for i, j in pairs)
+    expected = in_a * in_b / len(pairs)
+    assert cluster.adjusted_rand(counts) == pytest.approx((both - expected) / ((in_a + in_b) / 2 - expected))
+
+
+def test_mutual_information_equals_its_sum_over_cells():
+    counts = random_table(3, 5, 0)
+    p = (counts.double() / counts.sum()).tolist()
+    a, b = [sum(row) for row in p], [sum(column) for column in zip(*p, strict=True)]
+    mutual = sum(p[i][j] * math.log(p[i][j] / (a[i] * b[j])) for i in range(3) for j in range(5) if p[i][j])
+    mean = -(sum(x * math.log(x) for x in a) + sum(x * math.log(x) for x in b)) / 2
+    assert cluster.mutual_information(counts) == pytest.approx(mutual / mean)
+
+
+def test_equal_partitions_score_100_and_independent_ones_0():
+    renamed = torch.eye(5, dtype=torch.long)[[3, 0, 4, 1, 2]] * 20
+    assert cluster.measure(renamed) == {"nmi": 100, "ari": 100, "accuracy": 100}
+    independent = torch.full((4, 4), 25)
+    assert cluster.measure(independent)["nmi"] == pytest.approx(0, abs=1e-6)
+    assert cluster.measure(independent)["ari"] == pytest.approx(0, abs=1)
+    assert cluster.measure(independent)["accuracy"] == 25
+    everything_in_one = torch.tensor([[10, 10]])
+    assert cluster.measure(everything_in_one) == {"nmi": 0, "ari": 0, "accuracy": 50}
+
+
+@pytest.mark.parametrize("spherical", [True, False])
+def test_kmeans_finds_clouds_again_and_each_repeat_is_a_function_of_the_seed(spherical):
+    generator = torch.Generator().manual_seed(0)
+    centres = 5 * torch.eye(6)
+    labels = torch.arange(300) % 6
+    x = centres[labels] + 0.1 * torch.randn(300, 6, generator=generator)
+    config = cluster.Config(spherical=spherical)
+    clusters = cluster.kmeans(x, 6, config, repeat=0)
+    assert cluster.measure(cluster.table(clusters, labels))["accuracy"] == 100
+    noise = torch.randn(500, 8, generator=generator)
+    first, again, other = (cluster.kmeans(noise, 10, config, repeat) for repeat in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_spherical_clusters_look_at_directions_and_others_at_distances():
+    """Two directions, each short and long: the direction is one partition and the length another."""
+    directions = torch.tensor([[1.0, 0.0], [0.99, 0.14]])
+    x = torch.cat([length * directions.repeat_interleave(20, 0) for length in (1.0, 100.0)])
+    by_direction, by_length = torch.tensor([0] * 20 + [1] * 20).repeat(2), torch.tensor([0] * 40 + [1] * 40)
+    for spherical, labels in ((True, by_direction), (False, by_length)):
+        clusters = cluster.kmeans(x, 2, cluster.Config(spherical=spherical), repeat=0)
+        assert cluster.measure(cluster.table(clusters, labels))["accuracy"] == 100
+
+
+def test_the_command_finds_three_colours_and_draws_them(cli, labelled, colour_run, tmp_path):
+    out, picture = tmp_path / "result.json", tmp_path / "clusters.png"
+    words = ["cluster", f"run={colour_run}", f"data={labelled / 'train'}", f"out={out}", "repeats=2", "workers=0"]
+    status, printed, _ = cli(*words, f"picture={picture}", "per_cluster=4")
+    assert status == 0
+    assert "36 images of 3 classes in 3 clusters, spherical k-means" in printed
+    record = json.loads(out.read_text())
+    results = record["results"]
+    assert results["accuracy"] > 90
+    assert results["accuracy"] == pytest.approx(sum(r["accuracy"] for r in results["repeats"]) / 2, abs=1e-3)
+    assert record["settings"] == {"spherical": True, "repeats": 2, "restarts": 5, "iterations": 50}
+    pixels = np.asarray(Image.open(picture)).reshape(-1, 3).astype(int)
+    for colour in ((200, 40, 40), (40, 200, 40), (40, 40, 200)):
+        assert (np.abs(pixels - colour).max(axis=1) <= 30).sum() > 4 * 32 * 32  # four images of each are on it
+    assert cli(*words, f"picture={picture}", "per_cluster=4")[0] == 0  # its own picture is replaced
+    status, _, _ = cli(*words, "k=5")
+    assert status == 0
+    assert json.loads(out.read_text())["results"]["k"] == 5
+
+
+def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path):
+    run, data = f"run={colour_run}", f"data={labelled / 'train'}"
+    assert "data is missing" in fails("cluster", run)
+    assert "k=37 is larger than the 36 labelled images" in fails("cluster", run, data, "k=37")
+    assert "k=1 must be 2 or above" in fails("cluster", run, data, "k=1")
+    assert "repeats=0" in fails("cluster", run, data, "repeats=0")
+    assert "has no labels" in fails("cluster", run, f"data={images}")
+    shutil.copytree(labelled / "train" / "class0", tmp_path / "one" / "class0")
+    assert "has one class only" in fails("cluster", run, f"data={tmp_path / 'one'}")
+    assert "there is no folder" in fails("cluster", run, data, f"picture={tmp_path / 'no' / 'p.png'}")
+    assert "must end in .png" in fails("cluster", run, data, f"picture={tmp_path / 'p.jpg'}")
+    theirs = tmp_path / "holiday.png"
+    Image.new("RGB", (8, 8)).save(theirs)
+    before = theirs.read_bytes()
+    assert "was not drawn by sslvit" in fails("cluster", run, data, f"picture={theirs}")
+    assert theirs.read_bytes() == before
