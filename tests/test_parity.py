@@ -167,7 +167,7 @@ def test_knn_votes_equal_the_published_ones(official):
     places = knn.classify(bank, queries, settings["num_classes"], ks, temperatures=(0.04, 0.07, 0.2))
     found = {
         f"k={k},T={temperature}": [knn.top(of_one, 1), knn.top(of_one, min(5, k))]
-        for (k, temperature), of_one in places.items()
+        for (k, temperature), (of_one, _) in places.items()
     }
     assert found == settings["top1_top5"]
 

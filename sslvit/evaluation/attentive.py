@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import rng, schedules
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
-from . import linear, protocol
+from . import linear, pictures, protocol
 from .features import renumbered, same_classes
 from .linear import Setting
 from .tokens import Tokens, patch_tokens
@@ -37,6 +37,7 @@ class Config(protocol.Config):
     epochs: int = 20  # of the heads; the first tenth warms the learning rate up
     probe_batch_size: int = 512  # images in a step of the heads
     holdout: float = 0.1  # share of the training images on which the choice is made
+    picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
 
 @dataclass
@@ -58,11 +59,12 @@ def run(config: Config) -> dict[str, Any]:
     if not 0 < config.holdout < 1:
         raise UserError(f"holdout={config.holdout} must lie between 0 and 1, both excluded.")
     check_range("", config, 1, None, "epochs", "probe_batch_size")
+    pictures.check(config.picture)
     words = protocol.both_sets(config, "attentive")
     frozen = protocol.load(config)
     sources = [frozen.open(word, config.data.download_dir) for word in words]
     numbers = same_classes(*sources, words)
-    folder = frozen.subject.results / "features" if config.cache and frozen.subject.results else None
+    folder = frozen.kept(config.cache)
     sets = []
     for source, mapping in zip(sources, (None, numbers), strict=True):
         tokens = patch_tokens(frozen, source, folder, config.batch_size, config.workers)
@@ -89,18 +91,19 @@ def choose(config: Config, train: Set, test: Set, classes: list[str], device: to
     settings = [{"lr": lr, "weight_decay": decay} for lr in config.lr for decay in config.weight_decay]
     held_out = linear.holdout(config, len(train.labels))
     fit, valid = train[~held_out], train[held_out]
-    right, loss = judge(train_heads(config, fit, len(classes), settings, device), valid, device)
+    told, loss = judge(train_heads(config, fit, len(classes), settings, device), valid, device)
+    right = (told == valid.labels).double().mean(dim=1)
     sweep = [
         {**setting, "holdout_top1": round(100 * r.item(), 4), "holdout_loss": round(v.item(), 5)}
-        for setting, r, v in zip(settings, right.double().mean(dim=1), loss, strict=True)
+        for setting, r, v in zip(settings, right, loss, strict=True)
     ]
-    best = max(range(len(sweep)), key=lambda i: (sweep[i]["holdout_top1"], -sweep[i]["holdout_loss"]))
+    best = sweep.index(linear.best_of(sweep))
     rows = [[f"{r['lr']:g}", f"{r['weight_decay']:g}", f"{r['holdout_top1']:.2f}"] for r in sweep]
     say(*protocol.table(["lr", "weight decay", "held-out top-1 %"], rows))
     head = train_heads(config, train, len(classes), settings[best : best + 1], device)
-    right, loss = judge(head, test, device)
+    told, loss = judge(head, test, device)
     words = ", ".join(f"{name} {value:g}" for name, value in settings[best].items())
-    results = linear.outcome(config, classes, right[0], test.labels, f"with {words}")
+    results = linear.outcome(config, classes, told[0], test.labels, f"with {words}")
     return {**results, "setting": settings[best], "test_loss": round(loss.item(), 5),
             "holdout_top1": sweep[best]["holdout_top1"], "sweep": sweep}  # fmt: skip
 
@@ -189,11 +192,11 @@ def standardisation(train: Set) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def judge(model: Heads, images: Set, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[H, M] bool, whether the largest logit is the right one, and [H] cross-entropy."""
-    right, loss = [], []
+    """[H, M] int64, the class of the largest logit, and [H] cross-entropy."""
+    told, loss = [], []
     for rows in torch.arange(len(images.labels)).split(512):
         batch = images[rows]
         logits, labels = model.logits(batch.tokens[batch.numbers].to(device)), batch.labels.to(device)
-        right.append((logits.argmax(dim=-1) == labels).cpu())
+        told.append(logits.argmax(dim=-1).cpu())
         loss.append(torch.stack([F.cross_entropy(of_one, labels, reduction="sum") for of_one in logits]).cpu())
-    return torch.cat(right, dim=1), torch.stack(loss).sum(dim=0) / len(images.labels)
+    return torch.cat(told, dim=1), torch.stack(loss).sum(dim=0) / len(images.labels)

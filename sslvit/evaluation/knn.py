@@ -8,7 +8,7 @@ holds and searches its share of the training images.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import faiss
 import numpy as np
@@ -19,7 +19,7 @@ from .. import rng
 from ..distributed import gather_objects, on_first_process, say, world_size
 from ..errors import UserError, check_range
 from ..hardware import evaluation_threads
-from . import protocol
+from . import confusion, pictures, protocol
 from .features import Features
 
 KS = (10, 20, 100, 200)
@@ -37,6 +37,7 @@ class Config(protocol.Config):
     repeats: int = 10  # of each number of shots
     index: Literal["exact", "ivf", "ivfpq"] = "exact"  # ivf, ivfpq: approximate, for tens of millions of images
     probes: int = 64  # cells that an approximate search looks into; more find more and take longer
+    picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
 
 @dataclass
@@ -54,6 +55,13 @@ class Labelled:
         return Labelled(self.values[rows], self.labels[rows], self.numbers[rows])
 
 
+class Judged(NamedTuple):
+    """What the neighbours of Q queries made of them."""
+
+    place: Tensor  # [Q] int64: how many classes come before the right one
+    told: Tensor  # [Q] int64: the class with most votes, of equals the smaller number
+
+
 def labelled(features: Features, labels: Tensor) -> Labelled:
     """Features brought to unit length in place, without the images that have no label."""
     found = Labelled(features.normalize().values, labels, features.index)
@@ -67,6 +75,7 @@ def run(config: Config) -> dict[str, Any]:
             f"k={list(config.k)} and temperature={list(config.temperature)} must be lists of numbers above 0."
         )
     check_range("", config, 1, None, "shots", "repeats", "probes")
+    pictures.check(config.picture)
     alone = not config.data.test
     if config.data.test and config.data.test == config.data.train:
         raise UserError(
@@ -80,8 +89,13 @@ def run(config: Config) -> dict[str, Any]:
     index = None if config.index == "exact" else _approximate(config, bank.values)
     votes = classify(bank, queries, len(task.classes), ks, config.temperature, alone, index)
     results: dict[str, Any] = {"protocol": "leave-one-out" if alone else "train and test"}
-    results["neighbours"] = [_row(key, places, config.seed) for key, places in votes.items()]
+    results["neighbours"] = [_row(key, judged.place, config.seed) for key, judged in votes.items()]
     say(*_table(results["neighbours"]))
+    if config.picture:
+        shown = (20, TEMPERATURE) if (20, TEMPERATURE) in votes else next(iter(votes))
+        labels = torch.cat(gather_objects(queries.labels))[torch.cat(gather_objects(queries.numbers)).argsort()]
+        matrix = confusion.confusion(votes[shown].told, labels, len(task.classes))
+        on_first_process(lambda: confusion.picture(matrix, task.classes, config.picture))
     if index is not None:
         k = min(max(ks), 20)
         results["recall"] = _recall(bank, queries, k, index)
@@ -146,8 +160,8 @@ def _few_shot(config: Config, num_classes: int, bank: Labelled, queries: Labelle
             shuffled = rng.permutation(rng.fold_in(config.seed, "shots", shots, repeat), len(labels))
             drawn = torch.cat([shuffled[labels[shuffled] == c][:shots] for c in range(num_classes)])
             few = bank[torch.isin(bank.numbers, numbers[drawn])]
-            for key, places in classify(few, queries, num_classes, ks, config.temperature, alone).items():
-                found.setdefault(key, []).append(top(places, 1))
+            for key, judged in classify(few, queries, num_classes, ks, config.temperature, alone).items():
+                found.setdefault(key, []).append(top(judged.place, 1))
         results += [
             {"shots": shots, "k": k, "temperature": t, "top1": round(float(np.mean(values)), 4),
              "std": round(float(np.std(values)), 4), "repeats": config.repeats}
@@ -247,26 +261,29 @@ def top(places: Tensor, count: int) -> float:
 def classify(
     bank: Labelled, queries: Labelled, num_classes: int, ks: Sequence[int] = KS,
     temperatures: Sequence[float] = (TEMPERATURE,), alone: bool = False, index: faiss.Index | None = None,
-) -> dict[tuple[int, float], Tensor]:  # fmt: skip
-    """{(k, T): [Q] places of the right class among the votes}, for the queries of all processes in the order of their
-    numbers, on every process.
+) -> dict[tuple[int, float], Judged]:  # fmt: skip
+    """{(k, T): what the votes say}, for the queries of all processes in the order of their numbers, on every process.
 
     bank, queries: of this process. alone: the queries are the bank, and none finds itself. As in the published code,
     classes without a vote count in their order. Raises UserError for a k above the size of the bank.
     """
     _check(ks, sum(gather_objects(len(bank))) - alone)
-    found: dict[tuple[int, float], list[Tensor]] = {(k, t): [] for k in ks for t in temperatures}
+    found: dict[tuple[int, float], list[Judged]] = {(k, t): [] for k in ks for t in temperatures}
     order, block = [], max(1, QUERIES // world_size())
     for start in range(0, max(gather_objects(len(queries))), block):
         asked = queries[slice(start, start + block)]
         parts = gather_objects((asked.values, asked.labels, asked.numbers))
         x, labels, numbers = (torch.cat([part[i] for part in parts]) for i in range(3))
         similarity, voters = search(bank, x, numbers, max(ks), alone, index)
-        for (k, temperature), places in found.items():
-            places.append(place(vote(similarity, voters, num_classes, k, temperature), labels))
+        for (k, temperature), judged in found.items():
+            votes = vote(similarity, voters, num_classes, k, temperature)
+            judged.append(Judged(place(votes, labels), votes.argmax(dim=1)))
         order.append(numbers)
     in_order = torch.cat(order).argsort()
-    return {key: torch.cat(places)[in_order] for key, places in found.items()}
+    return {
+        key: Judged(*(torch.cat(parts)[in_order] for parts in zip(*judged, strict=True)))
+        for key, judged in found.items()
+    }
 
 
 def _approximate(config: Config, bank: Tensor) -> faiss.Index:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import rng, schedules
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
-from . import protocol
+from . import confusion, pictures, protocol
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 CHUNK = 2**24  # logits at once
@@ -34,6 +34,7 @@ class Choice(protocol.Config):
 
     pools: tuple[str, ...] = ()  # ways of pooling to choose from; empty: all that the encoder has, or pool= alone
     holdout: float = 0.1  # share of the training images on which the choice is made
+    picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
 
 @dataclass
@@ -48,36 +49,52 @@ class Config(Choice):
 
 def run(config: Config) -> dict[str, Any]:
     """Features, sweep, choice, test; prints and writes <run>/eval/linear.json. Raises UserError."""
+    pictures.check(config.picture)
     if config.protocol != "sweep":
         from . import published
 
         return published.run(config)
+    check(config)
+    task = protocol.prepare(config, "linear", pools(config))
+    train = trainer(config, len(task.classes), task.frozen.accelerator.device)
+    results = on_first_process(lambda: choose(config, task, grid(config), train))
+    ends = (min(config.lr), max(config.lr))
+    if results["setting"]["lr"] in ends and len(config.lr) > 1:
+        say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
+    protocol.write(config, task, "linear", results)
+    return results
+
+
+def check(config: Config) -> None:
+    """Refuse settings of the sweep that cannot be. Raises UserError."""
     if not config.lr or min(config.lr) <= 0 or not config.weight_decay or min(config.weight_decay) < 0:
         raise UserError(
             f"lr={list(config.lr)} must be numbers above 0, and weight_decay={list(config.weight_decay)} numbers of 0 "
             "or above."
         )
     check_range("", config, 1, None, "epochs", "probe_batch_size")
+    if not 0 < config.holdout < 1:
+        raise UserError(f"holdout={config.holdout} must lie between 0 and 1, both excluded.")
     if config.global_batch_size:
         raise UserError("global_batch_size belongs to protocol=mae and protocol=dino: give probe_batch_size instead.")
-    settings = [{"lr": lr, "weight_decay": decay} for lr, decay in product(config.lr, config.weight_decay)]
-    task = protocol.prepare(config, "linear", pools(config))
-    device = task.frozen.accelerator.device
+
+
+def grid(config: Config) -> list[Setting]:
+    return [{"lr": lr, "weight_decay": decay} for lr, decay in product(config.lr, config.weight_decay)]
+
+
+def trainer(config: Config, num_classes: int, device: torch.device) -> Train:
+    """What trains the heads of some settings on features, for `choose`."""
 
     def train(x: Tensor, labels: Tensor, chosen: Sequence[Setting]) -> Tensor:
         rates, decays = [one["lr"] for one in chosen], [one["weight_decay"] for one in chosen]
-        classes, epochs = len(task.classes), config.epochs or 100
         heads = train_heads(
-            x.to(device), labels.to(device), classes, rates, epochs, decays, config.probe_batch_size, config.seed
-        )
+            x.to(device), labels.to(device), num_classes, rates, config.epochs or 100, decays,
+            config.probe_batch_size, config.seed,
+        )  # fmt: skip
         return heads.cpu()
 
-    results = on_first_process(lambda: choose(config, task, settings, train))
-    ends = (min(config.lr), max(config.lr))
-    if results["setting"]["lr"] in ends and len(config.lr) > 1:
-        say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
-    protocol.write(config, task, "linear", results)
-    return results
+    return train
 
 
 def pools(config: Choice) -> Sequence[str] | None:
@@ -95,46 +112,56 @@ def choose(config: Choice, task: protocol.Task, settings: Sequence[Setting], tra
     test it; prints tables. `train(x, labels, settings)` gives [H, D + 1, C] heads. Raises UserError."""
     known = task.train_labels >= 0
     labels, test_known = task.train_labels[known], task.test_labels >= 0
-    held_out = holdout(config, len(labels))
-    sweep = []
+    held_out, sweep = holdout(config, len(labels)), []
     for pool, (train_set, _) in task.sets.items():
-        x = train_set.values[known]
-        mean, std = standardisation(x[~held_out])
-        heads = train((x[~held_out] - mean) / std, labels[~held_out], settings)
-        right, loss = judge(heads, (x[held_out] - mean) / std, labels[held_out])
-        sweep += [
-            {"pool": pool, **setting, "holdout_top1": round(100 * r.item(), 4), "holdout_loss": round(v.item(), 5)}
-            for setting, r, v in zip(settings, right.double().mean(dim=1), loss, strict=True)
-        ]
-    best = max(sweep, key=lambda row: (row["holdout_top1"], -row["holdout_loss"]))  # a tie: the lower loss
+        sweep += [{"pool": pool, **row} for row in try_all(train_set.values[known], labels, held_out, settings, train)]
+    best = best_of(sweep)
     setting = {name: best[name] for name in settings[0]}
     train_set, test_set = task.sets[best["pool"]]
     x = train_set.values[known]
     mean, std = standardisation(x)
     head = train((x - mean) / std, labels, [setting])
     asked = task.test_labels[test_known]
-    right, loss = judge(head, (test_set.values[test_known] - mean) / std, asked)
+    told, loss = judge(head, (test_set.values[test_known] - mean) / std, asked)
     say_sweep(sweep, settings)
     words = ", ".join(f"{name} {value:g}" for name, value in setting.items())
-    results = outcome(config, task.classes, right[0], asked, f"with {words} on {protocol.describe_pool(best['pool'])}")
+    results = outcome(config, task.classes, told[0], asked, f"with {words} on {protocol.describe_pool(best['pool'])}")
     return {**results, "pool": best["pool"], "setting": setting, "test_loss": round(loss.item(), 5),
             "holdout_top1": best["holdout_top1"], "sweep": sweep}  # fmt: skip
 
 
-def outcome(config: protocol.Config, classes: list[str], right: Tensor, labels: Tensor, how: str) -> dict[str, Any]:
-    """[N] bool, which test images were told rightly, [N] their labels -> top-1, its interval and by class, printed."""
+def try_all(
+    x: Tensor, labels: Tensor, held_out: Tensor, settings: Sequence[Setting], train: Train
+) -> list[dict[str, float]]:
+    """Train heads of all settings on what is not held out: each setting with what its head makes of the rest."""
+    mean, std = standardisation(x[~held_out])
+    heads = train((x[~held_out] - mean) / std, labels[~held_out], settings)
+    told, loss = judge(heads, (x[held_out] - mean) / std, labels[held_out])
+    right = (told == labels[held_out]).double().mean(dim=1)
+    return [
+        {**setting, "holdout_top1": round(100 * r.item(), 4), "holdout_loss": round(v.item(), 5)}
+        for setting, r, v in zip(settings, right, loss, strict=True)
+    ]
+
+
+def best_of(sweep: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The most accurate on held-out images; of equals, the one with the lower loss there."""
+    return max(sweep, key=lambda row: (row["holdout_top1"], -row["holdout_loss"]))
+
+
+def outcome(config: protocol.Config, classes: list[str], told: Tensor, labels: Tensor, how: str) -> dict[str, Any]:
+    """[N] classes that test images were told to be, [N] their labels -> top-1, its interval and by class; printed, and
+    drawn if the configuration asks for a picture."""
+    right = told == labels
     top1 = 100 * right.double().mean().item()
     low, high = protocol.interval(top1, len(right), config.seed)
-    counts = torch.bincount(labels, minlength=len(classes))
-    hits = torch.bincount(labels[right], minlength=len(classes))
-    by_class = {
-        name: round(100 * hit / count, 2)
-        for name, hit, count in zip(classes, hits.tolist(), counts.tolist(), strict=True)
-        if count
-    }
+    matrix = confusion.confusion(told, labels, len(classes))
+    by_class = {row["class"]: row["accuracy"] for row in confusion.per_class(matrix, classes) if row["images"]}
     worst, best = min(by_class, key=by_class.get), max(by_class, key=by_class.get)
     say(f"test top-1 {top1:.2f} % (95 % interval {low:.1f} - {high:.1f}) {how}")
     say(f"by class from {by_class[worst]:.1f} % ({worst}) to {by_class[best]:.1f} % ({best})")
+    if config.picture:
+        confusion.picture(matrix, classes, config.picture)
     return {
         "top1": round(top1, 4), "top1_interval": (low, high), "by_class": by_class,
         "mean_by_class": round(sum(by_class.values()) / len(by_class), 4), "right": protocol.packed(right),
@@ -205,17 +232,17 @@ def train_heads(
 
 
 def judge(heads: Tensor, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[H, D + 1, C], [N, D], [N] -> [H, N] bool, whether the largest logit is the right one, and [H] cross-entropy."""
-    right, loss = [], []
+    """[H, D + 1, C], [N, D], [N] -> [H, N] int64, the class of the largest logit, and [H] cross-entropy."""
+    told, loss = [], []
     size = max(1, CHUNK // (heads.shape[0] * heads.shape[2]))
     for rows, wanted in zip(x.split(size), labels.split(size), strict=True):
         logits = F.pad(rows, (0, 1), value=1.0) @ heads  # [H, rows, C]
-        right.append(logits.argmax(dim=-1) == wanted)
+        told.append(logits.argmax(dim=-1))
         chosen = logits.gather(2, wanted.view(1, -1, 1).expand(len(heads), -1, -1)).squeeze(2)
         loss.append((logits.logsumexp(dim=-1) - chosen).double().sum(dim=1))
-    return torch.cat(right, dim=1), sum(loss) / len(x)
+    return torch.cat(told, dim=1), sum(loss) / len(x)
 
 
 def accuracy(heads: Tensor, x: Tensor, labels: Tensor) -> Tensor:
     """[H, D + 1, C], [N, D], [N] -> [H] top-1 in percent."""
-    return 100 * judge(heads, x, labels)[0].double().mean(dim=1)
+    return 100 * (judge(heads, x, labels)[0] == labels).double().mean(dim=1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
-from . import linear, protocol
+from . import linear, pictures, protocol
 from .linear import Setting
 
 ROWS = 2**15  # features in a part of the sum over images
@@ -32,6 +32,7 @@ def run(config: Config) -> dict[str, Any]:
     if not config.l2 or min(config.l2) <= 0:
         raise UserError(f"l2={list(config.l2)} must be numbers above 0.")
     check_range("", config, 1, None, "iterations")
+    pictures.check(config.picture)
     task = protocol.prepare(config, "logistic", linear.pools(config))
     device = task.frozen.accelerator.device
 

@@ -53,4 +53,4 @@ class OnlineKNN:
                 labelled(features, features.labels if numbers is None else renumbered(features.labels, numbers))
             )
         k, classes = self.config.k, len(self.sources[0].classes)
-        return top(classify(*banks, classes, (k,), (TEMPERATURE,))[k, TEMPERATURE], 1)
+        return top(classify(*banks, classes, (k,), (TEMPERATURE,))[k, TEMPERATURE].place, 1)

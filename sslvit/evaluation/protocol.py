@@ -71,6 +71,10 @@ class Frozen:
     def normalize(self) -> Normalize:
         return Normalize(self.subject.mean, self.subject.std)
 
+    def kept(self, cache: bool) -> Path | None:
+        """Where features are kept for the next evaluation; null for nowhere."""
+        return self.subject.results / "features" if cache and self.subject.results else None
+
     def open(self, word: str, download_dir: str = "~/.cache/sslvit") -> Source:
         """The images that a word stands for, in the channels that the encoder takes. Raises UserError."""
         wanted = replace(self.subject.data_config, download_dir=download_dir)
@@ -138,11 +142,18 @@ def prepare(
     train_source = frozen.open(words[0], config.data.download_dir)
     test_source = train_source if words[1] == words[0] else frozen.open(words[1], config.data.download_dir)
     numbers = same_classes(train_source, test_source, words)
-    folder = subject.results / "features" if config.cache and subject.results else None
 
     def compute(source: Source) -> dict[Pool, Features]:
         return extract_cached(
-            folder, encoder, source, frozen.normalize, accelerator, pools, config.batch_size, config.workers, whole
+            frozen.kept(config.cache),
+            encoder,
+            source,
+            frozen.normalize,
+            accelerator,
+            pools,
+            config.batch_size,
+            config.workers,
+            whole,
         )
 
     train = compute(train_source)

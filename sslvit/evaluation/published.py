@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .. import rng, schedules
 from ..augment import augment
 from ..data.loader import Layout, make_loader
-from ..distributed import all_reduce_sum, rank, say, world_size
+from ..distributed import all_reduce_sum, on_first_process, rank, say, world_size
 from ..encoder import Pool
 from ..errors import UserError
 from ..hardware import default_workers
@@ -120,7 +120,7 @@ def run(config: linear.Config) -> dict[str, Any]:
         optimizer.step()
         if place == steps_per_epoch - 1:
             say(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.4f} in the last micro-batch")
-    folder = frozen.subject.results / "features" if config.cache and frozen.subject.results else None
+    folder = frozen.kept(config.cache)
     features = extract_cached(
         folder, encoder, test, frozen.normalize, accelerator, (pool,), config.batch_size, config.workers
     )[pool]
@@ -128,8 +128,9 @@ def run(config: linear.Config) -> dict[str, Any]:
     known = test_labels >= 0
     head.eval().cpu()
     with torch.no_grad():
-        right = head(features.values[known]).argmax(dim=1) == test_labels[known]
-    results = linear.outcome(config, train.classes, right, test_labels[known], f"by the protocol of {name}")
+        told = head(features.values[known]).argmax(dim=1)
+    how = f"by the protocol of {name}"
+    results = on_first_process(lambda: linear.outcome(config, train.classes, told, test_labels[known], how))
     changed = {"epochs": (epochs, published.epochs), "global_batch_size": (total, published.global_batch_size),
                "lr": (lr, published.lr), "pool": (pool, published.pool)}  # fmt: skip
     departures = {key: {"here": here, "published": theirs} for key, (here, theirs) in changed.items() if here != theirs}

@@ -29,7 +29,7 @@ from .. import rng
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from . import protocol, sets
-from .features import align_labels
+from .features import renumbered, same_classes
 
 RANKED_AT_ONCE = 2**24  # similarities in memory: 200 MB with their places
 RESAMPLES = 2000  # of the bootstrap
@@ -62,9 +62,10 @@ def run(config: Config) -> dict[str, Any]:
     frozen = protocol.load(config)
     words = [word for word in (config.data.train, config.data.test) if word]
     sources = [sets.open_labelled(frozen, word, config.data.download_dir, 2 - i) for i, word in enumerate(words)]
+    numbers = same_classes(sources[0], sources[-1], (words[0], words[-1]))
     gallery, *asked = [sets.features(frozen, source, config, config.cache) for source in sources]
     queries = asked[0] if asked else gallery
-    labels, query_labels, classes = align_labels(gallery, queries, (words[0], words[-1]))
+    labels, query_labels, classes = gallery.labels, renumbered(queries.labels, numbers), sources[0].classes
     known, wanted = labels >= 0, query_labels >= 0
     size = int(known.sum()) - (not asked)
     if max(config.k) > size:

@@ -33,7 +33,7 @@ from ..distributed import all_reduce_sum, on_first_process, say
 from ..errors import UserError, check_range
 from ..views import centre
 from . import corruptions, linear, pictures, protocol, sets
-from .features import CROP_RATIO, Centred, Features, align_labels, extract
+from .features import CROP_RATIO, Centred, Features, extract, renumbered, same_classes
 
 
 @dataclass
@@ -67,13 +67,14 @@ def run(config: Config) -> dict[str, Any]:
     frozen = protocol.load(config)
     train_source = sets.open_labelled(frozen, config.data.train, config.data.download_dir)
     whole = sets.open_labelled(frozen, config.data.test, config.data.download_dir, least=1)
+    names, classes = (config.data.train, config.data.test), train_source.classes
+    numbers = same_classes(train_source, whole, names)
     source = sets.choose(whole, config.images, config.seed, "robustness")
     train = sets.features(frozen, train_source, config, config.cache, centred=False)
     clean = extracted(config, frozen, source)
-    names = (config.data.train, config.data.test)
-    train_labels, labels, classes = align_labels(train, clean, names)
+    train_labels, labels = train.labels, renumbered(clean.labels, numbers)
     known = train_labels >= 0
-    classifier, lr = on_first_process(lambda: fit(config, train.values[known], train_labels[known], len(classes)))
+    classifier, setting = on_first_process(lambda: fit(config, train.values[known], train_labels[known], len(classes)))
     aligned = torch.full((len(source),), -1)
     aligned[clean.index] = labels  # by the number of the image in the source
 
@@ -84,10 +85,10 @@ def run(config: Config) -> dict[str, Any]:
     images = int((labels >= 0).sum())
     say(
         f"robustness of {config.run}: {sets.describe(frozen)}, {train.values.shape[1]} wide, {frozen.precision}; "
-        f"linear classifier with lr {lr:g} from {len(train)} training images; {images} test images in {len(classes)} "
-        "classes"
+        f"linear classifier with lr {setting['lr']:g} from {len(train)} training images; {images} test images in "
+        f"{len(classes)} classes"
     )
-    results: dict[str, Any] = {"lr": lr, "images": images, "clean": round(accuracy(clean), 4)}
+    results: dict[str, Any] = {"setting": setting, "images": images, "clean": round(accuracy(clean), 4)}
     results["clean_interval"] = protocol.interval(results["clean"], images, config.seed)
     say("clean top-1 {:.2f} % (95 % interval {:.1f} - {:.1f})".format(results["clean"], *results["clean_interval"]))
     if config.corruptions:
@@ -113,7 +114,9 @@ def check(config: Config) -> None:
             raise UserError(
                 f"data.{key} is missing: robustness needs labelled images, data.train=<folder> data.test=<folder>."
             )
-    linear_settings(config)
+    linear.check(config)
+    if config.protocol != "sweep" or config.pools:
+        raise UserError("robustness takes one way of pooling, pool=, and protocol=sweep: leave protocol and pools out.")
     check_range("", config, 1, None, "images", "steps")
     check_range("", config, 0, 255, "eps")
     for key, names in (("corruptions", corruptions.NAMES), ("attacks", tuple(ATTACKS))):
@@ -125,43 +128,20 @@ def check(config: Config) -> None:
     pictures.check(config.picture)
 
 
-def linear_settings(config: linear.Config) -> None:
-    """What `linear` asks of its settings. Raises UserError."""
-    if not 0 < config.holdout < 1:
-        raise UserError(f"holdout={config.holdout} must lie between 0 and 1, both excluded.")
-    if not config.lr or min(config.lr) <= 0 or config.epochs < 1 or config.probe_batch_size < 1:
-        raise UserError("lr, epochs and probe_batch_size must be above 0.")
-
-
-def fit(config: linear.Config, x: Tensor, labels: Tensor, num_classes: int) -> tuple[Classifier, float]:
-    """The classifier of `sslvit linear` and its learning rate, by the same protocol. Raises UserError."""
-    held_out = rng.permutation(rng.fold_in(config.seed, "holdout"), len(x)) < round(config.holdout * len(x))
-    if not 0 < held_out.sum() < len(x):
-        raise UserError(
-            f"holdout={config.holdout} of {len(x)} training images leaves none on one side: use more images."
-        )
-
-    def train(x: Tensor, labels: Tensor, lrs: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-        mean, std = linear.standardisation(x)
-        heads = linear.train_heads(
-            (x - mean) / std, labels, num_classes, lrs, config.epochs, config.weight_decay, config.probe_batch_size,
-            config.seed,
-        )  # fmt: skip
-        return mean, std, heads
-
-    mean, std, heads = train(x[~held_out], labels[~held_out], config.lr)
-    valid = (x[held_out] - mean) / std, labels[held_out]
-    accuracy, loss = linear.accuracy(heads, *valid), linear.cross_entropy(heads, *valid)
-    best = max(range(len(config.lr)), key=lambda head: (accuracy[head].item(), -loss[head].item()))
-    mean, std, heads = train(x, labels, config.lr[best : best + 1])
-    return Classifier(mean, std, heads[0]), config.lr[best]
+def fit(config: linear.Config, x: Tensor, labels: Tensor, num_classes: int) -> tuple[Classifier, dict[str, float]]:
+    """The classifier of `sslvit linear` on one way of pooling, and its settings. Raises UserError."""
+    train, settings = linear.trainer(config, num_classes, torch.device("cpu")), linear.grid(config)
+    best = linear.best_of(linear.try_all(x, labels, linear.holdout(config, len(labels)), settings, train))
+    setting = {name: best[name] for name in settings[0]}
+    mean, std = linear.standardisation(x)
+    return Classifier(mean, std, train((x - mean) / std, labels, [setting])[0]), setting
 
 
 def extracted(config: Config, frozen: protocol.Frozen, source: Source) -> Features:
     return extract(
-        frozen.subject.encoder, source, frozen.normalize, frozen.accelerator, frozen.pool, config.batch_size,
+        frozen.subject.encoder, source, frozen.normalize, frozen.accelerator, (frozen.pool,), config.batch_size,
         config.workers,
-    )  # fmt: skip
+    )[frozen.pool]  # fmt: skip
 
 
 class Corrupted:

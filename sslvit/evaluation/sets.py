@@ -63,11 +63,11 @@ def features(
 
     centred: take the mean image off raw pixels, or the brightness that all images share decides.
     """
-    encoder, run_dir = frozen.subject.encoder, frozen.subject.run_dir
-    folder = run_dir / "eval" / "features" if cache and run_dir else None
+    encoder, pools = frozen.subject.encoder, (frozen.pool,)
     found = extract_cached(
-        folder, encoder, source, frozen.normalize, frozen.accelerator, frozen.pool, config.batch_size, config.workers
-    )
+        frozen.kept(cache), encoder, source, frozen.normalize, frozen.accelerator, pools, config.batch_size,
+        config.workers,
+    )[frozen.pool]  # fmt: skip
     if centred and isinstance(encoder, Pixels):
         found = replace(found, values=found.values - found.values.mean(dim=0))
     return found

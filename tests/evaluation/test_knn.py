@@ -44,7 +44,9 @@ def images_of(values, labels) -> knn.Labelled:
 
 
 def accuracies(*arguments, **more) -> dict:
-    return {key: (knn.top(p, 1), knn.top(p, min(5, key[0]))) for key, p in knn.classify(*arguments, **more).items()}
+    found = knn.classify(*arguments, **more)
+    assert all(((p == 0) == (told == arguments[1].labels)).all() for p, told in found.values())
+    return {key: (knn.top(p, 1), knn.top(p, min(5, key[0]))) for key, (p, _) in found.items()}
 
 
 @pytest.fixture
@@ -112,10 +114,10 @@ def test_leave_one_out_equals_classifying_each_image_by_the_others(k):
     torch.manual_seed(0)
     values = F.normalize(torch.randn(20, 4), dim=1).repeat(2, 1)
     bank = images_of(values, torch.randint(0, 3, (40,)))
-    ours = knn.classify(bank, bank, 3, (k,), (0.2,), alone=True)[k, 0.2]
+    ours = knn.classify(bank, bank, 3, (k,), (0.2,), alone=True)[k, 0.2].place
     for i in range(40):
         others = torch.arange(40) != i
-        assert knn.classify(bank[others], bank[~others], 3, (k,), (0.2,))[k, 0.2].item() == ours[i]
+        assert knn.classify(bank[others], bank[~others], 3, (k,), (0.2,))[k, 0.2].place.item() == ours[i]
 
 
 def test_few_shots_use_so_many_images_of_each_class_and_say_how_much_the_draw_matters(cli, fails, labelled_sets):
@@ -154,16 +156,18 @@ def test_without_test_images_each_training_image_is_left_out_once(cli, fails, la
 def test_an_approximate_search_says_what_it_misses(kind):
     """With all cells looked into an inverted file is exact, and with few it finds most of clustered features."""
     torch.manual_seed(0)
-    centres = torch.randn(40, 16)
-    values = F.normalize(centres[torch.arange(30_000) % 40] + 0.3 * torch.randn(30_000, 16), dim=1)
-    bank = images_of(values, torch.arange(30_000) % 40)
+    centres = torch.randn(40, 8)
+    values = F.normalize(centres[torch.arange(26_000) % 40] + 0.3 * torch.randn(26_000, 8), dim=1)
+    bank = images_of(values, torch.arange(26_000) % 40)
     queries = bank[:500]
     few = knn._approximate(knn.Config(index=kind, probes=8), bank.values)
     everywhere = knn._approximate(knn.Config(index=kind, probes=10_000), bank.values)
     recall = [knn._recall(bank, queries, 10, index) for index in (few, everywhere)]
     if kind == "ivf":
         assert recall[1] > 99.9
-        exact, approximate = (knn.classify(bank, queries, 40, (10,), index=i)[10, 0.07] for i in (None, everywhere))
+        exact, approximate = (
+            knn.classify(bank, queries, 40, (10,), index=i)[10, 0.07].told for i in (None, everywhere)
+        )
         assert torch.equal(exact, approximate)
         assert 20 < recall[0] <= recall[1]
     assert recall[0] > 20  # of codes of a quarter of a byte a number, on features that are noise within a cluster
@@ -187,10 +191,14 @@ def test_labels_are_matched_by_the_names_of_the_classes():
 def test_colours_are_told_apart(cli, labelled, colour_run, tmp_path, command, pool):
     """Three colours are easy for any encoder: the commands find them, print a table and write JSON."""
     sets = [f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"]
-    extra = ["k=[1,5]"] if command == "knn" else ["epochs=50", "probe_batch_size=16", "lr=[0.1,1,10]"]
+    extra = ["k=[1,5]"] if command == "knn" else ["epochs=50", "probe_batch_size=16", "lr=[0.1,1,10]", "holdout=0.3"]
+    picture = tmp_path / "confusion.png"
     out = tmp_path / "result.json"
-    status, printed, _ = cli(command, f"run={colour_run}", *sets, f"pool={pool}", f"out={out}", *extra)
+    status, printed, _ = cli(
+        command, f"run={colour_run}", *sets, f"pool={pool}", f"out={out}", f"picture={picture}", *extra
+    )
     assert status == 0
+    assert Image.open(picture).size[0] > 200
     assert {"auto": "mean of patches", "cls": "class token", "cls+mean": "class token and mean"}[pool] in printed
     record = json.loads(out.read_text())
     results = record["results"]
@@ -233,7 +241,7 @@ def test_features_are_kept_for_the_next_evaluation_of_the_same_weights_and_image
     again, second = evaluate("knn", "k=[3]")
     assert (fresh, again) == (0, 2)
     assert first == second
-    assert evaluate("linear", "epochs=2", "probe_batch_size=16")[0] == 2
+    assert evaluate("linear", "epochs=2", "probe_batch_size=16", "pool=mean")[0] == 2
     assert evaluate("knn", "k=[3]", "cache=false") == (0, first)
     assert evaluate("knn", "k=[3]", "pool=cls")[0] == 0
     files = sorted((run / "eval" / "features").iterdir())

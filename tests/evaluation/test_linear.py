@@ -69,10 +69,10 @@ def test_the_rate_is_chosen_on_held_out_images_and_useless_features_stay_at_chan
 def test_losses_and_hits_equal_torchs():
     x, labels = clouds(64, 0.5, seed=0)
     heads = linear.train_heads(x, labels, 4, [0.1, 1.0], 20, 0.0, 16, seed=0)
-    right, loss = linear.judge(heads, x, labels)
+    told, loss = linear.judge(heads, x, labels)
     for i, head in enumerate(heads):
         logits = x @ head[:-1] + head[-1]
-        assert torch.equal(right[i], logits.argmax(dim=1) == labels)
+        assert torch.equal(told[i], logits.argmax(dim=1))
         assert loss[i].item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
 
 

@@ -178,12 +178,12 @@ def test_the_command_has_the_linear_probes_accuracy_on_clean_images_and_at_eps_0
     few = ["corruptions=[gaussian_noise,contrast]", "eps=[0,2,64]", "steps=3", f"picture={picture}"]
     status, printed, _ = cli(*words(colour_run, labelled, out, *few, "images=null"))
     assert status == 0
-    probe = ["linear", *words(colour_run, labelled, linear)[1:]]
+    probe = ["linear", *words(colour_run, labelled, linear)[1:], "pool=mean"]
     assert cli(*probe)[0] == 0
     record, expected = json.loads(out.read_text()), json.loads(linear.read_text())["results"]
     results = record["results"]
     assert results["clean"] == expected["top1"]
-    assert results["lr"] == expected["lr"]
+    assert results["setting"] == expected["setting"]
     assert results["clean_interval"] == expected["top1_interval"]
     attacks = {name: [one["top1"] for one in row] for name, row in results["attacks"].items()}
     assert attacks["fgsm"][0] == attacks["pgd"][0] == results["clean"]
@@ -199,7 +199,7 @@ def test_the_command_has_the_linear_probes_accuracy_on_clean_images_and_at_eps_0
     status, printed, _ = cli(*words(colour_run, labelled, out, "corruptions=[]", "attacks=[]", "images=7"))
     assert status == 0
     assert "7 test images" in printed
-    assert set(json.loads(out.read_text())["results"]) == {"lr", "images", "clean", "clean_interval"}
+    assert set(json.loads(out.read_text())["results"]) == {"setting", "images", "clean", "clean_interval"}
 
 
 def test_one_and_two_processes_give_the_same_and_unreadable_images_are_left_out(labelled, colour_run, tmp_path):
