@@ -20,6 +20,7 @@ to what it looks at in patches (Dosovitskiy et al., ICLR 2021, figure 7), and th
 prefix tokens (class token and registers) in percent.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -37,6 +38,7 @@ from . import pictures, protocol, sets
 from .segment import image_size
 
 SIDE = 128  # pixels of a cell in the picture, or a little less
+MEASURES = ("entropy", "distance", "on_prefix")
 FAINT = 0.02  # share of patches at each end of a direction whose colour is cut off
 
 
@@ -83,7 +85,7 @@ def run(config: Config) -> dict[str, Any]:
         patches=list(encoder.grid(size)),
         results=results,
     )
-    record["features"] = "patch tokens"
+    record |= {"features": "patch tokens", "precision": "float32"}
     protocol.file(config, frozen.subject, "attention", record)
     return results
 
@@ -95,17 +97,23 @@ def show(config: Config, frozen: protocol.Frozen, source: Source, size: tuple[in
     images = readable(chosen, size)
     if not images:
         raise UserError(f"None of the {len(chosen)} chosen images of {config.data} can be read.")
-    x = torch.stack(images).to(device) / 255
-    looked = attend(encoder, frozen.normalize, x, config.batch_size)
     grid, prefix = encoder.grid(size), encoder.model.num_prefix_tokens
     query = "mean" if config.query == "mean" or not encoder.model.has_class_token else "cls"
-    weights = looked.weights[config.block]
-    maps = from_query(weights, query, prefix)
+    patches, maps, rolled, described = [], [], [], []
+    for image in images:  # one by one: attention is large
+        x = image.unsqueeze(0).to(device) / 255
+        looked = attend(encoder, frozen.normalize, x, config.block, with_means=config.rollout)
+        patches.append(looked.patches)
+        maps.append(from_query(looked.weights, query, prefix))
+        described.append(describe(looked.weights, query, prefix, grid))
+        if config.rollout:
+            rolled.append(from_query(rollout(looked.means).unsqueeze(1), query, prefix))
+    maps, described = torch.cat(maps), torch.stack(described).mean(dim=0)
     drawn = {"mean": maps.mean(dim=1, keepdim=True)}
-    if config.rollout:
-        drawn["rollout"] = from_query(rollout(looked.weights).unsqueeze(1), query, prefix)
+    if rolled:
+        drawn["rollout"] = torch.cat(rolled)
     drawn |= {str(head): maps[:, head : head + 1] for head in range(maps.shape[1])}
-    colours = principal_colours(looked.patches).unflatten(1, grid)
+    colours = principal_colours(torch.cat(patches)).unflatten(1, grid)
     cell = cell_size(size)
     rows = [
         [
@@ -115,21 +123,18 @@ def show(config: Config, frozen: protocol.Frozen, source: Source, size: tuple[in
         ]
         for i, image in enumerate(images)
     ]
-    place = config.block % len(looked.weights)
+    place = config.block % len(encoder.model.blocks)
     who = "the class token" if query == "cls" else "all patches"
     title = f"attention of {who} in block {place}, by head"
     pictures.save(pictures.montage(rows, column_names=["image", "patches", *drawn], title=title), config.picture)
-    results = {"block": place, "query": query, "images": len(images), "heads": describe(weights, query, prefix, grid)}
+    heads = [dict(zip(MEASURES, (round(v, 4) for v in row), strict=True)) for row in described.tolist()]
     say(
         f"{title}, of {config.run}: {len(images)} images at {size[0]} x {size[1]} pixels, {grid[0]} x {grid[1]} patches"
     )
     header = ["head", "entropy, bits", "distance, patches", "on prefix %"]
-    rows = [
-        [str(h), *(f"{one[name]:.2f}" for name in ("entropy", "distance", "on_prefix"))]
-        for h, one in enumerate(results["heads"])
-    ]
+    rows = [[str(h), *(f"{one[name]:.2f}" for name in MEASURES)] for h, one in enumerate(heads)]
     say(*protocol.table(header, rows))
-    return results
+    return {"block": place, "query": query, "images": len(images), "heads": heads}
 
 
 def readable(source: Source, size: tuple[int, int]) -> list[Tensor]:
@@ -146,35 +151,35 @@ def readable(source: Source, size: tuple[int, int]) -> list[Tensor]:
 class Looked(NamedTuple):
     """What some images gave; on the CPU."""
 
-    weights: list[Tensor]  # for each block [B, H, N, N] float32: of token n (row), to token m
+    weights: Tensor  # [B, H, N, N] float32, attention of the block: of token n (row), to token m
+    means: list[Tensor]  # [B, N, N] for each block, the mean over its heads, if asked for
     patches: Tensor  # [B, P, D] float32
 
 
 @torch.inference_mode()
-def attend(encoder: Encoder, normalize: Normalize, images: Tensor, batch_size: int = 256) -> Looked:
-    """[B, C, H, W] in [0, 1] -> attention of all blocks, and the patch tokens, in float32."""
-    inputs: list[Tensor] = []
+def attend(encoder: Encoder, normalize: Normalize, images: Tensor, block: int = -1, with_means: bool = False) -> Looked:
+    """[B, C, H, W] in [0, 1] -> attention of a block, and the patch tokens, in float32.
+
+    Memory grows with B times the square of the patches.
+    """
+    blocks, inputs = encoder.model.blocks, []
     hooks = [
         hook
-        for block in encoder.model.blocks
+        for one in blocks
         for hook in (
-            block.register_forward_pre_hook(lambda module, args: None),  # a block with hooks is run as timm runs it
-            block.attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0])),
+            one.register_forward_pre_hook(lambda module, args: None),  # a block with hooks is run as timm runs it
+            one.attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0])),
         )
     ]
-    weights: list[list[Tensor]] = [[] for _ in encoder.model.blocks]
-    patches = []
     try:
-        for x in images.split(batch_size):
-            with torch.compiler.set_stance("force_eager"):
-                patches.append(encoder(normalize(x)).patches.float().cpu())
-            for parts, block, given in zip(weights, encoder.model.blocks, inputs, strict=True):
-                parts.append(attention_of(block.attn, given).cpu())
-            inputs.clear()
+        with torch.compiler.set_stance("force_eager"):
+            patches = encoder(normalize(images)).patches.float().cpu()
     finally:
         for hook in hooks:
             hook.remove()
-    return Looked([torch.cat(parts) for parts in weights], torch.cat(patches))
+    weights = attention_of(blocks[block].attn, inputs[block]).cpu()
+    pairs = zip(blocks, inputs, strict=True) if with_means else ()
+    return Looked(weights, [attention_of(one.attn, given).mean(dim=1).cpu() for one, given in pairs], patches)
 
 
 def attention_of(module: Attention, x: Tensor) -> Tensor:
@@ -184,12 +189,12 @@ def attention_of(module: Attention, x: Tensor) -> Tensor:
     return (q.float() @ k.float().transpose(-2, -1) * module.scale).softmax(dim=-1)
 
 
-def rollout(weights: list[Tensor]) -> Tensor:
-    """[B, H, N, N] for each block, the first first -> [B, N, N]: how much of each input token is in each output."""
-    identity = torch.eye(weights[0].shape[-1])
-    through = identity.expand(len(weights[0]), -1, -1)
-    for weight in weights:
-        through = (0.5 * weight.mean(dim=1) + 0.5 * identity) @ through
+def rollout(means: list[Tensor]) -> Tensor:
+    """[B, N, N] for each block, the first first -> [B, N, N]: how much of each input token is in each output."""
+    identity = torch.eye(means[0].shape[-1])
+    through = identity.expand(len(means[0]), -1, -1)
+    for mean in means:
+        through = (0.5 * mean + 0.5 * identity) @ through
     return through
 
 
@@ -199,20 +204,16 @@ def from_query(weights: Tensor, query: str, prefix: int) -> Tensor:
     return rows[:, :, prefix:]
 
 
-def describe(weights: Tensor, query: str, prefix: int, grid: tuple[int, int]) -> list[dict[str, float]]:
-    """[B, H, N, N] -> for each head: entropy and share on prefix tokens of the query's attention, and the distance of
-    patches."""
+def describe(weights: Tensor, query: str, prefix: int, grid: tuple[int, int]) -> Tensor:
+    """[B, H, N, N] -> [H, 3]: entropy of the query's attention in bits, distance from patches to what they look at in
+    patches, and share of the query's attention on prefix tokens in percent."""
     rows = weights[:, :, :1] if query == "cls" else weights[:, :, prefix:]
-    entropy = torch.special.entr(rows).sum(dim=-1).mean(dim=(0, 2)) / torch.log(torch.tensor(2.0))
+    entropy = torch.special.entr(rows).sum(dim=-1).mean(dim=(0, 2)) / math.log(2)
     on_prefix = rows[..., :prefix].sum(dim=-1).mean(dim=(0, 2))
     place = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).float().view(-1, 2)
     among = weights[:, :, prefix:, prefix:]
-    shares = among / among.sum(dim=-1, keepdim=True)
-    distance = (shares * torch.cdist(place, place)).sum(dim=-1).mean(dim=(0, 2))
-    return [
-        {"entropy": round(e, 4), "distance": round(d, 4), "on_prefix": round(100 * p, 4)}
-        for e, d, p in zip(entropy.tolist(), distance.tolist(), on_prefix.tolist(), strict=True)
-    ]
+    towards = (among * torch.cdist(place, place)).sum(dim=-1) / among.sum(dim=-1)
+    return torch.stack([entropy, towards.mean(dim=(0, 2)), 100 * on_prefix], dim=1)
 
 
 def principal_colours(patches: Tensor) -> Tensor:

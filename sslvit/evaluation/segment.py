@@ -20,6 +20,7 @@ mean is over the classes that occur in the masks or the predictions (PASCAL VOC,
 is called accuracy).
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,22 +79,22 @@ class Masked:
             if not (root / part).is_dir():
                 raise UserError(f"{word} has no folder {part}: segmentation needs {word}/images and {word}/masks.")
         self.word, self.images = word, Folder(root / "images", in_chans)
-        masks = {p.relative_to(root / "masks").with_suffix(""): p for p in sorted((root / "masks").rglob("*.png"))}
-        names = [Path(name).relative_to(root / "images").with_suffix("") for name in self._names()]
+        files = [p for p in sorted((root / "masks").rglob("*")) if p.suffix.lower() == ".png" and p.name[0] != "."]
+        masks = {p.relative_to(root / "masks").with_suffix(""): p for p in files}
+        paths = (Path(self.images.name(i)) for i in range(len(self.images)))
+        names = [path.relative_to(root / "images").with_suffix("") for path in paths]
+        counts = Counter(names)
         for missing, what in (
             ([n for n in names if n not in masks], "image {} has no mask of its name (.png)"),
-            ([n for n in masks if n not in set(names)], "mask {} has no image of its name"),
+            ([n for n in masks if n not in counts], "mask {} has no image of its name"),
         ):
             if missing:
                 more = f", and {len(missing) - 1} others" if len(missing) > 1 else ""
                 raise UserError(f"{word}: {what.format(missing[0])}{more}.")
-        if len(set(names)) < len(names):
-            twice = next(n for n in names if names.count(n) > 1)
-            raise UserError(f"{word}: two images are called {twice}: their mask could be of either.")
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise UserError(f"{word}: two images are called {twice[0]}: their mask could be of either.")
         self.paths = [masks[name] for name in names]
-
-    def _names(self) -> list[str]:
-        return [self.images.name(i) for i in range(len(self.images))]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -113,10 +114,11 @@ def read_mask(path: Path) -> Tensor:
                     "pixel, with a palette or without."
                 )
             return torch.from_numpy(np.array(image).astype(np.int64))
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"The mask {path} cannot be read: {str(error).splitlines()[0]}.") from error
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise whatever they like
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"The mask {path} cannot be read: {reason}.") from error
 
 
 def run(config: Config) -> dict[str, Any]:

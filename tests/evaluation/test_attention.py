@@ -31,18 +31,20 @@ def build(size=(32, 32), **more):
 )
 def test_the_maps_are_those_that_timm_multiplies_the_values_with(more):
     built, x = build(**more), torch.rand(3, 3, 32, 32)
-    found = attention.attend(built, PLAIN, x, batch_size=2)
+    found = [attention.attend(built, PLAIN, x, block, with_means=True) for block in (0, -1)]
     theirs = []
     for block in built.model.blocks:
         block.attn.fused_attn = False  # then the softmax goes through a module of its own
         block.attn.attn_drop.register_forward_pre_hook(lambda module, args: theirs.append(args[0]))
     with torch.inference_mode():
         tokens = built.model.forward_features(PLAIN(x))
-    assert len(found.weights) == len(theirs) == 2
-    for ours, their in zip(found.weights, theirs, strict=True):
-        assert torch.allclose(ours, their, atol=1e-6)
-        assert torch.allclose(ours.sum(dim=-1), torch.ones(ours.shape[:3]), atol=1e-5)
-    assert torch.allclose(found.patches, tokens[:, built.model.num_prefix_tokens :], atol=1e-4)
+    assert len(theirs) == 2
+    for ours, their in zip(found, theirs, strict=True):
+        assert torch.allclose(ours.weights, their, atol=1e-6)
+        assert torch.allclose(ours.weights.sum(dim=-1), torch.ones(their.shape[:3]), atol=1e-5)
+    for ours, their in zip(found[0].means, theirs, strict=True):
+        assert torch.allclose(ours, their.mean(dim=1), atol=1e-6)
+    assert torch.allclose(found[0].patches, tokens[:, built.model.num_prefix_tokens :], atol=1e-4)
     assert not any(block._forward_pre_hooks for block in built.model.blocks)
 
 
@@ -51,7 +53,7 @@ def test_the_maps_equal_a_softmax_by_hand(fused):
     built, x = build(), torch.rand(1, 3, 32, 32)
     for block in built.model.blocks:
         block.attn.fused_attn = fused  # off, as on a CPU in bf16, where blocks pass their attention module by
-    weights = attention.attend(built, PLAIN, x).weights[0]
+    weights = attention.attend(built, PLAIN, x, block=0).weights
     vit, block = built.model, built.model.blocks[0]
     with torch.no_grad():
         tokens = block.norm1(vit._pos_embed(vit.patch_embed(PLAIN(x))))[0].double()
@@ -68,12 +70,12 @@ def test_the_maps_equal_a_softmax_by_hand(fused):
 
 
 def test_rollout_is_the_product_of_half_attention_and_half_identity():
-    weights = [torch.rand(2, 3, 5, 5).softmax(dim=-1) for _ in range(3)]
-    through = attention.rollout(weights)
+    means = [torch.rand(2, 5, 5).softmax(dim=-1) for _ in range(3)]
+    through = attention.rollout(means)
     for i in range(2):
         expected = torch.eye(5)
-        for weight in weights:
-            expected = (weight[i].mean(dim=0) + torch.eye(5)) / 2 @ expected
+        for mean in means:
+            expected = (mean[i] + torch.eye(5)) / 2 @ expected
         assert torch.allclose(through[i], expected, atol=1e-6)
     assert torch.allclose(through.sum(dim=-1), torch.ones(2, 5), atol=1e-6)
 
@@ -87,11 +89,9 @@ def test_the_query_is_the_class_token_or_the_mean_of_the_patches():
 def test_heads_are_described_by_entropy_distance_and_what_goes_to_prefix_tokens():
     even = torch.full((1, 1, 5, 5), 0.2)  # one prefix token and 2 x 2 patches
     near = torch.eye(5).view(1, 1, 5, 5)
-    (of_even,), (of_near,) = (attention.describe(w, "mean", 1, (2, 2)) for w in (even, near))
-    assert of_even["entropy"] == pytest.approx(np.log2(5), abs=1e-3)
-    assert of_even["distance"] == pytest.approx((0 + 1 + 1 + 2**0.5) / 4, abs=1e-3)
-    assert of_even["on_prefix"] == pytest.approx(20, abs=1e-2)
-    assert of_near == {"entropy": 0, "distance": 0, "on_prefix": 0}
+    (of_even,), (of_near,) = (attention.describe(w, "mean", 1, (2, 2)).tolist() for w in (even, near))
+    assert of_even == pytest.approx([np.log2(5), (0 + 1 + 1 + 2**0.5) / 4, 20], abs=1e-3)
+    assert of_near == [0, 0, 0]
 
 
 def test_colours_follow_the_directions_in_which_tokens_differ():

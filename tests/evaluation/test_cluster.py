@@ -92,6 +92,15 @@ def test_kmeans_finds_clouds_again_and_each_repeat_is_a_function_of_the_seed(sph
     assert not torch.equal(first, other)
 
 
+def test_features_that_are_all_the_same_have_clusters_without_meaning():
+    """A collapsed encoder: no crash, no nan, and the chance that it deserves."""
+    clusters = cluster.kmeans(torch.ones(60, 8), 3, cluster.Config(), repeat=0)
+    found = cluster.measure(cluster.table(clusters, torch.arange(60) % 3))
+    assert found["ari"] <= 5
+    assert found["accuracy"] <= 50
+    assert found["nmi"] <= 10
+
+
 def test_spherical_clusters_look_at_directions_and_others_at_distances():
     """Two directions, each short and long: the direction is one partition and the length another."""
     directions = torch.tensor([[1.0, 0.0], [0.99, 0.14]])
