@@ -8,7 +8,7 @@ known there, and nothing waits for the device.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -28,14 +28,17 @@ class Normalize:
     std: tuple[float, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        mean = torch.tensor(self.mean, device=x.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=x.device).view(-1, 1, 1)
-        return (x - mean) / std
+        return (x - per_channel(self.mean, x.device)) / per_channel(self.std, x.device)
 
     def undo(self, x: Tensor) -> Tensor:
-        return x * torch.tensor(self.std, device=x.device).view(-1, 1, 1) + torch.tensor(
-            self.mean, device=x.device
-        ).view(-1, 1, 1)
+        return x * per_channel(self.std, x.device) + per_channel(self.mean, x.device)
+
+
+@lru_cache(maxsize=64)
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[C, 1, 1] on the device, brought there once: a copy from the host would wait for all that the device has to do."""
+    with torch.inference_mode(False):  # or the first user would decide whether others may take gradients through it
+        return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     )  # in sixths of a turn
     angle = angle + 6 * shift
     # A channel is value - chroma * (how far the angle is from the sector in which the channel is at its maximum).
-    channel = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1)
+    channel = per_channel((5.0, 3.0, 1.0), x.device)
     distance = (channel + angle) % 6
     return value - chroma * torch.minimum(distance, 4 - distance).clamp_(0, 1)
 
