@@ -36,7 +36,7 @@ class Normalize:
 
 @lru_cache(maxsize=64)
 def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[C, 1, 1] on the device, brought there once: a copy from the host would wait for all that the device has to do."""
+    """[C, 1, 1] on the device, brought there once: a copy from the host would wait for what the device has to do."""
     with torch.inference_mode(False):  # or the first user would decide whether others may take gradients through it
         return torch.tensor(values, device=device).view(-1, 1, 1)
 
