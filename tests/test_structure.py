@@ -19,6 +19,7 @@ LAYERS = [
     {"evaluation", "export"},
     {"pretrained"},
     {"objectives"},
+    {"timm_folder"},
     {"blocks", "encoder", "heads", "losses", "views", "augment", "data", "optim", "state"},
     {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors", "stopping"},
 ]
