@@ -9,12 +9,14 @@ from importlib import import_module
 from pathlib import Path
 
 from .errors import UserError
+from .stopping import REQUEUE, Stopped
 from .words import help_lines, parse
 
 # Evaluations are modules of sslvit/evaluation/ with a Config and run(config): {name: (its words, what it is)}.
 EVALUATIONS = {
     "knn": ("run=... data.train=... data.test=...", "k-NN classification with its frozen features"),
     "linear": ("run=... data.train=... data.test=...", "linear probe of its frozen features"),
+    "finetune": ("run=... data.train=... data.test=...", "train all of it with labels, by a published recipe"),
     "quality": ("run=... data=...", "rank, uniformity and alignment of its features, without labels"),
 }
 RECIPE = "[recipe.yaml] [folder] [key=value ...]"
@@ -48,6 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"sslvit {command}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"{stopped} Start the same command to go on (exit status {REQUEUE}).")
+        return REQUEUE
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
@@ -74,7 +80,6 @@ def _wants_help(words: list[str]) -> bool:
 def _pretrain(words: list[str]) -> int | None:
     from . import config
     from .metrics import duration
-    from .stopping import REQUEUE
 
     if _wants_help(words):
         method = next((word.split("=", 1)[1] for word in words if word.startswith("method=")), "mae")

@@ -21,7 +21,7 @@ LAYERS = [
     {"objectives"},
     {"timm_folder"},
     {"blocks", "encoder", "heads", "losses", "views", "augment", "data", "optim", "state"},
-    {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors", "stopping"},
+    {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors", "stopping", "lock"},
 ]
 FAMILIES = {"objectives", "evaluation", "export"}
 

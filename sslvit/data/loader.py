@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import rng
 from ..distributed import say
+from ..errors import UserError
 from ..hardware import free_memory
 from ..stopping import ignore_in_worker
 from ..views import Views, cut
@@ -39,6 +40,26 @@ class Layout:
     @property
     def global_batch_size(self) -> int:
         return self.batch_size * self.accumulate * self.world_size
+
+
+def make_layout(total: int, batch_size: int | None, num_images: int, world_size: int, rank: int, where: str) -> Layout:
+    """How global batches of `total` images are dealt out. Raises UserError for what cannot be.
+
+    batch_size: null: each process's share of the global batch. where: what the images are called.
+    """
+    if total < 1 or total % world_size:
+        raise UserError(f"global_batch_size={total} must be a multiple of the number of processes, {world_size}.")
+    batch_size = batch_size or total // world_size
+    if batch_size < 1 or total % (batch_size * world_size):
+        raise UserError(
+            f"global_batch_size={total} is not a multiple of batch_size={batch_size} on {world_size} processes: "
+            f"choose a batch_size that divides {total // world_size}."
+        )
+    if total > num_images:
+        raise UserError(
+            f"global_batch_size={total} is larger than the {num_images} images of {where}: use at most {num_images}."
+        )
+    return Layout(batch_size, total // (batch_size * world_size), world_size, rank)
 
 
 class Order(Sampler[tuple[int, Tensor]]):

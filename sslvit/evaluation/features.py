@@ -137,7 +137,7 @@ def extract_cached(
         "crop_ratio": CROP_RATIO,
     }
     path = folder / f"{hashlib.sha256(json.dumps(place).encode()).hexdigest()[:16]}.safetensors"
-    content = {"weights": _digest(encoder), **{key: json.dumps(value) for key, value in place.items()}}
+    content = {"weights": digest(encoder), **{key: json.dumps(value) for key, value in place.items()}}
     stored = _read(path, content, source)
     if not any_process(stored is None):
         say(f"features of {source.name(0)} ... as computed before for these weights, {path}")
@@ -167,7 +167,7 @@ def _read(path: Path, content: dict[str, str], source: Source) -> Features | Non
     return Features(values, labels, source.classes, index, len(source) - len(index))
 
 
-def _digest(encoder: Encoder) -> str:
+def digest(encoder: Encoder) -> str:
     """SHA-256 of the names and values of all weights."""
     digest = hashlib.sha256()
     for name, value in encoder.model.state_dict().items():
