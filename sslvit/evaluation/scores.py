@@ -49,7 +49,7 @@ def multilabel(outputs: Tensor, targets: Tensor, names: Sequence[str], seed: int
 
     def means(weights: np.ndarray) -> tuple[float, float]:
         both = np.array([[of_one.average_precision(weights), of_one.auroc(weights)] for of_one in ranked])
-        return tuple(100 * np.nanmean(both, axis=0))
+        return 100 * known_mean(both[:, 0]), 100 * known_mean(both[:, 1])
 
     known = bool(ranked)
     ap, auroc = means(even) if known else (None, None)
@@ -72,12 +72,13 @@ def regression(outputs: Tensor, targets: Tensor, names: Sequence[str], seed: int
     def per_target(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         share = (weights / weights.sum())[:, None]
         spread = (share * (truth - (share * truth).sum(axis=0)) ** 2).sum(axis=0)
-        r2 = 1 - (share * error**2).sum(axis=0) / np.where(spread > 0, spread, np.nan)  # none for equal targets
+        differ = spread > 1e-12 * (truth**2).max(axis=0)
+        r2 = 1 - (share * error**2).sum(axis=0) / np.where(differ, spread, np.nan)  # none where all targets are equal
         return (share * np.abs(error)).sum(axis=0), r2
 
     def means(weights: np.ndarray) -> tuple[float, float]:
         mae, r2 = per_target(weights)
-        return mae.mean(), r2[np.isfinite(r2)].mean() if np.isfinite(r2).any() else np.nan
+        return mae.mean(), known_mean(r2)
 
     mae, r2 = means(np.ones(len(truth)))
     low, high = bootstrap(means, len(truth), seed)
@@ -89,6 +90,12 @@ def regression(outputs: Tensor, targets: Tensor, names: Sequence[str], seed: int
             name: {"mae": _rounded(each[0][i], 6), "r2": _rounded(each[1][i])} for i, name in enumerate(names)
         },
     }  # fmt: skip
+
+
+def known_mean(values: np.ndarray) -> float:
+    """The mean of those that are not NaN, NaN if all are."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else np.nan
 
 
 class Ranked:
@@ -133,7 +140,8 @@ def bootstrap(
     generator = np.random.default_rng(seed)
     drawn = [score(np.bincount(generator.integers(num_images, size=num_images), minlength=num_images).astype(float))
              for _ in range(DRAWS)]  # fmt: skip
-    low, high = np.nanpercentile(np.array(drawn), [2.5, 97.5], axis=0)
+    known = [column[~np.isnan(column)] for column in np.array(drawn).T]  # a draw may miss all images of a label
+    low, high = np.array([np.percentile(c, [2.5, 97.5]) if len(c) else [np.nan] * 2 for c in known]).T
     return low, high
 
 
