@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import optim, pretrained, rng, timm_folder
@@ -232,11 +233,17 @@ def read_targets(task: str, sources: list[Source], words: tuple[str, str]) -> Ta
 
     read = labels.multilabel if task == "multilabel" else labels.numbers
     (train, names), (test, test_names) = (read(source) for source in sources)
-    if sorted(names) != sorted(test_names):
-        unlike = sorted(set(names) ^ set(test_names))
-        raise UserError(f"The labels of {words[0]} and {words[1]} differ, for example in {', '.join(unlike[:5])}.")
-    order = [list(test_names).index(name) for name in names]
-    return Targets(task, torch.as_tensor(train), torch.as_tensor(test)[:, order], list(names))
+    missing, unknown = sorted(set(names) - set(test_names)), sorted(set(test_names) - set(names))
+    if unknown or (missing and task == "regression"):
+        raise UserError(
+            f"The labels of {words[0]} and {words[1]} differ: {', '.join((unknown or missing)[:5])} is only in "
+            f"{words[1] if unknown else words[0]}."
+        )
+    if missing:  # texts of which no test image has some: measure leaves them out
+        say(f"No image of {words[1]} has {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}.")
+    columns = [list(test_names).index(name) if name in test_names else -1 for name in names]
+    test = F.pad(torch.as_tensor(test), (0, 1))[:, columns]  # the last column, of zeros, for those
+    return Targets(task, torch.as_tensor(train), test, list(names))
 
 
 def _labels_of(source: Source) -> Features:

@@ -16,13 +16,14 @@ from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .. import optim, rng, schedules, state
 from ..augment import augment
 from ..data import Source
 from ..data.loader import Layout, make_loader
-from ..distributed import barrier, gather_objects, rank, say
+from ..distributed import gather_objects, on_first_process, rank, say
 from ..errors import UserError
 from ..hardware import default_workers, versions
 from ..lock import hold
@@ -34,6 +35,7 @@ from .classifier import Classifier, average_statistics, freeze, layer_ids, param
 from .protocol import Frozen
 
 BETAS = (0.9, 0.999)  # of AdamW; pretraining has (0.9, 0.95)
+KEPT = 2  # checkpoints, of which the older one is there if the newer is damaged
 
 
 @dataclass
@@ -151,7 +153,6 @@ class Training:
             if folder and (epoch_ends or stopped):
                 self._save(folder, optimizer, window)
             if stopped:
-                barrier()  # a launcher ends all processes when one has ended: none may before the save is written
                 raise Stopped(
                     f"Stopped by {stopped} after step {run.step} of {self.steps}, which is saved in {folder}."
                 )
@@ -227,11 +228,18 @@ class Training:
             say(f"{len(bad)} training images cannot be read and are replaced by others, for example {bad[0]}.")
 
     def _save(self, folder: Path, optimizer: torch.optim.Optimizer, window: Window) -> None:
+        """A checkpoint, for which all processes wait. Raises UserError on all of them if it cannot be written."""
         self.run_state.window = window.state()
-        if rank() == 0:
-            extra = {"finetune": self.settings, "history": self.history, "versions": versions()}
-            state.save(folder, self.classifier, optimizer.optimizer, self.run_state, extra)
-            state.prune(folder, 2, self.run_state.step)
+        extra = {"finetune": self.settings, "history": self.history, "versions": versions()}
+
+        def write() -> None:
+            try:
+                state.save(folder, self.classifier, optimizer.optimizer, self.run_state, extra)
+                state.prune(folder, KEPT, self.run_state.step)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"save={folder} cannot be written: {error}.") from error
+
+        on_first_process(write)
 
     def _restore(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         """Take up the newest checkpoint. Raises UserError if it belongs to another training."""

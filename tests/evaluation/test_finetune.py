@@ -522,3 +522,25 @@ def test_other_channels_are_refused(labelled):
     config, (frozen, *_) = prepared(labelled)
     with pytest.raises(UserError, match="images of 1 channels"):
         finetune._check_sample(config, frozen, Gray(), "gray")
+
+
+def test_labels_of_both_sets_are_matched_by_name(monkeypatch):
+    """What a table says of each image; texts of the test set may miss a label, and may have none of their own."""
+    import sys
+    from types import ModuleType
+
+    from sslvit import data
+
+    table = ModuleType("labels")
+    table.multilabel = table.numbers = lambda source: source
+    monkeypatch.setitem(sys.modules, "sslvit.data.labels", table)
+    monkeypatch.setattr(data, "labels", table, raising=False)
+    train = (np.array([[1, 0, 1], [0, 1, 1]], dtype=np.float32), ["a", "b", "c"])
+    test = (np.array([[1, 0]], dtype=np.float32), ["c", "a"])
+    found = finetune.read_targets("multilabel", [train, test], ("train", "test"))
+    assert found.test.tolist() == [[0, 0, 1]]
+    assert found.names == ["a", "b", "c"]
+    with pytest.raises(UserError, match="b is only in train"):
+        finetune.read_targets("regression", [train, test], ("train", "test"))
+    with pytest.raises(UserError, match="b is only in train"):
+        finetune.read_targets("multilabel", [test, train], ("test", "train"))
