@@ -35,6 +35,7 @@ from .features import Features, align_labels, digest, extract
 from .quality import Chosen
 from .supervised import Part, Recipe, Training
 
+NOUN = {"single": "classes", "multilabel": "labels", "regression": "numbers"}
 SHOWN = 100  # classes up to which each has a line on the console; the file has all of them
 
 RECIPES = {
@@ -109,8 +110,8 @@ def run(config: Config) -> dict[str, Any]:
     recipe, seeds = resolve(config), config.seeds or (config.seed,)
     check(config, recipe, seeds)
     with listening(None) if config.save else nullcontext() as stop:
-        frozen, sources, targets = prepare(config)
-        results, record = [], {}
+        frozen, sources, targets = prepare(replace(config, seed=seeds[0]))
+        recipe, results = resolve(config, targets.task), []
         for seed in seeds:
             if results:  # weights that a seed decides, random:'s, are another's
                 frozen = load(replace(config, seed=seed))
@@ -121,14 +122,20 @@ def run(config: Config) -> dict[str, Any]:
     if len(seeds) > 1:
         name = scores.FIRST[targets.task]
         say(f"test {name} {whole[name]:.2f} +- {whole[f'{name}_deviation']:.2f} over the seeds {list(seeds)}")
+        record["seed"] = list(seeds)
     protocol.file(config, frozen.subject, "finetune", {**record, "results": whole})
     return whole
 
 
-def resolve(config: Config) -> Recipe:
-    """The recipe with what the user gave in its place."""
+def resolve(config: Config, task: str = "single") -> Recipe:
+    """The recipe with what the user gave in its place, and without what the task cannot have. Raises UserError."""
     given = {f.name: getattr(config, f.name) for f in fields(Recipe) if getattr(config, f.name) is not None}
-    return replace(RECIPES[config.recipe], **given)
+    recipe = replace(RECIPES[config.recipe], **given)
+    without = {"single": (), "multilabel": ("smoothing",), "regression": ("smoothing", "mixup", "cutmix")}[task]
+    for name in without:  # two pictures pasted together have no number
+        if given.get(name):
+            raise UserError(f"{name}={given[name]:g} has no meaning for task={task}: leave it out.")
+    return replace(recipe, **dict.fromkeys(without, 0.0))
 
 
 def check(config: Config, recipe: Recipe, seeds: tuple[int, ...]) -> None:
@@ -139,6 +146,7 @@ def check(config: Config, recipe: Recipe, seeds: tuple[int, ...]) -> None:
                 f"data.{key} is missing: finetune needs labelled images, data.train=<folder> data.test=<folder>."
             )
     check_range("", recipe, 1, None, "epochs", "global_batch_size")
+    check_range("", config, 1, None, "image_size", "batch_size")
     check_range(
         "", recipe, 0, None, "min_lr", "warmup_epochs", "weight_decay", "head_lr", "mixup", "cutmix", "head_epochs",
         "unfreeze_epochs",
@@ -283,11 +291,10 @@ def train_and_test(
     accelerator, subject, task = frozen.accelerator, frozen.subject, targets.task
     learned, held_out = split(config, targets, seed)
     values, unit = standardise(targets.train[learned]) if task == "regression" else (targets.train[learned], (0.0, 1.0))
-    mix = (recipe.mixup or recipe.cutmix) and task != "regression"  # a picture pasted from two has no number
     layout = make_layout(
         recipe.global_batch_size, config.batch_size, len(learned), world_size(), rank(), config.data.train
     )
-    if mix and layout.batch_size % 2:
+    if (recipe.mixup or recipe.cutmix) and layout.batch_size % 2:
         raise UserError(f"mixup and cutmix need pairs of images, and batch_size={layout.batch_size} is odd.")
     fresh_norm = config.recipe == "mae" and frozen.pool == "mean"
     classifier = building.build(
@@ -296,8 +303,8 @@ def train_and_test(
     choose_attention(classifier, accelerator.device, frozen.precision)
     memory = Memory()
 
-    def part(source: Source, index: Tensor, of_part: Tensor) -> Part:
-        return Part(cached(Chosen(source, index), None, seed, memory), of_part)
+    def part(index: Tensor, of_part: Tensor) -> Part:
+        return Part(cached(Chosen(sources[0], index), None, seed, memory), of_part)
 
     def judge(judged: Part) -> tuple[dict[str, Any], int]:
         """Scores, and the number of images that cannot be read."""
@@ -307,9 +314,9 @@ def train_and_test(
         outputs, truth = found.values * unit[1] + unit[0], judged.targets[found.index]
         return on_first_process(lambda: scores.measure(task, outputs, truth, targets.names, seed)), found.unreadable
 
-    train_part = part(sources[0], learned, values)
-    held_part = part(sources[0], held_out, targets.train[held_out]) if len(held_out) else None
-    settings = {
+    train_part = part(learned, values)
+    held_part = part(held_out, targets.train[held_out]) if len(held_out) else None
+    settings = {  # what a checkpoint has to agree with
         "run": config.run, "weights": digest(subject.encoder), "recipe": config.recipe, **asdict(recipe),
         "pool": frozen.pool, "image_size": list(classifier.image_size), "task": task,
         "labels_share": config.labels_share, "holdout": config.holdout, "seed": seed, "classes": targets.names,
@@ -318,24 +325,24 @@ def train_and_test(
     size = "x".join(map(str, classifier.image_size))
     say(
         f"finetune of {config.run}, recipe {config.recipe}, seed {seed}: {size} pixels, {len(learned)} training and "
-        f"{len(targets.known[1])} test images, {len(targets.names)} {'numbers' if task == 'regression' else 'classes'}",
+        f"{len(targets.known[1])} test images, {len(targets.names)} {NOUN[task]}",
         f"{recipe.epochs} epochs of {len(learned) // layout.global_batch_size} steps, global batch "
         f"{layout.global_batch_size} = {layout.batch_size} x {layout.accumulate} micro-batches x {layout.world_size} "
         f"processes, learning rate {recipe.base_lr * layout.global_batch_size / optim.REFERENCE_BATCH:.3g}, "
         f"{accelerator.device}, {frozen.precision}",
     )
-    task_recipe = recipe if mix else replace(recipe, mixup=0.0, cutmix=0.0)
-    training = Training(task_recipe, seed, frozen, classifier, train_part, layout, task, config.workers, settings)
+    training = Training(recipe, seed, frozen, classifier, train_part, layout, task, config.workers, settings)
     training.run(Path(config.save) / f"seed_{seed}" if config.save else None, stop, held_part, judge)
-    found, unreadable = judge(part(sources[1], targets.known[1], targets.test[targets.known[1]]))
+    test_index = targets.known[1]
+    found, unreadable = judge(Part(Chosen(sources[1], test_index), targets.test[test_index]))
     say(*shown(task, found))
     if config.out_model:
         on_first_process(lambda: write_model(Path(config.out_model), subject, classifier, targets.names, unit))
     record = {
         "evaluation": "finetune", "run": config.run, **subject.detail, "recipe": config.recipe,
-        "settings": asdict(task_recipe), "task": task,
-        "train": {"data": config.data.train, "images": len(learned), "held_out": len(held_out)},
-        "test": {"data": config.data.test, "images": len(targets.known[1]) - unreadable, "unreadable": unreadable},
+        "settings": asdict(recipe), "task": task,
+        "train": {"data": config.data.train, "images": len(learned), "held_out": len(held_out), "unreadable": training.num_unreadable},
+        "test": {"data": config.data.test, "images": len(test_index) - unreadable, "unreadable": unreadable},
         "labels_share": config.labels_share, "classes": len(targets.names),
         "features": protocol.describe_pool(frozen.pool) + " before a norm of its own" * fresh_norm,
         "image_size": list(classifier.image_size), "precision": frozen.precision, "seed": seed,

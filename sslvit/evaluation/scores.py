@@ -53,10 +53,10 @@ def multilabel(outputs: Tensor, targets: Tensor, names: Sequence[str], seed: int
 
     known = bool(ranked)
     ap, auroc = means(even) if known else (None, None)
-    low, high = bootstrap(means, len(truth), seed) if known else ((None, None), (None, None))
+    intervals = bootstrap(means, len(truth), seed) if known else [(None, None)] * 2
     return {
-        "map": _rounded(ap), "map_interval": (_rounded(low[0]), _rounded(high[0])),
-        "auroc": _rounded(auroc), "auroc_interval": (_rounded(low[1]), _rounded(high[1])),
+        "map": _rounded(ap), "map_interval": tuple(map(_rounded, intervals[0])),
+        "auroc": _rounded(auroc), "auroc_interval": tuple(map(_rounded, intervals[1])),
         "loss": round(F.binary_cross_entropy_with_logits(outputs.double(), targets.double()).item(), 6),
         "per_class": {
             name: {"ap": _rounded(100 * one.average_precision(even)), "auroc": _rounded(100 * one.auroc(even))}
@@ -81,11 +81,11 @@ def regression(outputs: Tensor, targets: Tensor, names: Sequence[str], seed: int
         return mae.mean(), known_mean(r2)
 
     mae, r2 = means(np.ones(len(truth)))
-    low, high = bootstrap(means, len(truth), seed)
+    of_mae, of_r2 = bootstrap(means, len(truth), seed)
     each = per_target(np.ones(len(truth)))
     return {
-        "mae": _rounded(mae, 6), "mae_interval": (_rounded(low[0], 6), _rounded(high[0], 6)),
-        "r2": _rounded(r2), "r2_interval": (_rounded(low[1]), _rounded(high[1])),
+        "mae": _rounded(mae, 6), "mae_interval": tuple(_rounded(value, 6) for value in of_mae),
+        "r2": _rounded(r2), "r2_interval": tuple(map(_rounded, of_r2)),
         "per_target": {
             name: {"mae": _rounded(each[0][i], 6), "r2": _rounded(each[1][i])} for i, name in enumerate(names)
         },
@@ -132,17 +132,23 @@ class Ranked:
 
 def bootstrap(
     score: Callable[[np.ndarray], tuple[float, float]], num_images: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % interval of two scores over the images that they were measured on: ([2] low, [2] high).
+) -> list[tuple[float, float]]:
+    """95 % intervals of two scores over the images that they were measured on: [(low, high), (low, high)].
+
+    The score plus and minus 1.96 deviations of the bootstrap's draws, and not their percentiles: a draw holds images
+    twice, which raises an average precision, so that its percentiles would lie above the score itself.
 
     score: of the numbers of times that each image was drawn.
     """
     generator = np.random.default_rng(seed)
     drawn = [score(np.bincount(generator.integers(num_images, size=num_images), minlength=num_images).astype(float))
              for _ in range(DRAWS)]  # fmt: skip
-    known = [column[~np.isnan(column)] for column in np.array(drawn).T]  # a draw may miss all images of a label
-    low, high = np.array([np.percentile(c, [2.5, 97.5]) if len(c) else [np.nan] * 2 for c in known]).T
-    return low, high
+    intervals = []
+    for middle, column in zip(score(np.ones(num_images)), np.array(drawn).T, strict=True):
+        known = column[~np.isnan(column)]  # a draw may miss all images of a label
+        half = 1.96 * known.std() if len(known) else np.nan
+        intervals.append((middle - half, middle + half))
+    return intervals
 
 
 def _rounded(value: float | None, digits: int = 4) -> float | None:

@@ -109,6 +109,7 @@ class Training:
         self.settings = json.loads(json.dumps(self.settings))
         self.run_state, self.history = state.RunState(), []
         self.unreadable: set[str] = set()
+        self.num_unreadable = 0  # over all processes, since this start
 
     def lr(self, step: int) -> float:
         """Of a layer whose share is 1."""
@@ -224,8 +225,9 @@ class Training:
         self.history.append(line)
         say(f"{text}  {rate:.0f} images/s")
         bad = sorted(set().union(*gather_objects(self.unreadable)))
-        if bad and epoch == 1:
+        if len(bad) > self.num_unreadable:
             say(f"{len(bad)} training images cannot be read and are replaced by others, for example {bad[0]}.")
+        self.num_unreadable = len(bad)
 
     def _save(self, folder: Path, optimizer: torch.optim.Optimizer, window: Window) -> None:
         """A checkpoint, for which all processes wait. Raises UserError on all of them if it cannot be written."""

@@ -144,6 +144,17 @@ def test_positions_for_another_size_are_timms_bicubic_resampling(size, args):
     assert net(torch.randn(2, 3, *size)).shape == (2, 5)
 
 
+def test_a_swin_takes_images_of_another_size():
+    args = {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
+    of = pretrained.load("random:swin_tiny_patch4_window7_224", (64, 64), args)
+    net = make("pooled", size=(96, 64), of=of)
+    weights = of.encoder.model.state_dict()
+    assert all(torch.equal(net.model.state_dict()[name], weights[name]) for name in weights)
+    assert net(torch.randn(2, 3, 96, 64)).shape == (2, 5)
+    with pytest.raises(UserError, match="convit_tiny cannot take images of 48x48"):
+        make("pooled", size=(48, 48), of=pretrained.load("random:convit_tiny", 32))
+
+
 def test_mean_pooled_features_are_normalised_after_the_mean_by_a_fresh_layer():
     of = subject()
     torch.nn.init.normal_(of.encoder.model.norm.weight)
@@ -382,17 +393,25 @@ def test_several_labels_of_an_image_are_learned(labelled):
 
 
 def test_numbers_are_learned_in_their_own_units_and_written_so(labelled, tmp_path):
-    config, (frozen, sources, of_class) = prepared(labelled, out_model=str(tmp_path / "model"), mixup=0.8)
+    config, (frozen, sources, of_class) = prepared(labelled, out_model=str(tmp_path / "model"))
     train, test = (1000 + 200 * labels.float().unsqueeze(1) for labels in (of_class.train, of_class.test))
     targets = Targets("regression", train, test, ["weight"])
     found, record = finetune.train_and_test(config, finetune.resolve(config), 0, frozen, sources, targets, None)
     assert found["r2"] > 0.8
     assert found["mae"] < 80
-    assert record["settings"]["mixup"] == 0  # two pasted pictures have no number
+    assert record["task"] == "regression"
     model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
     x = (sources[1].read(0).float() / 255 - 0.45) / 0.225
     with torch.inference_mode():
         assert 800 < model(x.unsqueeze(0)).item() < 1600
+
+
+def test_what_a_task_cannot_have_is_left_out_of_the_recipe_and_refused_as_a_word():
+    recipe = finetune.resolve(finetune.Config(recipe="mae"), "regression")
+    assert (recipe.mixup, recipe.cutmix, recipe.smoothing, recipe.erasing) == (0, 0, 0, 0.25)
+    assert finetune.resolve(finetune.Config(recipe="mae"), "multilabel").mixup == 0.8
+    with pytest.raises(UserError, match=r"mixup=0\.8 has no meaning for task=regression"):
+        finetune.resolve(finetune.Config(mixup=0.8), "regression")
 
 
 def test_one_and_two_processes_and_micro_batches_learn_the_same(labelled, colour_run, tmp_path):
@@ -473,6 +492,7 @@ def test_seeds_are_trainings_of_their_own_with_mean_and_deviation(cli, labelled,
         (["image_size=30"], "30x30 is not divisible by the patch size 8"),
         (["labels_share=0"], "labels_share=0 must be above 0"),
         (["warmup_epochs=2"], "warmup_epochs=2 is not shorter than the run"),
+        (["image_size=0"], "image_size=0 must be 1 or above"),
         (["batch_size=3"], "batch_size=3 is odd"),
         (["batch_size=5"], "not a multiple of batch_size=5"),
         (["randaugment=strong"], "randaugment=strong is not of timm's form"),
