@@ -120,9 +120,10 @@ def run(config: Config) -> dict[str, Any]:
     results_by_seed = [{"seed": seed, **found} for seed, found in zip(seeds, results, strict=True)]
     whole = {**scores.summary(results), "seeds": results_by_seed} if len(seeds) > 1 else results_by_seed[0]
     if len(seeds) > 1:
-        name = scores.FIRST[targets.task]
-        say(f"test {name} {whole[name]:.2f} +- {whole[f'{name}_deviation']:.2f} over the seeds {list(seeds)}")
         record["seed"] = list(seeds)
+        name = scores.FIRST[targets.task]
+        if name in whole:
+            say(f"test {name} {whole[name]:.2f} +- {whole[f'{name}_deviation']:.2f} over the seeds {list(seeds)}")
     protocol.file(config, frozen.subject, "finetune", {**record, "results": whole})
     return whole
 
@@ -172,6 +173,11 @@ def check(config: Config, recipe: Recipe, seeds: tuple[int, ...]) -> None:
         raise UserError(f"out_model= is for one training, and seeds={list(seeds)} are {len(seeds)}: give one seed.")
     if config.out_model:
         timm_folder.refuse_foreign(Path(config.out_model))
+    for key in ("out", "out_model"):
+        try:  # now, and not after hours
+            Path(getattr(config, key)).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{key}={getattr(config, key)} cannot be written: {error.strerror}.") from error
 
 
 def load(config: Config) -> protocol.Frozen:
@@ -341,7 +347,10 @@ def train_and_test(
     record = {
         "evaluation": "finetune", "run": config.run, **subject.detail, "recipe": config.recipe,
         "settings": asdict(recipe), "task": task,
-        "train": {"data": config.data.train, "images": len(learned), "held_out": len(held_out), "unreadable": training.num_unreadable},
+        "train": {
+            "data": config.data.train, "images": len(learned), "held_out": len(held_out),
+            "unreadable": training.num_unreadable,
+        },
         "test": {"data": config.data.test, "images": len(test_index) - unreadable, "unreadable": unreadable},
         "labels_share": config.labels_share, "classes": len(targets.names),
         "features": protocol.describe_pool(frozen.pool) + " before a norm of its own" * fresh_norm,
