@@ -15,18 +15,23 @@ from ..distributed import all_reduce_sum, world_size
 from ..encoder import Encoder, Pool, check_patches
 from ..errors import UserError
 from ..pretrained import Pretrained
+from .linear import standardisation
 
 HEAD_STD = 2e-5  # of the head's first weights, as in MAE's released fine-tuning: all classes begin nearly equal
 POOLING = {"cls": {"global_pool": "token", "fc_norm": False}, "mean": {"global_pool": "avg", "fc_norm": False}}
 
 
 class Classifier(nn.Module):
-    """Encoder, pooling and head. `encoder.model` is a plain timm model with `num_classes`: it computes the same."""
+    """Encoder, pooling and head. `encoder.model` is a plain timm model with `num_classes`, which computes the same once
+    `fold` has been called."""
 
     def __init__(self, encoder: Encoder, model_args: dict[str, Any]) -> None:
         """model_args: what `timm.create_model` needs, with the pooling, but for in_chans and num_classes."""
         super().__init__()
         self.encoder, self.model_args = encoder, model_args
+        width = self.head.in_features
+        self.register_buffer("shift", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
 
     @property
     def model(self) -> nn.Module:
@@ -53,7 +58,29 @@ class Classifier(nn.Module):
 
     def _outputs(self, images: Tensor, key: Tensor | None = None) -> Tensor:  # accelerate puts another forward in place
         x = self.encoder.features(images, key=key)
-        return self.head(self.model.fc_norm(x) if self.encoder.is_vit else x)
+        x = self.model.fc_norm(x) if self.encoder.is_vit else x
+        return self.head((x - self.shift) * self.scale)
+
+    @torch.no_grad()
+    def standardise(self, features: Tensor) -> None:
+        """Let the head see these features, [N, D] of the encoder before any fc_norm, with mean 0 and deviation 1.
+
+        As the linear probe does: MAE's features of all images are nearly alike, so that a head learns from them slowly
+        and bf16 rounds most of the difference away. Shift and scale stay as they are while the encoder learns.
+        """
+        if self.encoder.is_vit:
+            features = self.model.fc_norm(features.to(self.shift.device))
+        mean, std = standardisation(features)
+        self.shift.copy_(mean)
+        self.scale.copy_(1 / std)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Make shift and scale a part of the head, which then gives the same of the features as they are."""
+        self.head.weight.mul_(self.scale)
+        self.head.bias.sub_(self.head.weight @ self.shift)
+        self.shift.zero_()
+        self.scale.fill_(1.0)
 
 
 def build(

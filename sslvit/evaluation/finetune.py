@@ -36,18 +36,19 @@ from .quality import Chosen
 from .supervised import Part, Recipe, Training
 
 NOUN = {"single": "classes", "multilabel": "labels", "regression": "numbers"}
+SAMPLE = 2048  # training images that say what the mean and deviation of the features are
 SHOWN = 100  # classes up to which each has a line on the console; the file has all of them
 
 RECIPES = {
     "mae": Recipe(
         epochs=100, global_batch_size=1024, base_lr=5e-4, min_lr=1e-6, warmup_epochs=5, weight_decay=0.05,
-        layer_decay=0.65, head_lr=1.0, drop_path=0.1, clip=None, crop_scale=(0.08, 1.0), flip_prob=0.5,
-        randaugment="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1,
-        head_epochs=0, unfreeze_epochs=0,
+        layer_decay=0.65, head_lr=1.0, standardise=False, drop_path=0.1, clip=None, crop_scale=(0.08, 1.0),
+        flip_prob=0.5, randaugment="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0,
+        smoothing=0.1, head_epochs=0, unfreeze_epochs=0,
     ),
     "small": Recipe(
         epochs=30, global_batch_size=64, base_lr=1e-3, min_lr=0.0, warmup_epochs=1, weight_decay=0.05,
-        layer_decay=0.75, head_lr=4.0, drop_path=0.0, clip=1.0, crop_scale=(0.5, 1.0), flip_prob=0.5,
+        layer_decay=0.75, head_lr=4.0, standardise=True, drop_path=0.0, clip=1.0, crop_scale=(0.5, 1.0), flip_prob=0.5,
         randaugment="none", erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
         head_epochs=2, unfreeze_epochs=0.5,
     ),
@@ -74,6 +75,7 @@ class Config(protocol.Subject):
     weight_decay: float | None = None  # of all but biases, norms, positions and tokens
     layer_decay: float | None = None  # a layer's learning rate is this share of that of the layer above it
     head_lr: float | None = None  # the head's learning rate is so many times base_lr
+    standardise: bool | None = None  # the head sees features shifted and scaled by their first mean and deviation
     drop_path: float | None = None  # stochastic depth, up to this in the last block
     clip: float | None = None  # largest gradient norm
     crop_scale: tuple[float, float] | None = None  # share of the image's area
@@ -296,7 +298,9 @@ def train_and_test(
     """One training and its test: (scores, record of the protocol). Raises UserError, and Stopped."""
     accelerator, subject, task = frozen.accelerator, frozen.subject, targets.task
     learned, held_out = split(config, targets, seed)
-    values, unit = standardise(targets.train[learned]) if task == "regression" else (targets.train[learned], (0.0, 1.0))
+    values, unit = (
+        standard_scores(targets.train[learned]) if task == "regression" else (targets.train[learned], (0.0, 1.0))
+    )
     layout = make_layout(
         recipe.global_batch_size, config.batch_size, len(learned), world_size(), rank(), config.data.train
     )
@@ -321,6 +325,13 @@ def train_and_test(
         return on_first_process(lambda: scores.measure(task, outputs, truth, targets.names, seed)), found.unreadable
 
     train_part = part(learned, values)
+    if recipe.standardise:
+        some = rng.permutation(rng.fold_in(seed, "standardise"), len(learned))[:SAMPLE]
+        found = extract(
+            classifier.encoder, Chosen(train_part.source, some), frozen.normalize, accelerator, frozen.pool,
+            config.batch_size or min(256, layout.batch_size), config.workers,
+        )  # fmt: skip
+        classifier.standardise(found.values)
     held_part = part(held_out, targets.train[held_out]) if len(held_out) else None
     settings = {  # what a checkpoint has to agree with
         "run": config.run, "weights": digest(subject.encoder), "recipe": config.recipe, **asdict(recipe),
@@ -360,7 +371,7 @@ def train_and_test(
     return {**found, "seconds": round(training.run_state.seconds), "history": training.history}, record
 
 
-def standardise(values: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def standard_scores(values: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """[N, T] -> the same with mean 0 and deviation 1, and both of what they were, [T] each."""
     mean = values.mean(dim=0)
     std = values.std(dim=0, unbiased=False)
@@ -399,6 +410,7 @@ def write_model(
 ) -> None:
     """A folder from which timm makes the trained model with its head, whose outputs are in the targets' units."""
     model, head = classifier.float().cpu().eval(), classifier.head
+    model.fold()
     mean, std = (torch.as_tensor(value, dtype=torch.float32) for value in unit)
     head.weight.mul_(std.view(-1, 1) if std.ndim else std)
     head.bias.mul_(std).add_(mean)

@@ -50,6 +50,7 @@ class Recipe:
     weight_decay: float
     layer_decay: float
     head_lr: float
+    standardise: bool
     drop_path: float
     clip: float | None
     crop_scale: tuple[float, float]

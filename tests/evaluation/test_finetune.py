@@ -168,6 +168,22 @@ def test_mean_pooled_features_are_normalised_after_the_mean_by_a_fresh_layer():
     assert torch.allclose(net(x), model(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("fresh_norm", [True, False])
+def test_the_head_sees_standardised_features_and_folding_them_in_changes_nothing(fresh_norm):
+    net, x = make(fresh_norm=fresh_norm), torch.randn(16, 3, 32, 32)
+    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.head.bias)
+    seen = []
+    net.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    net.standardise(net.encoder.features(x))
+    before = net(x)
+    assert torch.allclose(seen[0].mean(dim=0), torch.zeros(48), atol=1e-4)
+    assert (seen[0].std(dim=0, unbiased=False) > 0.9).all()
+    net.fold()
+    assert torch.allclose(net(x), before, atol=1e-3)
+    assert torch.allclose(net.model(x), before, atol=1e-3)
+
+
 def test_the_head_begins_almost_at_zero_and_hangs_on_the_seed_only():
     assert 1e-5 < make(outputs=50).head.weight.std().item() < 3e-5
     assert not make().head.bias.any()
