@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .errors import UserError
+from .stopping import REQUEUE, Stopped
 from .words import help_lines, parse
 
 # Evaluations are modules of sslvit/evaluation/ with a Config and run(config): {name: (its words, what it is)}.
@@ -17,6 +18,7 @@ EVALUATIONS = {
     "linear": ("run=... data.train=... data.test=...", "linear probe of its frozen features"),
     "logistic": ("run=... data.train=... data.test=...", "logistic regression on its frozen features"),
     "attentive": ("run=... data.train=... data.test=...", "attentive probe of its frozen patch tokens"),
+    "finetune": ("run=... data.train=... data.test=...", "train all of it with labels, by a published recipe"),
     "quality": ("run=... data=...", "rank, uniformity and alignment of its features, without labels"),
     "retrieval": ("run=... data.train=... [data.test=...]", "which images it finds alike: mAP, recall, precision"),
     "cluster": ("run=... data=...", "clusters of its features beside the classes: NMI, ARI, accuracy"),
@@ -56,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"sslvit {command}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"{stopped} Start the same command to go on (exit status {REQUEUE}).")
+        return REQUEUE
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
@@ -83,7 +89,6 @@ def _wants_help(words: list[str]) -> bool:
 def _pretrain(words: list[str]) -> int | None:
     from . import config
     from .metrics import duration
-    from .stopping import REQUEUE
 
     if _wants_help(words):
         method = next((word.split("=", 1)[1] for word in words if word.startswith("method=")), "mae")

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from . import objectives, optim
 from .data import Config as DataConfig
 from .data import image_size
-from .data.loader import Layout
+from .data.loader import Layout, make_layout
 from .encoder import Config as ModelConfig
 from .errors import UserError
 from .evaluation.online import Config as EvalConfig
@@ -144,19 +144,7 @@ def check(config: RunConfig) -> None:
 def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) -> Plan:
     """Batches, steps and warm-up of a run. Raises UserError for what cannot be."""
     total = config.global_batch_size
-    if total < 1 or total % world_size:
-        raise UserError(f"global_batch_size={total} must be a multiple of the number of processes, {world_size}.")
-    batch_size = config.batch_size or total // world_size
-    if batch_size < 1 or total % (batch_size * world_size):
-        raise UserError(
-            f"global_batch_size={total} is not a multiple of batch_size={batch_size} on {world_size} processes: "
-            f"choose a batch_size that divides {total // world_size}."
-        )
-    if total > num_images:
-        raise UserError(
-            f"global_batch_size={total} is larger than the {num_images} images of {config.data.train}: "
-            f"use at most {num_images}."
-        )
+    layout = make_layout(total, config.batch_size, num_images, world_size, rank, config.data.train)
     given = [key for key in DURATIONS if getattr(config, key) is not None]
     if len(given) != 1 or not getattr(config, given[0]) > 0:
         values = ", ".join(f"{key}={getattr(config, key)}" for key in DURATIONS)
@@ -178,5 +166,4 @@ def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) ->
             f"{steps / steps_per_epoch:g} epochs: a tenth of the run is usual, "
             f"optim.warmup_epochs={steps / steps_per_epoch / 10:.2g}."
         )
-    layout = Layout(batch_size, total // (batch_size * world_size), world_size, rank)
     return Plan(layout, steps_per_epoch, steps, warmup_steps)

@@ -287,7 +287,7 @@ def create(
         extra["drop_path_rate"] = drop_path
     model, args = _create_model(config.name, dict(config.args), image_size, extra)
     if isinstance(model, VisionTransformer):
-        _check_patches(model.patch_embed.patch_size, image_size)
+        check_patches(model.patch_embed.patch_size, image_size)
         if model.attn_pool is not None or not isinstance(model.fc_norm, nn.Identity):
             # Pooling by a norm or an attention of its own would leave the tokens without their final norm.
             pooling = {"global_pool": "token"} if model.has_class_token else {"global_pool": "avg", "fc_norm": False}
@@ -340,7 +340,7 @@ def _is_plain_vit(model: nn.Module) -> bool:
     )
 
 
-def _check_patches(patch_size: tuple[int, int], image_size: tuple[int, int]) -> None:
+def check_patches(patch_size: tuple[int, int], image_size: tuple[int, int]) -> None:
     for side, patch in zip(image_size, patch_size, strict=True):
         if side % patch or side < patch:
             near = sorted({max(patch, side // patch * patch), math.ceil(side / patch) * patch})

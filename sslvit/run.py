@@ -22,6 +22,7 @@ from .data import Source
 from .distributed import barrier, gather_objects, rank, say
 from .errors import UserError
 from .hardware import versions
+from .lock import hold
 from .metrics import MetricsLog, Stopwatch, Trace, Window, console_line
 from .optim import Schedule
 from .state import RunState, steps_saved
@@ -54,7 +55,7 @@ def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
     if rank() == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            lock = _lock(run_dir)
+            lock = hold(run_dir)
             _write_start(run_dir, device)
             fresh = run_dir / "config.yaml.tmp"
             configuration.save(config, fresh)
@@ -67,25 +68,6 @@ def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
     if problem:
         raise UserError(problem)
     return lock
-
-
-def _lock(run_dir: Path) -> IO[str] | None:
-    """Hold <run>/.lock. The system lets go of it when the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    file = (run_dir / ".lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader processes would inherit that
-    except (BlockingIOError, PermissionError) as error:
-        file.close()
-        raise UserError(
-            f"Another process is training in {run_dir}: wait for it, stop it, or give another out=."
-        ) from error
-    except OSError:  # a file system without locks
-        return file
-    return file
 
 
 def _write_start(run_dir: Path, device: str) -> None:

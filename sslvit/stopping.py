@@ -13,6 +13,10 @@ REQUEUE = 75  # exit status, EX_TEMPFAIL of sysexits.h: nothing is wrong, start 
 AGREE_EVERY = 10  # steps after which several processes ask one another, so that all stop at the same one
 
 
+class Stopped(Exception):
+    """Work other than pretraining was asked to stop and has saved what it did; the text says where."""
+
+
 class Stop:
     """Asked after each step."""
 

@@ -19,8 +19,9 @@ LAYERS = [
     {"evaluation", "export"},
     {"pretrained"},
     {"objectives"},
+    {"timm_folder"},
     {"blocks", "encoder", "heads", "losses", "views", "augment", "data", "optim", "state"},
-    {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors", "stopping"},
+    {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors", "stopping", "lock"},
 ]
 FAMILIES = {"objectives", "evaluation", "export"}
 

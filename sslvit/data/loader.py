@@ -7,7 +7,7 @@ fill a step is not seen in that epoch. So a run continues at step s by starting 
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import rng
 from ..distributed import say
+from ..errors import UserError
 from ..hardware import free_memory
 from ..stopping import ignore_in_worker
 from ..views import Views, cut
@@ -39,6 +40,26 @@ class Layout:
     @property
     def global_batch_size(self) -> int:
         return self.batch_size * self.accumulate * self.world_size
+
+
+def make_layout(total: int, batch_size: int | None, num_images: int, world_size: int, rank: int, where: str) -> Layout:
+    """How global batches of `total` images are dealt out. Raises UserError for what cannot be.
+
+    batch_size: null: each process's share of the global batch. where: what the images are called.
+    """
+    if total < 1 or total % world_size:
+        raise UserError(f"global_batch_size={total} must be a multiple of the number of processes, {world_size}.")
+    batch_size = batch_size or total // world_size
+    if batch_size < 1 or total % (batch_size * world_size):
+        raise UserError(
+            f"global_batch_size={total} is not a multiple of batch_size={batch_size} on {world_size} processes: "
+            f"choose a batch_size that divides {total // world_size}."
+        )
+    if total > num_images:
+        raise UserError(
+            f"global_batch_size={total} is larger than the {num_images} images of {where}: use at most {num_images}."
+        )
+    return Layout(batch_size, total // (batch_size * world_size), world_size, rank)
 
 
 class Order(Sampler[tuple[int, Tensor]]):
@@ -67,10 +88,14 @@ class Order(Sampler[tuple[int, Tensor]]):
 
 
 class Cropped(Dataset):
-    """Images read and cut: one item is one micro-batch, {"key", "index", name: uint8 crops, "bad": ...}."""
+    """Images read and cut: one item is one micro-batch, {"key", "index", name: uint8 crops, "bad": ...}.
 
-    def __init__(self, source: Source, views: Views, seed: int) -> None:
-        self.source, self.views, self.seed = source, views, seed
+    "index" is that of the images shown: of the substitute where one could not be read.
+    """
+
+    def __init__(self, source: Source, views: Views, seed: int, finish: Callable[[dict], dict] | None = None) -> None:
+        """finish: what the worker does last with each micro-batch."""
+        self.source, self.views, self.seed, self.finish = source, views, seed, finish
 
     def __getitem__(self, place: tuple[int, Tensor]) -> dict:
         epoch, index = place
@@ -78,10 +103,12 @@ class Cropped(Dataset):
         bad: list[tuple[int, str]] = []
         images = [self._read(i, bad) for i in index.tolist()]
         for b in [b for b, image in enumerate(images) if image is None]:
-            images[b] = self._substitute(key[b], bad)
+            index = index.clone()
+            images[b], index[b] = self._substitute(key[b], bad)
         if None in images:
             return {"bad": bad, "failed": True}
-        return {"key": key, "index": index, "bad": bad, **cut(images, key, self.views)}
+        batch = {"key": key, "index": index, "bad": bad, **cut(images, key, self.views)}
+        return self.finish(batch) if self.finish else batch
 
     def _read(self, index: int, bad: list[tuple[int, str]]) -> Tensor | None:
         try:
@@ -90,13 +117,13 @@ class Cropped(Dataset):
             bad.append((index, str(error)))
             return None
 
-    def _substitute(self, key: Tensor, bad: list[tuple[int, str]]) -> Tensor | None:
-        """Another image in place of one that cannot be read, chosen by the key."""
+    def _substitute(self, key: Tensor, bad: list[tuple[int, str]]) -> tuple[Tensor | None, int]:
+        """Another image and its number in place of one that cannot be read, chosen by the key."""
         for draw in rng.bits(rng.fold_in(key, "substitute"), SUBSTITUTES).tolist():
             image = self._read(draw % len(self.source), bad)
             if image is not None:
-                return image
-        return None
+                return image, draw % len(self.source)
+        return None, -1
 
 
 class Cached:
@@ -172,11 +199,15 @@ def _shared(size: int) -> Tensor:
 
 
 def make_loader(
-    source: Source, views: Views, layout: Layout, seed: int, steps: tuple[int, int], workers: int, device: torch.device
-) -> DataLoader:
-    """Batches of the steps from `steps[0]` to before `steps[1]`, one item for each micro-batch."""
+    source: Source, views: Views, layout: Layout, seed: int, steps: tuple[int, int], workers: int, device: torch.device,
+    finish: Callable[[dict], dict] | None = None,
+) -> DataLoader:  # fmt: skip
+    """Batches of the steps from `steps[0]` to before `steps[1]`, one item for each micro-batch.
+
+    finish: what a worker does last with each of them.
+    """
     return DataLoader(
-        Cropped(source, views, seed),
+        Cropped(source, views, seed, finish),
         sampler=Order(seed, len(source), layout, *steps),
         batch_size=None,  # an item is a whole micro-batch already
         num_workers=workers,

@@ -107,8 +107,7 @@ def run(config: linear.Config) -> dict[str, Any]:
             if batch.pop("failed", False):
                 raise UserError(f"Many images in a row of {words[0]} cannot be read.")
             wanted_labels = labels[batch["index"]]
-            for row, _ in batch.pop("bad"):  # another image stands in its place: it has not this label
-                wanted_labels[batch["index"] == row] = IGNORED
+            batch.pop("bad")  # other images stand in their places, with labels of their own
             x = augment(batch, views, frozen.normalize, accelerator.device)["view"][0]
             with torch.no_grad(), accelerator.autocast():
                 features = encoder.features(x, pool).float()
