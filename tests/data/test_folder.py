@@ -56,9 +56,9 @@ def test_an_empty_folder_says_what_it_found(tmp_path):
     with pytest.raises(UserError, match="the folder is empty"):
         Folder(tmp_path)
     for i in range(3):
-        (tmp_path / f"{i}.dcm").write_bytes(b"")
+        (tmp_path / f"{i}.nii").write_bytes(b"")
     (tmp_path / "readme.txt").write_text("")
-    with pytest.raises(UserError, match=r"4 other files \(3 \.dcm, 1 \.txt\)"):
+    with pytest.raises(UserError, match=r"4 other files \(3 \.nii, 1 \.txt\)"):
         Folder(tmp_path)
 
 
