@@ -47,13 +47,15 @@ class Pretrained:
     name: str  # as the user gave it
     detail: dict[str, Any]  # for the record: step, images seen, matched weights ...
     run_dir: Path | None = None  # where results are filed, if it is a run or a folder
+    value_range: tuple[float, float] | None = None  # of its training images, see data.Config
 
     @property
     def data_config(self) -> data.Config:
         """How images are opened for it."""
         return data.Config(
-            image_size=self.encoder.image_size, in_chans=self.encoder.in_chans, mean=self.mean, std=self.std
-        )
+            image_size=self.encoder.image_size, in_chans=self.encoder.in_chans, mean=self.mean, std=self.std,
+            value_range=self.value_range,
+        )  # fmt: skip
 
 
 def load(
@@ -110,7 +112,7 @@ def _from_run(run_dir: Path) -> Pretrained:
         "images_seen": record["images_seen"],
         "notes": complaints,
     }
-    return Pretrained(built.eval(), mean, std, str(run_dir), detail, run_dir)
+    return Pretrained(built.eval(), mean, std, str(run_dir), detail, run_dir, data_config.value_range)
 
 
 def _untrained(run_dir: Path, name: str) -> Pretrained:

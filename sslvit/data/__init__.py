@@ -29,7 +29,7 @@ class Config:
     mean: tuple[float, ...] | None = None  # of each channel, in [0, 1]; null: ImageNet's for 3 channels, 0.5 otherwise
     std: tuple[float, ...] | None = None  # likewise; null: ImageNet's for 3 channels, 0.25 otherwise
     download_dir: str = "~/.cache/sslvit"  # where what is downloaded or unpacked is or will be
-    value_range: tuple[float, float] | None = None  # of pixels deeper than 8 bits: the values that become black and white; null: 0 and 65535, or 0 and 1 for floats
+    value_range: tuple[float, float] | None = None  # deeper than 8 bits: what is black, white; null: [0,65535] or [0,1]
     workers: int | None = None  # processes that load images, for each training process; null: by the number of cores
     cache: bool | None = None  # keep decoded images in memory; null: if all have one size and fit
     bad_ratio: float = 0.01  # the run stops when more than this share of the images cannot be read

@@ -23,7 +23,7 @@ def items(word: str) -> list[str]:
     """`[a, "b,c", x{1,2}]` -> its items; quotes keep a comma that belongs to a name. Raises UserError."""
     try:
         read = json.loads(word)  # what a list in a recipe becomes
-        if isinstance(read, list) and all(isinstance(item, str) for item in read):
+        if read and isinstance(read, list) and all(isinstance(item, str) for item in read):
             return read
     except ValueError:
         pass
