@@ -1,6 +1,5 @@
 """The one exception that a user's mistake raises: its text is the whole message, and no traceback is shown."""
 
-
 import importlib
 from types import ModuleType
 

@@ -14,6 +14,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -225,7 +226,7 @@ def _tar(path: str, length: int) -> tuple[list[str], np.ndarray]:
     names, rows, links = [], array.array("q"), []
     damaged = f"data: {path} is damaged"
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as file, tarfile.open(fileobj=_Careful(file), mode="r:") as tar:
             while (info := tar.next()) is not None:
                 tar.members = []  # it would keep a kilobyte for each
                 name = info.name.removeprefix("./")
@@ -251,6 +252,18 @@ def _tar(path: str, length: int) -> tuple[list[str], np.ndarray]:
                 names.append(name)
                 rows.extend(rows[5 * number[target] : 5 * number[target] + 5])
     return names, _table(rows)
+
+
+class _Careful:
+    """A file of which no header can ask for gigabytes: tarfile reads as many bytes for a long name as one claims."""
+
+    MOST = 2**22
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        return self.file.read(self.MOST if size < 0 else min(size, self.MOST))
 
 
 def _table(rows: list | array.array) -> np.ndarray:

@@ -94,9 +94,8 @@ def from_array(values: np.ndarray, in_chans: int, value_range: ValueRange = None
         if values.shape[2] in MODES and in_chans in MODES:
             image = Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else np.ascontiguousarray(values))
             return _convert(image, in_chans, value_range)
-        return torch.from_numpy(np.ascontiguousarray(_channels(values, in_chans).transpose(2, 0, 1)))
-    scaled = torch.from_numpy(np.ascontiguousarray(_scaled(values, value_range).transpose(2, 0, 1)))
-    return _channels(scaled.permute(1, 2, 0), in_chans).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(np.array(_channels(values, in_chans).transpose(2, 0, 1), order="C"))
+    return torch.from_numpy(np.array(_channels(_scaled(values, value_range), in_chans).transpose(2, 0, 1), order="C"))
 
 
 def _scaled(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
@@ -115,20 +114,19 @@ def _scaled(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
     return (values.astype(np.float32) * 255) if real else values.astype(np.float32) / 257  # 65535 / 257 = 255
 
 
-def _channels(pixels: "np.ndarray | Tensor", in_chans: int) -> "np.ndarray | Tensor":
+def _channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
     """[H, W, C] -> [H, W, in_chans], by the rules of `decode`."""
-    kind = torch if isinstance(pixels, Tensor) else np
     have = pixels.shape[2]
     if have == in_chans:
         return pixels
     if have in MODES and in_chans in MODES:
         colour = pixels[:, :, :3] if have > 2 else pixels[:, :, :1]
-        alpha = pixels[:, :, -1:] if have in (2, 4) else kind.full_like(pixels[:, :, :1], 255)
+        alpha = pixels[:, :, -1:] if have in (2, 4) else np.full_like(pixels[:, :, :1], 255)
         if in_chans < 3 and have > 2:
             colour = sum(weight * colour[:, :, i : i + 1] for i, weight in enumerate(GRAY))
         elif in_chans > 2 and have < 3:
-            colour = kind.concatenate([colour] * 3, 2)
-        return kind.concatenate([colour, alpha], 2) if in_chans in (2, 4) else colour
+            colour = np.concatenate([colour] * 3, 2)
+        return np.concatenate([colour, alpha], 2) if in_chans in (2, 4) else colour
     raise BadImage(f"it has {have} channels, and data.in_chans={in_chans}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, need
 from .decode import MODES, BadImage, decode
 from .names import Names
 
@@ -107,9 +107,12 @@ def stamp(path: str | Path) -> str:
 
 
 def check_channels(in_chans: int, names: list[str], where: str) -> None:
-    """Raises UserError for more channels than files of these names can have."""
-    if in_chans not in MODES and not any(os.path.splitext(name)[1].lower() in DEEP for name in names):
+    """Raises UserError for more channels than files of these names can have, and for names whose package is missing."""
+    endings = {os.path.splitext(name)[1].lower() for name in names}
+    if in_chans not in MODES and not endings & DEEP:
         raise UserError(
             f"data.in_chans={in_chans}, but the images of {where} have 1 to 4 channels: use 1 or 3 "
             "(TIFF, .npy, HDF5 and DICOM may have more)."
         )
+    if endings & {".dcm", ".dicom"}:
+        need("pydicom", "dicom", "DICOM")

@@ -62,9 +62,10 @@ def _describe(others: list[str]) -> str:
         return "the folder is empty"
     kinds = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in others)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
-    openable = next((name for name in others if os.path.splitext(name)[1].lower() in (".zip", ".tar", ".parquet")), None)
+    openable = next(
+        (name for name in others if os.path.splitext(name)[1].lower() in (".zip", ".tar", ".parquet")), None
+    )
     if openable:
         ending = os.path.splitext(openable)[1]
         counts += f"; write <folder>/*{ending} for what is in the {ending} files"
     return f"it holds {len(others)} other files ({counts}), for example {others[0]}"
-

@@ -41,7 +41,9 @@ class Hdf5:
             if not self.encoded:
                 check_shape(self.shape, self.in_chans, f"{self.path}:{self.data_set}")
             group = found.parent
-            beside = next((group[key] for key in LABELS if key in group and isinstance(group[key], _h5py().Dataset)), None)
+            beside = next(
+                (group[key] for key in LABELS if key in group and isinstance(group[key], _h5py().Dataset)), None
+            )
             self.classes, self.labels = [], None
             if beside is not None:
                 self.classes, self.labels = classes_of(beside[()], len(self), f"{self.path}:{beside.name}")

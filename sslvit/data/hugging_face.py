@@ -74,11 +74,15 @@ def open_hub(word: str, config: Config) -> HuggingFace:
             found = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # no network, no such name, a damaged folder: each its own exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data: {word} cannot be opened ({reason}): give a folder of save_to_disk or a name.") from error
+        raise UserError(
+            f"data: {word} cannot be opened ({reason}): give a folder of save_to_disk or a name."
+        ) from error
     if isinstance(found, dict):
         chosen = split or ("train" if "train" in found else "")
         if chosen not in found:
-            raise UserError(f"data: {word} has the splits {', '.join(found)}: say which, hf:{place}:{next(iter(found))}.")
+            raise UserError(
+                f"data: {word} has the splits {', '.join(found)}: say which, hf:{place}:{next(iter(found))}."
+            )
         found = found[chosen]
     elif split and split != str(found.split):
         raise UserError(f"data: {place} holds one split, {found.split}, and {split} was asked for.")

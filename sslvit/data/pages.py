@@ -25,6 +25,7 @@ class Pages:
 
     def __init__(self, root: Path, names: list[str], in_chans: int, value_range: ValueRange = None) -> None:
         self.root, self.names, self.in_chans, self.value_range = root, Names(names), in_chans, value_range
+        tifffile()  # refuses where it is missing
         self.open: dict[int, Any] = {}  # of the process self.owner
         self.owner = os.getpid()
         places = [(i, page) for i, name in enumerate(names) for page in _pages(str(root / name))]

@@ -40,7 +40,7 @@ def decode_tiff(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
         if samples(first) == 1 and len(pages) == in_chans > 1:
             if any(check_page(page).shape != first.shape for page in pages):
                 raise BadImage(f"its {len(pages)} pages differ in size, so that they are no channels of one image")
-            return from_array(np.stack([page.asarray() for page in pages], axis=-1), in_chans, value_range)
+            return from_array(np.stack([page_array(page) for page in pages], axis=-1), in_chans, value_range)
         return from_array(page_array(first), in_chans, value_range)
 
 
