@@ -6,6 +6,7 @@ tar files (WebDataset shards) are shuffled and resumed like a folder.
 
 import array
 import hashlib
+import itertools
 import json
 import os
 import struct
@@ -277,7 +278,10 @@ def _hidden(name: str) -> bool:
 def _common_top(names: list[str]) -> str:
     """The folders that all images lie in and that are no class: `train/` of `train/<class>/...`."""
     folders = [name.split("/")[:-1] for name in names]
-    common = os.path.commonprefix(folders)
+    common = [
+        part
+        for part, _ in itertools.takewhile(lambda two: two[0] == two[1], zip(min(folders), max(folders), strict=False))
+    ]
     if any(len(parts) == len(common) for parts in folders):  # images of a single folder, which may be their class
         common = common[:-1]
     return "".join(f"{part}/" for part in common)

@@ -1,5 +1,5 @@
-"""DICOM at its full depth, as a viewer would show it: rescaled, windowed, MONOCHROME1 inverted (DICOM PS3.3, C.7.6.3.1.2
-and C.11.2)."""
+"""DICOM at its full depth, as a viewer would show it: rescaled, windowed, MONOCHROME1 inverted (PS3.3, C.7.6.3.1.2 and
+C.11.2)."""
 
 import io
 from typing import Any

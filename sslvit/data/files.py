@@ -12,9 +12,10 @@ from ..errors import UserError, need
 from .decode import MODES, BadImage, decode
 from .names import Names
 
-EXTENSIONS = frozenset(
-    """.jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .ico .tga .avif""".split()
-)
+EXTENSIONS = frozenset([
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".jp2", ".j2k", ".ico", ".tga", ".avif",
+])  # fmt: skip
 SCIENTIFIC = frozenset([".dcm", ".dicom", ".npy"])  # looked for where there is none of the above
 DEEP = frozenset([".tif", ".tiff", *SCIENTIFIC])  # those that can have more than four channels
 SOME_EXTENSIONS = ".jpg, .png, .webp, .tif, .bmp and the like"
@@ -62,10 +63,10 @@ class Files(Encoded):
         self,
         root: Path,
         names: Names,
+        classes: list[str],
+        labels: np.ndarray | None,
         in_chans: int,
         value_range: tuple[float, float] | None = None,
-        classes: list[str] | None = None,
-        labels: np.ndarray | None = None,
     ) -> None:
         super().__init__(names, in_chans, value_range, classes, labels)
         self.root = root

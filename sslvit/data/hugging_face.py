@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face: `hf:<folder that save_to_disk wrote>[:split]` or `hf:<name on the hub>[@config][:split]`."""
+"""Data sets of Hugging Face: `hf:<folder of save_to_disk>[:split]` or `hf:<name on the hub>[@config][:split]`."""
 
 import hashlib
 import os

@@ -15,6 +15,13 @@ class Names:
         self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
         self.blob = np.frombuffer(b"".join(encoded), dtype=np.uint8)
 
+    @classmethod
+    def of_arrays(cls, ends: np.ndarray, blob: np.ndarray) -> "Names":
+        """ends: [N] int64, where each string ends in the blob, uint8."""
+        names = cls([])
+        names.ends, names.blob = ends, blob
+        return names
+
     def __len__(self) -> int:
         return len(self.ends)
 
@@ -47,9 +54,13 @@ def numbered(texts: list[str]) -> tuple[list[str], np.ndarray | None]:
 
 def top_folders(names: list[str], separator: str = os.sep) -> tuple[list[str], np.ndarray | None]:
     """Labels from class folders: the first folder of each path, if all images lie in one; else ([], None)."""
-    tops = [name.partition(separator)[0] if separator in name else "" for name in names]
-    classes = sorted(set(tops))
+    return labels_of_runs([(name.partition(separator)[0] if separator in name else "", 1) for name in names])
+
+
+def labels_of_runs(tops: list[tuple[str, int]]) -> tuple[list[str], np.ndarray | None]:
+    """(first folder, how many images) one after another -> classes and labels; ([], None) if one has no folder."""
+    classes = sorted({top for top, _ in tops})
     if not classes or "" in classes:
         return [], None
     number = {name: i for i, name in enumerate(classes)}
-    return classes, np.array([number[top] for top in tops], dtype=np.int64)
+    return classes, np.repeat([number[top] for top, _ in tops], [count for _, count in tops]).astype(np.int64)

@@ -49,4 +49,4 @@ def _images(word: str, paths: list[str], config: Config) -> Files:
     root = Path(os.path.dirname(re.split(r"[*?{\[]", os.path.expanduser(word))[0]))
     names = sorted(os.path.relpath(path, root) for path in paths)
     check_channels(config.in_chans, names, word)
-    return Files(root, Names(names), config.in_chans, config.value_range, *top_folders(names))
+    return Files(root, Names(names), *top_folders(names), config.in_chans, config.value_range)

@@ -57,7 +57,7 @@ def open_list(word: str, config: Config) -> Source:
 
 
 def _joined(parts: list[Source]) -> tuple[list[str], np.ndarray | None]:
-    """Classes of all of them, in the order of the names, and the labels by these; the first one's order if all agree."""
+    """Classes of all of them, in the order of their names (the first one's if all agree), and the labels."""
     if all(part.labels is None for part in parts):
         return [], None
     lists = [part.classes for part in parts if part.labels is not None]

@@ -34,7 +34,7 @@ class Table(Files):
             )
         check_channels(config.in_chans, names, str(path))
         classes, labels = numbered(texts) if len(self.columns) == 1 else ([], None)
-        super().__init__(path.parent, Names(names), config.in_chans, config.value_range, classes, labels)
+        super().__init__(path.parent, Names(names), classes, labels, config.in_chans, config.value_range)
         self.texts = Names(texts) if self.columns else None
 
 

@@ -1,6 +1,7 @@
 """TIFF beyond what PIL keeps: more than 8 bits in colour, more than 4 channels, channels that are pages."""
 
 import io
+import logging
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,9 @@ MAX_BYTES = 2**31  # of all channels of one image, unpacked
 
 
 def tifffile() -> ModuleType:
-    return need("tifffile", "tiff", "TIFF of more than 8 bits in colour, more than 4 channels, or several pages")
+    module = need("tifffile", "tiff", "TIFF of more than 8 bits in colour, more than 4 channels, or several pages")
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would print all that is odd in a file
+    return module
 
 
 def is_deep(data: bytes, in_chans: int) -> bool:
@@ -33,7 +36,7 @@ def is_deep(data: bytes, in_chans: int) -> bool:
 
 
 def decode_tiff(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
-    """[in_chans, H, W]: channels are the samples of the first page, or else the pages, if there are in_chans of them."""
+    """[in_chans, H, W]: channels are the samples of the first page, or the pages, if there are in_chans of them."""
     with tifffile().TiffFile(io.BytesIO(data)) as file:
         pages = file.pages
         first = check_page(pages[0])

@@ -100,10 +100,10 @@ def test_files_with_two_names_are_both_there(tmp_path):
 def test_a_packed_tar_is_refused_with_what_to_do(kind, tmp_path):
     with tarfile.open(tmp_path / f"x.tar.{kind}", f"w:{kind}") as file:
         file.addfile(tarfile.TarInfo("a.png"))
-    with pytest.raises(UserError, match="unpack it, or make a plain .tar"):
+    with pytest.raises(UserError, match="unpack it, or make a plain"):
         opened(tmp_path / f"x.tar.{kind}")
     renamed = (tmp_path / f"x.tar.{kind}").rename(tmp_path / "x.tar")
-    with pytest.raises(UserError, match="unpack it, or make a plain .tar"):
+    with pytest.raises(UserError, match="unpack it, or make a plain"):
         opened(renamed)
 
 
@@ -127,10 +127,9 @@ def damaged_tar(path, kind: str):
     elif kind == "noise for a header":
         data[3 * 1024 : 3 * 1024 + 512] = os.urandom(512)
     elif kind == "absurd size":
-        with tarfile.open(path, "w") as file:
-            info = tarfile.TarInfo("a.png")
-            info.size = 2**40
-            data = bytearray(info.tobuf(tarfile.GNU_FORMAT) + png())
+        info = tarfile.TarInfo("a.png")
+        info.size = 2**40
+        data = bytearray(info.tobuf(tarfile.GNU_FORMAT) + png())
     elif kind == "text":
         data = bytearray(b"this is no archive\n" * 100)
     elif kind == "empty":
@@ -240,7 +239,7 @@ def test_labels_beside_the_images_may_be_missing_for_some(tmp_path):
 
 
 def test_archives_without_images_say_what_they_hold(tmp_path):
-    with pytest.raises(UserError, match="it holds 1 other files, for example notes.txt"):
+    with pytest.raises(UserError, match="it holds 1 other files, for example notes"):
         opened(write_zip(tmp_path / "x.zip", {"notes.txt": b""}))
     with pytest.raises(UserError, match="it holds nothing"):
         opened(write_zip(tmp_path / "x.zip", {}))

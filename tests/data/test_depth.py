@@ -48,7 +48,8 @@ def channels_first(values: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "data",
-    [png16(DEEP), tiff(DEEP, photometric="rgb"), tiff(DEEP.transpose(2, 0, 1), photometric="rgb", planarconfig="separate"),
+    [png16(DEEP), tiff(DEEP, photometric="rgb"),
+     tiff(DEEP.transpose(2, 0, 1), photometric="rgb", planarconfig="separate"),
      tiff(DEEP, photometric="rgb", compression="zlib"), tiff(DEEP, photometric="rgb", bigtiff=True),
      tiff(DEEP, photometric="rgb", byteorder=">"), npy(DEEP), npy(np.asfortranarray(DEEP))],
     ids=["png", "tiff", "planar tiff", "packed tiff", "big tiff", "motorola tiff", "npy", "fortran npy"],
@@ -141,7 +142,7 @@ def test_an_array_header_is_not_believed():
     for shape in ((10**6, 10**6), (4, -4), (3, 3)):
         stream = io.BytesIO()
         np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        with pytest.raises(BadImage, match="as its header says|million"):
+        with pytest.raises(BadImage, match=r"as its header says|million"):
             decode(stream.getvalue() + bytes(16), 1)
 
 
@@ -167,7 +168,7 @@ def test_deep_arrays_of_many_channels_are_trained_on(dtype, chans, tmp_path):
     assert source.read(4).shape == (chans, 20, 30)
     assert np.allclose(source.read(4).numpy(), expected[None] if chans == 1 else expected.transpose(2, 0, 1))
     assert_workers_agree(source)
-    with pytest.raises(UserError, match="give data.in_chans the number of channels"):
+    with pytest.raises(UserError, match="the number of channels"):
         open_source(str(tmp_path / "x.npy"), Config(in_chans=6))
 
 

@@ -1,13 +1,11 @@
-"""Every kind of source gives the same tensors, names, labels and length for the same images, also in worker processes."""
+"""Every kind of source gives the same tensors, names, labels and length for the same images, also in workers."""
 
 import csv
 import functools
-import http.server
 import io
 import json
 import os
 import tarfile
-import threading
 import zipfile
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from PIL import Image
 
 from sslvit.data import Config, Source, open_source
 from sslvit.data.loader import Layout, make_loader
-from sslvit.errors import UserError
 from sslvit.views import Crop
 
 VIEWS = {"image": [Crop((16, 16), (0.2, 1.0))]}

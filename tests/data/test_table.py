@@ -98,5 +98,5 @@ def test_a_mistake_in_a_table_is_one_sentence(folder, text, columns, expected):
 
 
 def test_a_table_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match="there is no file .*nowhere.csv"):
+    with pytest.raises(UserError, match=r"there is no file .*nowhere\.csv"):
         open_source(str(tmp_path / "nowhere.csv:age"), Config())
