@@ -278,10 +278,8 @@ def _hidden(name: str) -> bool:
 def _common_top(names: list[str]) -> str:
     """The folders that all images lie in and that are no class: `train/` of `train/<class>/...`."""
     folders = [name.split("/")[:-1] for name in names]
-    common = [
-        part
-        for part, _ in itertools.takewhile(lambda two: two[0] == two[1], zip(min(folders), max(folders), strict=False))
-    ]
+    pairs = zip(min(folders), max(folders), strict=False)  # what these two share, all share
+    common = [part for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
     if any(len(parts) == len(common) for parts in folders):  # images of a single folder, which may be their class
         common = common[:-1]
     return "".join(f"{part}/" for part in common)

@@ -42,9 +42,7 @@ def decode(data: bytes, in_chans: int, value_range: ValueRange = None) -> Tensor
     if not data:
         raise BadImage("the file is empty")
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of a buffer that is not writable, a deprecation, and all that is odd in a file
+        warnings.simplefilter("ignore")  # of read-only buffers, of a deprecation, of all that is odd in a file
         return _decode(data, in_chans, value_range)
 
 
