@@ -17,13 +17,14 @@ EVALUATIONS = {
     "linear": ("run=... data.train=... data.test=...", "linear probe of its frozen features"),
     "quality": ("run=... data=...", "rank, uniformity and alignment of its features, without labels"),
 }
-RECIPE = "[recipe.yaml] [folder] [key=value ...]"
+RECIPE = "[recipe.yaml] [images] [key=value ...]"
 
 
 def usage() -> str:
     lines = [
         ("pretrain", RECIPE, "train an encoder on unlabeled images"),
         *((name, words, text) for name, (words, text) in EVALUATIONS.items()),
+        ("data", RECIPE, "what images are like: sizes, broken ones, duplicates, mean, crops"),
         ("bench", RECIPE, "how fast this machine runs a recipe, and what to change first"),
         ("export", "run=... to=timm out=<folder>", "write it in a form that timm loads"),
     ]
@@ -57,6 +58,7 @@ def _find(command: str) -> Callable[[list[str]], int | None]:
     commands = {
         "pretrain": _pretrain,
         **{name: partial(_evaluate, name) for name in EVALUATIONS},
+        "data": _data,
         "bench": _bench,
         "export": _export,
     }
@@ -128,6 +130,26 @@ def _bench(words: list[str]) -> None:
         print("\n".join(bench.lines(report, run)))
         if settings.report:
             bench.save(report, Path(settings.report))
+
+
+def _data(words: list[str]) -> None:
+    from . import config, picture, report
+
+    if _wants_help(words):
+        print("sslvit data <images> [recipe.yaml] [key=value ...]\n")
+        print(f"{report.__doc__.strip()}\n\nThe words are those of sslvit pretrain, and three more:\n")
+        print("\n".join(help_lines(report.Config())))
+        return
+    own = [word for word in words if word.startswith(("sample=", "picture=", "report="))]
+    rest = [word for word in words if word not in own]
+    run, settings = config.load(rest), parse(report.Config(), own, "data")
+    found = report.examine(run, settings)
+    print("\n".join(report.lines(found, run, rest)))
+    if settings.picture:
+        picture.draw(run, Path(settings.picture))
+        print(f"\ndrawn to {settings.picture}")
+    if settings.report:
+        report.save(found, Path(settings.report))
 
 
 def _export(words: list[str]) -> None:

@@ -29,16 +29,16 @@ class Several:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def _place(self, index: int) -> tuple[Source, int]:
+    def place(self, index: int) -> tuple[Source, int]:
         part = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[part], index - int(self.ends[part - 1] if part else 0)
 
     def read(self, index: int) -> Tensor:
-        part, place = self._place(index)
+        part, place = self.place(index)
         return part.read(place)
 
     def name(self, index: int) -> str:
-        part, place = self._place(index)
+        part, place = self.place(index)
         return part.name(place)
 
     def identity(self) -> str:
