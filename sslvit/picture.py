@@ -74,12 +74,12 @@ def _columns(
     normalize = Normalize(*data.normalization(config.data))
     key = rng.fold_in(rng.fold_in(config.seed, "image", 0), torch.tensor(numbers))
     batch = augment({"key": key, **cut(images, key, views)}, views, normalize, torch.device("cpu"))
-    columns, titles = [images], ["image"]
+    columns, titles = [images], ["the image"]
     for name, crops in views.items():
         shown = (normalize.undo(batch[name].flatten(0, 1)).view(batch[name].shape) * 255).clamp(0, 255)
         for v in range(min(len(crops), MOST_VIEWS)):
             columns.append(list(shown[v]))
-            titles.append(f"{name} {v + 1}" if len(crops) > 1 else name)
+            titles.append(f"{name} {v + 1}" if len(crops) > 1 else "crop")
         ratio = getattr(config.objective, "mask_ratio", None)
         if isinstance(ratio, float) and name == next(iter(views)):
             columns.append(_hidden(config, list(shown[0]), key, ratio))

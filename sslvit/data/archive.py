@@ -224,7 +224,7 @@ def _zip(path: str) -> tuple[list[str], np.ndarray]:
 
 
 def _tar(path: str, length: int) -> tuple[list[str], np.ndarray]:
-    names, rows, links = [], array.array("q"), []
+    names, rows, links, num_symbolic = [], array.array("q"), [], 0
     damaged = f"data: {path} is damaged"
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=_Careful(file), mode="r:") as tar:
@@ -233,6 +233,7 @@ def _tar(path: str, length: int) -> tuple[list[str], np.ndarray]:
                 name = info.name.removeprefix("./")
                 if info.islnk():
                     links.append((name, info.linkname.removeprefix("./")))
+                num_symbolic += info.issym()
                 if not info.isreg() or info.issparse():
                     continue
                 if info.size < 0 or info.offset_data + info.size > length:
@@ -252,6 +253,10 @@ def _tar(path: str, length: int) -> tuple[list[str], np.ndarray]:
             if target in number:
                 names.append(name)
                 rows.extend(rows[5 * number[target] : 5 * number[target] + 5])
+    if not names and num_symbolic:
+        raise UserError(
+            f"data: {path} holds {num_symbolic:,} links and not the files that they lead to: make it with tar -h."
+        )
     return names, _table(rows)
 
 

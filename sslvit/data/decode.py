@@ -95,7 +95,7 @@ def from_array(values: np.ndarray, in_chans: int, value_range: ValueRange = None
     if values.dtype == bool:
         values = values.astype(np.uint8) * 255
     if values.dtype == np.uint8:
-        if values.shape[2] in MODES and in_chans in MODES:
+        if values.shape[2] != in_chans and values.shape[2] in MODES and in_chans in MODES:
             image = Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else np.ascontiguousarray(values))
             return _convert(image, in_chans, value_range)
         return torch.from_numpy(np.array(_channels(values, in_chans).transpose(2, 0, 1), order="C"))

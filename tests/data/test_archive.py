@@ -96,6 +96,15 @@ def test_files_with_two_names_are_both_there(tmp_path):
     assert [int(source.read(i)[0, 0, 0]) for i in range(2)] == [5, 5]
 
 
+def test_a_tar_of_links_says_how_to_make_it(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as file:
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/data/b.png"
+        file.addfile(link)
+    with pytest.raises(UserError, match="holds 1 links and not the files that they lead to: make it with tar -h"):
+        opened(tmp_path / "x.tar")
+
+
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
 def test_a_packed_tar_is_refused_with_what_to_do(kind, tmp_path):
     with tarfile.open(tmp_path / f"x.tar.{kind}", f"w:{kind}") as file:
