@@ -56,7 +56,8 @@ def test_images_of_one_colour_and_broken_ones_are_named(folder):
         (folder / name).write_bytes(BROKEN[name])
     result = found(folder)
     assert [name.rsplit("/", 1)[1] for name in result.flat] == ["blank0.png", "blank255.png"]
-    assert [(name.rsplit("/", 1)[1], reason) for name, reason in result.broken][0] == ("empty.jpg", "the file is empty")
+    assert result.broken[0][0].endswith("empty.jpg")
+    assert result.broken[0][1] == "the file is empty"
     assert result.near == []  # all that is blank is alike, and said once
     text = "\n".join(report.lines(result, config.load([str(folder)]), [str(folder)]))
     assert "broken       2 of 44 (4.55%)" in text
@@ -64,7 +65,12 @@ def test_images_of_one_colour_and_broken_ones_are_named(folder):
 
 
 def test_sizes_formats_and_channels_are_counted(tmp_path):
-    for name, mode, size in (("a.png", "L", (10, 20)), ("b.png", "RGB", (30, 8)), ("c.jpg", "RGB", (10, 20)), ("d.gif", "P", (9, 9))):
+    for name, mode, size in (
+        ("a.png", "L", (10, 20)),
+        ("b.png", "RGB", (30, 8)),
+        ("c.jpg", "RGB", (10, 20)),
+        ("d.gif", "P", (9, 9)),
+    ):
         Image.new(mode, size).save(tmp_path / name)
     Image.fromarray(np.full((9, 9), 4095, np.uint16)).save(tmp_path / "e.png")
     result = found(tmp_path)

@@ -23,7 +23,7 @@ from ..distributed import say
 from ..errors import UserError
 from . import Config
 from .decode import BadImage
-from .files import EXTENSIONS, MAX_BYTES, SCIENTIFIC, SOME_EXTENSIONS, Encoded, check_channels, stamp
+from .files import EXTENSIONS, MAX_BYTES, SCIENTIFIC, SOME_EXTENSIONS, Encoded, check_channels, stamp, unfinished
 from .names import Names, numbered, top_folders
 
 COMPRESSED = {
@@ -75,10 +75,15 @@ class Archive(Encoded):
                 for i, name in enumerate(names)
                 if endings[i] == wanted and name.startswith(self.top)
             }
+            if not files:
+                continue
             texts = []
             for row, name in zip(self.rows, images, strict=True):
                 i = files.get((int(row[0]), _key(name)))
-                text = "" if i is None else _label(wanted, self._bytes(table[i], MAX_LABEL))
+                try:
+                    text = "" if i is None else _label(wanted, self._bytes(table[i], MAX_LABEL))
+                except BadImage as error:
+                    raise UserError(f"data: {names[i]} in {self.paths[row[0]]} cannot be read: {error}.") from error
                 if text is None:  # a .json about something else
                     break
                 texts.append(text)
@@ -202,7 +207,7 @@ def _index(path: str, cache_dir: str) -> tuple[list[str], np.ndarray]:
 
 
 def _keep(path: Path, names: Names, rows: np.ndarray) -> None:
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part")
+    part = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
@@ -220,7 +225,8 @@ def _zip(path: str) -> tuple[list[str], np.ndarray]:
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, struct.error) as error:
         raise UserError(f"data: {path} is damaged: {error}. Copy or make it again.") from error
     rows = [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in members]
-    return [i.filename.removeprefix("./") for i in members], _table(rows)
+    # Some programs for Windows write backslashes.
+    return [i.filename.replace("\\", "/").removeprefix("./") for i in members], _table(rows)
 
 
 def _tar(path: str, length: int) -> tuple[list[str], np.ndarray]:

@@ -15,6 +15,7 @@ from ..distributed import say
 from ..errors import UserError
 from . import ENDINGS, Config, Source, open_source
 from .archive import Archive
+from .files import unfinished
 from .parquet import Parquet
 from .patterns import expanded
 from .several import joined
@@ -46,7 +47,7 @@ def fetch(url: str, folder: Path, which: str) -> Path:
     path = folder / hashlib.sha256(url.encode()).hexdigest()[:16] / _file_name(url)
     if path.exists():
         return path
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         request = urllib.request.Request(url, headers={"User-Agent": f"sslvit/{__version__}"})

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import stat
 from pathlib import Path
 
@@ -96,6 +97,11 @@ def read_file(path: str) -> bytes:
             return file.read()
     except OSError as error:
         raise BadImage(error.strerror or type(error).__name__) from error
+
+
+def unfinished(path: Path) -> Path:
+    """Beside a file or folder that is being made: a name that no other process of any machine uses."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
 
 
 def stamp(path: str | Path) -> str:

@@ -61,13 +61,13 @@ class Hdf5:
         return hashlib.sha256(f"{self.identity()},{self.data_set},{stamp(self.path)}".encode()).hexdigest()
 
     def read(self, index: int) -> Tensor:
-        if self._open[0] != os.getpid():
-            # A file object of its own: opened by path, HDF5 would find the file that the parent process had open and
-            # go on using its position.
-            self._open = os.getpid(), _h5py().File(self.path.open("rb"), "r")[self.data_set]
         try:
+            if self._open[0] != os.getpid():
+                # A file object of its own: opened by path, HDF5 would find the file that the parent process had open
+                # and go on using its position.
+                self._open = os.getpid(), _h5py().File(self.path.open("rb"), "r")[self.data_set]
             values = self._open[1][index]
-        except (OSError, RuntimeError, ValueError) as error:  # a damaged chunk
+        except (OSError, RuntimeError, ValueError, KeyError) as error:  # a damaged chunk, a file that is gone
             raise BadImage(str(error).splitlines()[0][:200]) from error
         if self.encoded:
             return decode(bytes(values), self.in_chans, self.value_range)

@@ -19,7 +19,7 @@ from ..errors import UserError, need
 from . import Config
 from .archive import Ranges
 from .decode import BadImage
-from .files import MAX_BYTES, Encoded, check_channels, stamp
+from .files import MAX_BYTES, Encoded, check_channels, stamp, unfinished
 from .names import Names, numbered
 
 IMAGES = ("image", "img", "jpg", "png", "bytes", "image_bytes", "content")  # names of columns, the first that is there
@@ -89,12 +89,13 @@ def _unpacked(path: str, cache_dir: Path) -> dict[str, Any]:
 def _unpack(path: str, folder: Path) -> None:
     """Raises UserError; leaves either all or nothing."""
     parquet = need("pyarrow.parquet", "parquet", "parquet")
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part = unfinished(folder)
     try:
         part.mkdir(parents=True)
         with parquet.ParquetFile(path) as file:
             _write(file, path, part)
-        os.replace(part, folder)
+        if not folder.exists():  # another machine may have been faster
+            os.replace(part, folder)
     except UserError:
         raise
     except OSError as error:  # pyarrow's errors of a damaged file are OSErrors too

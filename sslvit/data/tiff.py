@@ -38,12 +38,11 @@ def is_deep(data: bytes, in_chans: int) -> bool:
 def decode_tiff(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
     """[in_chans, H, W]: channels are the samples of the first page, or the pages, if there are in_chans of them."""
     with tifffile().TiffFile(io.BytesIO(data)) as file:
-        pages = file.pages
-        first = check_page(pages[0])
-        if samples(first) == 1 and len(pages) == in_chans > 1:
-            if any(check_page(page).shape != first.shape for page in pages):
-                raise BadImage(f"its {len(pages)} pages differ in size, so that they are no channels of one image")
-            return from_array(np.stack([page_array(page) for page in pages], axis=-1), in_chans, value_range)
+        first = check_page(file.pages[0])
+        if first.samplesperpixel == 1 and len(file.pages) == in_chans > 1:
+            pages = [check_page(page) for page in file.pages]
+            if all(page.shape == first.shape for page in pages):  # else they are smaller copies of the first
+                return from_array(np.stack([page_array(page) for page in pages], axis=-1), in_chans, value_range)
         return from_array(page_array(first), in_chans, value_range)
 
 
@@ -57,10 +56,6 @@ def page_array(page: Any) -> np.ndarray:
     if page.photometric == 0:  # MINISWHITE
         values = np.invert(values) if values.dtype.kind == "u" else -values
     return values
-
-
-def samples(page: Any) -> int:
-    return int(page.samplesperpixel)
 
 
 def check_page(page: Any) -> Any:

@@ -247,6 +247,21 @@ def test_labels_beside_the_images_may_be_missing_for_some(tmp_path):
     assert opened(meta).labels is None
 
 
+def test_damaged_labels_are_said_at_the_start(tmp_path):
+    path = write_zip(tmp_path / "x.zip", {"0.png": png(0), "0.cls": b"dog" * 50})
+    data = bytearray(path.read_bytes())
+    data[data.index(b"0.cls") + 6] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"0\.cls in .*x\.zip cannot be read"):
+        opened(path)
+
+
+def test_backslashes_of_windows_are_folders(tmp_path):
+    path = write_zip(tmp_path / "x.zip", {"cat/0.png": png(0), "dog/0.png": png(1)})
+    path.write_bytes(path.read_bytes().replace(b"cat/", b"cat\\").replace(b"dog/", b"dog\\"))
+    assert opened(path).classes == ["cat", "dog"]
+
+
 def test_archives_without_images_say_what_they_hold(tmp_path):
     with pytest.raises(UserError, match="it holds 1 other files, for example notes"):
         opened(write_zip(tmp_path / "x.zip", {"notes.txt": b""}))

@@ -100,6 +100,16 @@ def test_pages_are_channels_only_if_they_are_as_many():
     assert decode(data, 4)[:, 0, 0].tolist() == [10, 10, 10, 255]
 
 
+def test_smaller_copies_of_a_page_are_no_channels():
+    """Three levels of a pyramid, which PIL reads as the first."""
+    stream = io.BytesIO()
+    with tifffile.TiffWriter(stream) as file:
+        for level in range(3):
+            file.write(np.full((32 >> level, 32 >> level), 10 + level, np.uint8), photometric="minisblack")
+    assert decode(stream.getvalue(), 3).shape == (3, 32, 32)
+    assert decode(stream.getvalue(), 3).unique().tolist() == [10]
+
+
 def test_white_is_zero_in_some_tiffs():
     values = np.arange(600, dtype=np.uint16).reshape(20, 30)
     stack = np.stack([values, values])
