@@ -84,7 +84,7 @@ KINDS = {
     "table": "table:open_table",  # .txt, .csv, .tsv [:label columns]: paths, and labels
     "archive": "archive:open_archive",  # .zip, .tar: read in place; WebDataset shards are tar files
     "parquet": "parquet:open_parquet",
-    "array": "array:open_array",  # .npy: [N, H, W] or [N, H, W, C]
+    "array": "array:open_array",  # .npy, or .npz [:name]: [N, H, W] or [N, H, W, C]
     "hdf5": "hdf5:open_hdf5",  # .h5, .hdf5 [:data set]
     "stack": "pages:open_pages",  # one .tif: its pages are the images
 }
@@ -92,10 +92,12 @@ ENDINGS = {
     ".txt": "table", ".csv": "table", ".tsv": "table",
     ".zip": "archive", ".tar": "archive", ".tgz": "archive", ".gz": "archive", ".bz2": "archive", ".xz": "archive",
     ".zst": "archive", ".tbz2": "archive", ".txz": "archive", ".7z": "archive", ".rar": "archive",
-    ".parquet": "parquet", ".npy": "array", ".tif": "stack", ".tiff": "stack",
+    ".parquet": "parquet", ".npy": "array", ".npz": "array", ".tif": "stack", ".tiff": "stack",
     ".h5": "hdf5", ".hdf5": "hdf5", ".hdf": "hdf5", ".he5": "hdf5",
 }  # fmt: skip
-WITH_PART = re.compile(r"(.*\.(?:csv|tsv|h5|hdf5|hdf|he5)):([^/\\]*(?:/[^\\]*)?)$", re.IGNORECASE)  # file.csv:column
+WITH_PART = re.compile(
+    r"(.*\.(?:csv|tsv|npz|h5|hdf5|hdf|he5)):([^/\\]*(?:/[^\\]*)?)$", re.IGNORECASE
+)  # file.csv:column
 SETS = ("cifar10", "cifar100", "stl10")
 
 

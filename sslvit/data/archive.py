@@ -23,7 +23,17 @@ from ..distributed import say
 from ..errors import UserError
 from . import Config
 from .decode import BadImage
-from .files import EXTENSIONS, MAX_BYTES, SCIENTIFIC, SOME_EXTENSIONS, Encoded, check_channels, stamp, unfinished
+from .files import (
+    EXTENSIONS,
+    MAX_BYTES,
+    SCIENTIFIC,
+    SOME_EXTENSIONS,
+    Encoded,
+    check_channels,
+    endings_of,
+    stamp,
+    unfinished,
+)
 from .names import Names, numbered, top_folders
 
 COMPRESSED = {
@@ -61,7 +71,7 @@ class Archive(Encoded):
         self.paths, self.ranges, self.rows = paths, Ranges(paths), table[images]
         self.top = _common_top(chosen)
         chosen = [name[len(self.top) :] for name in chosen]
-        check_channels(config.in_chans, chosen, _together(paths))
+        check_channels(config.in_chans, endings_of(chosen), _together(paths))
         classes, labels = self._labels(names, table, chosen, endings) or top_folders(chosen, "/")
         super().__init__(Names(chosen), config.in_chans, config.value_range, classes, labels)
 

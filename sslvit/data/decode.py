@@ -21,6 +21,7 @@ JPEG, PNG, NPY, DICOM = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY", b"D
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 MAX_PIXELS = 178_956_970  # beyond it PIL takes a file for a decompression bomb, and so do we
+MAX_UNPACKED = 2**30  # bytes of an image of more than 8 bits or 4 channels, before it becomes float32
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL
 ValueRange = tuple[float, float] | None
 
@@ -49,7 +50,7 @@ def decode(data: bytes, in_chans: int, value_range: ValueRange = None) -> Tensor
 def _decode(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
     try:
         if data.startswith(JPEG) and in_chans in TORCHVISION_MODES:
-            _refuse_bomb(*_jpeg_size(data))
+            refuse_bomb(*_jpeg_size(data))
             return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), TORCHVISION_MODES[in_chans])
         if data.startswith(PNG) and data[24:25] == b"\x10" and data[25:26] in (b"\2", b"\4", b"\6"):
             return _deep_png(data, in_chans, value_range)
@@ -65,7 +66,7 @@ def _decode(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
             if tiff.is_deep(data, in_chans):
                 return tiff.decode_tiff(data, in_chans, value_range)
         with Image.open(io.BytesIO(data)) as image:
-            _refuse_bomb(*image.size)
+            refuse_bomb(*image.size)
             return _convert(image, in_chans, value_range)
     except BadImage:
         raise
@@ -90,8 +91,8 @@ def from_array(values: np.ndarray, in_chans: int, value_range: ValueRange = None
         values = values.transpose(1, 2, 0)
     if values.ndim not in (2, 3) or 0 in values.shape:
         raise BadImage(f"an array of shape {tuple(values.shape)} is no image: it must be [H, W] or [H, W, C]")
-    _refuse_bomb(values.shape[1], values.shape[0])
     values = values if values.ndim == 3 else values[:, :, None]
+    refuse_bomb(values.shape[1], values.shape[0], values.shape[2] * values.dtype.itemsize)
     if values.dtype == bool:
         values = values.astype(np.uint8) * 255
     if values.dtype == np.uint8:
@@ -152,14 +153,15 @@ def _deep_png(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
     files in one go, but its decode_png ends the process (segmentation fault) on 4 % of files with three damaged bytes.
     """
 
+    channels = {2: 3, 4: 2, 6: 4}[data[25]]
+
     def unpacked(layout: str) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
-            _refuse_bomb(*image.size)
+            refuse_bomb(*image.size, 2 * channels)
             tile = image.tile[0]
             image.tile = [tile._replace(args=layout) if hasattr(tile, "_replace") else (*tile[:3], layout)]
             return np.array(image)
 
-    channels = {2: 3, 4: 2, 6: 4}[data[25]]
     if channels == 2:  # four bytes a pixel, as those of colour with alpha
         pairs = unpacked("RGBA")
         return from_array(pairs[:, :, 0::2].astype(np.uint16) << 8 | pairs[:, :, 1::2], in_chans, value_range)
@@ -184,9 +186,12 @@ def _npy(data: bytes) -> np.ndarray:
     return values.reshape(shape, order="F" if fortran else "C")
 
 
-def _refuse_bomb(width: int, height: int) -> None:
+def refuse_bomb(width: int, height: int, pixel_bytes: int = 1) -> None:
+    """Raises BadImage for what a header says that no memory should be asked for. pixel_bytes: of all channels."""
     if width * height > MAX_PIXELS:
         raise BadImage(f"it has more than {MAX_PIXELS / 1e6:.0f} million pixels, {width}x{height}")
+    if width * height * pixel_bytes > MAX_UNPACKED:
+        raise BadImage(f"it has {width}x{height} pixels of {pixel_bytes} bytes, more than {MAX_UNPACKED >> 20} MiB")
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:

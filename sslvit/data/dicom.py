@@ -8,9 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import need
-from .decode import MAX_PIXELS, BadImage, ValueRange, from_array
-
-MAX_BYTES = 2**31  # of all frames, unpacked
+from .decode import BadImage, ValueRange, from_array, refuse_bomb
 
 
 def decode_dicom(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
@@ -26,8 +24,7 @@ def decode_dicom(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
         raise BadImage("this DICOM file holds no pixels")
     frames, samples = int(file.get("NumberOfFrames") or 1), int(file.get("SamplesPerPixel", 1))
     width, height, bits = int(file.Columns), int(file.Rows), int(file.BitsAllocated)
-    if width * height > MAX_PIXELS or width * height * samples * frames * bits // 8 > MAX_BYTES:
-        raise BadImage(f"it has more than {MAX_PIXELS / 1e6:.0f} million pixels, {frames}x{width}x{height}")
+    refuse_bomb(width, height, samples * frames * max(1, bits // 8))
     values = file.pixel_array  # colour comes as RGB
     kind = str(file.get("PhotometricInterpretation", "MONOCHROME2"))
     if kind == "PALETTE COLOR":

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -113,9 +114,13 @@ def stamp(path: str | Path) -> str:
     return f"{about.st_size},{about.st_mtime_ns}"
 
 
-def check_channels(in_chans: int, names: list[str], where: str) -> None:
-    """Raises UserError for more channels than files of these names can have, and for names whose package is missing."""
-    endings = {os.path.splitext(name)[1].lower() for name in names}
+def endings_of(names: Iterable[str]) -> set[str]:
+    return {os.path.splitext(name)[1].lower() for name in names}
+
+
+def check_channels(in_chans: int, endings: set[str], where: str) -> None:
+    """Raises UserError for more channels than files of these endings can have, and for those whose package is
+    missing."""
     if in_chans not in MODES and not endings & DEEP:
         raise UserError(
             f"data.in_chans={in_chans}, but the images of {where} have 1 to 4 channels: use 1 or 3 "

@@ -34,7 +34,7 @@ class Folder(Files):
             tree = Tree(root, SCIENTIFIC)
         if not tree.num_images:
             raise UserError(f"data: no images in {root}: {_describe(tree)}. Image files end in {SOME_EXTENSIONS}.")
-        check_channels(in_chans, list(tree.endings), "a folder")
+        check_channels(in_chans, tree.endings, "a folder")
         super().__init__(root, *_listed(tree), in_chans=in_chans, value_range=value_range)
 
 

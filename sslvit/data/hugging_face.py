@@ -22,7 +22,7 @@ class HuggingFace(Encoded):
         image = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
         if not image:
             raise UserError(f"data: {word} has no column of images; it has {', '.join(rows.features)}.")
-        check_channels(in_chans, [], word)
+        check_channels(in_chans, set(), word)
         self.word, self.column = word, image[0]
         self.rows = rows.select_columns(image[:1]).cast_column(image[0], datasets.Image(decode=False))
         named = [name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)]

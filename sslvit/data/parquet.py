@@ -35,7 +35,7 @@ class Parquet(Encoded):
         self.paths = paths
         parts = [_unpacked(path, Path(config.download_dir).expanduser()) for path in paths]
         names = [name for part in parts for name in part["names"]]
-        check_channels(config.in_chans, [], paths[0])
+        check_channels(config.in_chans, set(), paths[0])
         self.ends = np.cumsum([len(part["names"]) for part in parts])
         self.places = np.concatenate([part["places"] for part in parts])
         self.ranges = Ranges([part["file"] for part in parts])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from . import ENDINGS, Config, Source, open_source
-from .files import EXTENSIONS, SOME_EXTENSIONS, Files, check_channels
+from .files import EXTENSIONS, SOME_EXTENSIONS, Files, check_channels, endings_of
 from .names import Names, top_folders
 from .patterns import matching
 from .several import joined
@@ -48,5 +48,5 @@ def _images(word: str, paths: list[str], config: Config) -> Files:
         raise UserError(f"data: no images match {word}. Image files end in {SOME_EXTENSIONS}.")
     root = Path(os.path.dirname(re.split(r"[*?{\[]", os.path.expanduser(word))[0]))
     names = sorted(os.path.relpath(path, root) for path in paths)
-    check_channels(config.in_chans, names, word)
+    check_channels(config.in_chans, endings_of(names), word)
     return Files(root, Names(names), *top_folders(names), config.in_chans, config.value_range)

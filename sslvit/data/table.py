@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from . import Config, split_part
-from .files import Files, check_channels
+from .files import Files, check_channels, endings_of
 from .names import Names, numbered
 
 PATHS = ("path", "image", "file", "filename", "file_name", "filepath", "file_path", "image_path", "img", "image index")
@@ -32,7 +32,7 @@ class Table(Files):
                 f"data: {path} lists {names[0]}, and there is no {path.parent / names[0]}: paths must be absolute or "
                 "relative to the list's folder."
             )
-        check_channels(config.in_chans, names, str(path))
+        check_channels(config.in_chans, endings_of(names), str(path))
         classes, labels = numbered(texts) if len(self.columns) == 1 else ([], None)
         super().__init__(path.parent, Names(names), classes, labels, config.in_chans, config.value_range)
         self.texts = Names(texts) if self.columns else None

@@ -10,9 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import need
-from .decode import MAX_PIXELS, BadImage, ValueRange, from_array
-
-MAX_BYTES = 2**31  # of all channels of one image, unpacked
+from .decode import BadImage, ValueRange, from_array, refuse_bomb
 
 
 def tifffile() -> ModuleType:
@@ -61,6 +59,5 @@ def page_array(page: Any) -> np.ndarray:
 def check_page(page: Any) -> Any:
     """The page; raises BadImage if its header asks for more memory than an image needs."""
     width, height = int(page.imagewidth), int(page.imagelength)
-    if width * height > MAX_PIXELS or page.size * page.dtype.itemsize > MAX_BYTES:
-        raise BadImage(f"it has more than {MAX_PIXELS / 1e6:.0f} million pixels, {width}x{height}")
+    refuse_bomb(width, height, max(1, page.size // max(1, width * height)) * page.dtype.itemsize)
     return page

@@ -1,6 +1,7 @@
 """Images of more than 8 bits and more than 3 channels, in every format that has them."""
 
 import io
+import shutil
 import struct
 import zlib
 
@@ -98,6 +99,17 @@ def test_pages_are_channels_only_if_they_are_as_many():
     assert decode(data, 3)[:, 0, 0].tolist() == [10, 20, 30]
     assert decode(data, 1)[:, 0, 0].tolist() == [10]  # the first page, as PIL reads such a file
     assert decode(data, 4)[:, 0, 0].tolist() == [10, 10, 10, 255]
+
+
+def test_a_folder_and_an_archive_of_five_channels(tmp_path):
+    (tmp_path / "files").mkdir()
+    for i in range(3):
+        data = tiff(FIVE + np.uint8(i), photometric="minisblack", planarconfig="contig")
+        (tmp_path / "files" / f"{i}.tif").write_bytes(data)
+    shutil.make_archive(str(tmp_path / "all"), "zip", tmp_path / "files")
+    for word in (tmp_path / "files", f"{tmp_path}/files/*.tif", tmp_path / "all.zip"):
+        source = open_source(str(word), Config(in_chans=5))
+        assert torch.equal(source.read(2), channels_first(FIVE + np.uint8(2)))
 
 
 def test_smaller_copies_of_a_page_are_no_channels():

@@ -91,6 +91,15 @@ def test_damaged_arrays(tmp_path):
     assert "cannot be read as an array" in refused(tmp_path / "o.npy")
 
 
+def test_npz_files_with_mistakes(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.zeros((2, 4, 4), np.uint8), b=np.zeros(3))
+    assert "holds the arrays a, b: say which one has the images, x.npz:a" in refused(tmp_path / "x.npz")
+    assert "say which one" in refused(f"{tmp_path / 'x.npz'}:c")
+    assert len(open_source(f"{tmp_path / 'x.npz'}:a", Config())) == 2
+    (tmp_path / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:200])
+    assert "cannot be read as arrays" in refused(f"{tmp_path / 'x.npz'}:a")
+
+
 def test_labels_of_an_array_must_fit(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((3, 4, 4), np.uint8))
     np.save(tmp_path / "x.labels.npy", np.array([2, -1, 10]))

@@ -14,9 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from sslvit.config import load, save
 from sslvit.data import Config, Source, open_source
 from sslvit.data.loader import Layout, make_loader
 from sslvit.views import Crop
+from tests.conftest import words
+from tests.processes import launch
 
 VIEWS = {"image": [Crop((16, 16), (0.2, 1.0))]}
 CLASSES = ["bird", "cat", "dog"]
@@ -139,6 +142,13 @@ def as_npy(root: Path, out: Path, dtype: str = "uint8") -> str:
     return str(out / "all.npy")
 
 
+def as_npz(root: Path, out: Path) -> str:
+    _, pixels, labels = truth(root)
+    labels = np.array(CLASSES)[labels][:, None]
+    np.savez_compressed(out / "all.npz", train_images=pixels, train_labels=labels, test_images=pixels[:3])
+    return f"{out / 'all.npz'}:train_images"
+
+
 def as_hdf5(root: Path, out: Path) -> str:
     import h5py
 
@@ -223,6 +233,7 @@ KINDS = {
     "plain parquet": (functools.partial(as_parquet, plain=True), True),
     "saved data set": (as_saved_data_set, True),
     "npy": (as_npy, True),
+    "npz": (as_npz, True),
     "hdf5": (as_hdf5, True),
     "pages": (as_pages, False),
     "tiff files": (as_tiff_files, True),
@@ -260,10 +271,40 @@ def config(folder: Path, **more) -> Config:
 
 
 def assert_workers_agree(source: Source) -> None:
-    """Two forked processes, after this one has read and so opened what there is to open."""
+    """Two forked processes, after this one has read and so opened what there is to open; also from a later step."""
     plain = list(make_loader(source, VIEWS, Layout(4), 0, (0, 9), 0, torch.device("cpu")))
     forked = list(make_loader(source, VIEWS, Layout(4), 0, (0, 9), 2, torch.device("cpu")))
+    resumed = list(make_loader(source, VIEWS, Layout(4), 0, (5, 9), 1, torch.device("cpu")))
     assert len(plain) == len(forked) == 9
-    for a, b in zip(plain, forked, strict=True):
+    for a, b in zip(plain + plain[5:], forked + resumed, strict=True):
         assert a["bad"] == b["bad"] == []
         assert torch.equal(a["image"], b["image"])
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_what_one_unpacks(root, tmp_path):
+    """Parquet, whose images are written once to download_dir, on two ranks with a loader process each."""
+    out = tmp_path / "run"
+    more = [
+        "global_batch_size=12",
+        "epochs=1",
+        "workers=1",
+        "warmup_epochs=0",
+        f"download_dir={tmp_path / 'cache'}",
+        f"out={out}",
+    ]
+    said = launch(["pretrain", as_parquet(root, tmp_path), *words("mae", *more)], tmp_path / "said", 2)
+    assert "13 images of" in said
+    assert (out / "checkpoints").exists()
+    assert [path.name for path in (tmp_path / "cache" / "parquet").iterdir() if path.name.endswith(".part")] == []
+    assert len(list((tmp_path / "cache" / "parquet").iterdir())) == 2
+
+
+def test_a_recipe_may_list_folders(root, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"data": {"train": [f"{root}/bird", f"{root}/cat"]}, "method": "mae"}))
+    loaded = load([str(recipe)])
+    assert len(open_source(loaded.data.train, loaded.data)) == 9
+    save(loaded, tmp_path / "saved.yaml")
+    assert load([str(tmp_path / "saved.yaml")]).data.train == loaded.data.train
+    assert load([f"[{root}/bird,{root}/cat]"]).data.train == f"[{root}/bird,{root}/cat]"
