@@ -49,6 +49,24 @@ def test_different_images_are_no_copies(folder):
     assert (result.same, result.near, result.flat) == ([], [], [])
 
 
+def test_scans_that_all_look_alike_are_no_copies(tmp_path):
+    """One template and a little of each image's own; and one true copy."""
+    generator = np.random.default_rng(0)
+
+    def smooth() -> np.ndarray:
+        coarse = Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8))
+        return np.array(coarse.resize((64, 64), Image.Resampling.BICUBIC)).astype(float)
+
+    template = smooth()
+    for i in range(60):
+        Image.fromarray((template + 0.15 * (smooth() - 128)).clip(0, 255).astype(np.uint8)).save(
+            tmp_path / f"{i:02d}.png"
+        )
+    Image.open(tmp_path / "07.png").save(tmp_path / "copy.jpg", quality=90)
+    result = found(tmp_path, "in_chans=1")
+    assert [sorted(name.rsplit("/", 1)[1] for name in group) for group in result.near] == [["07.png", "copy.jpg"]]
+
+
 def test_images_of_one_colour_and_broken_ones_are_named(folder):
     for value in (0, 255):
         Image.new("RGB", (40, 48), (value,) * 3).save(folder / f"blank{value}.png")
