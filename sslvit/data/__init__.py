@@ -88,16 +88,15 @@ KINDS = {
     "hdf5": "hdf5:open_hdf5",  # .h5, .hdf5 [:data set]
     "stack": "pages:open_pages",  # one .tif: its pages are the images
 }
+PACKED = (".tgz", ".gz", ".bz2", ".xz", ".zst", ".tbz2", ".txz", ".7z", ".rar")  # that archive.py refuses
 ENDINGS = {
     ".txt": "table", ".csv": "table", ".tsv": "table",
-    ".zip": "archive", ".tar": "archive", ".tgz": "archive", ".gz": "archive", ".bz2": "archive", ".xz": "archive",
-    ".zst": "archive", ".tbz2": "archive", ".txz": "archive", ".7z": "archive", ".rar": "archive",
+    ".zip": "archive", ".tar": "archive", **dict.fromkeys(PACKED, "archive"),
     ".parquet": "parquet", ".npy": "array", ".npz": "array", ".tif": "stack", ".tiff": "stack",
     ".h5": "hdf5", ".hdf5": "hdf5", ".hdf": "hdf5", ".he5": "hdf5",
 }  # fmt: skip
-WITH_PART = re.compile(
-    r"(.*\.(?:csv|tsv|npz|h5|hdf5|hdf|he5)):([^/\\]*(?:/[^\\]*)?)$", re.IGNORECASE
-)  # file.csv:column
+# file.csv:column, file.h5:group/name
+WITH_PART = re.compile(r"(.*\.(?:csv|tsv|npz|h5|hdf5|hdf|he5)):([^/\\]*(?:/[^\\]*)?)$", re.IGNORECASE)
 SETS = ("cifar10", "cifar100", "stl10")
 
 

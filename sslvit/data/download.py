@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import __version__
 from ..distributed import say
 from ..errors import UserError
-from . import ENDINGS, Config, Source, open_source
+from . import ENDINGS, PACKED, Config, Source, open_source
 from .archive import Archive
 from .files import unfinished
 from .parquet import Parquet
@@ -29,9 +29,10 @@ def open_url(word: str, config: Config) -> Source:
     nothing."""
     folder = Path(config.download_dir).expanduser() / "urls"
     urls = expanded(word)
-    unknown = [url for url in urls if Path(_file_name(url)).suffix.lower() not in ENDINGS]
-    if unknown:
-        raise UserError(f"data: {unknown[0]} must end in .tar, .zip, .parquet, .npy, .csv or the like.")
+    endings = [Path(_file_name(url)).suffix.lower() for url in urls]
+    for url, ending in zip(urls, endings, strict=True):
+        if ending not in ENDINGS or ending in PACKED:
+            raise UserError(f"data: {url} must end in .tar, .zip, .parquet, .npy, .h5 or .tif to be read in place.")
     paths = [str(fetch(url, folder, f"{i + 1} of {len(urls)}")) for i, url in enumerate(urls)]
     kinds = {ENDINGS[Path(path).suffix.lower()] for path in paths}
     if kinds == {"archive"}:

@@ -80,6 +80,7 @@ def test_a_query_and_an_escaped_name_are_understood(server, tmp_path):
         ("broken.tar", "broke off after 0.0 MiB of 4.8 MiB"),
         ("endless.tar", "GiB left"),
         ("page.html", "must end in .tar"),
+        ("all.tar.gz", "must end in .tar"),
     ],
 )
 def test_a_failure_is_one_sentence_and_leaves_nothing(server, tmp_path, name, expected):

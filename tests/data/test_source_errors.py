@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from sslvit.data import BadImage, Config, kind_of, open_source
+from sslvit.data import SETS, BadImage, Config, kind_of, open_source, torchvision_sets
 from sslvit.data.decode import decode
 from sslvit.errors import UserError
 from tests.conftest import write_images
@@ -34,6 +34,10 @@ def test_the_kind_of_a_word_is_seen_before_anything_is_opened(tmp_path):
         f"{tmp_path}/x.jpg": "folder", f"pages:{tmp_path}": "pages", "nowhere": None, "cifar1": None, "x.csv": None,
     }  # fmt: skip
     assert {word: kind_of(word) for word in kinds} == kinds
+
+
+def test_the_sets_of_torchvision_are_those_that_words_know():
+    assert tuple(torchvision_sets.SPLITS) == SETS
 
 
 def test_lists_with_mistakes(tmp_path):
