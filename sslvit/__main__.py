@@ -26,7 +26,7 @@ EVALUATIONS = {
     "segment": ("run=... data.train=... data.test=...", "a linear classifier of its patches: mean IoU"),
     "attention": ("run=... data=... picture=...", "a picture of its attention and of its patch features"),
 }
-RECIPE = "[recipe.yaml] [folder] [key=value ...]"
+RECIPE = "[recipe.yaml] [images] [key=value ...]"
 
 
 def usage() -> str:
@@ -34,6 +34,7 @@ def usage() -> str:
         ("pretrain", RECIPE, "train an encoder on unlabeled images"),
         *((name, words, text) for name, (words, text) in EVALUATIONS.items()),
         ("compare", "<run> <run> ...", "their results side by side, with the intervals of the differences"),
+        ("data", RECIPE, "what images are like: sizes, broken ones, duplicates, mean, crops"),
         ("bench", RECIPE, "how fast this machine runs a recipe, and what to change first"),
         ("export", "run=... to=timm out=<folder>", "write it in a form that timm loads"),
     ]
@@ -72,6 +73,7 @@ def _find(command: str) -> Callable[[list[str]], int | None]:
         "pretrain": _pretrain,
         **{name: partial(_evaluate, name) for name in EVALUATIONS},
         "compare": _compare,
+        "data": _data,
         "bench": _bench,
         "export": _export,
     }
@@ -153,6 +155,26 @@ def _bench(words: list[str]) -> None:
         print("\n".join(bench.lines(report, run)))
         if settings.report:
             bench.save(report, Path(settings.report))
+
+
+def _data(words: list[str]) -> None:
+    from . import config, picture, report
+
+    if _wants_help(words):
+        print("sslvit data <images> [recipe.yaml] [key=value ...]\n")
+        print(f"{report.__doc__.strip()}\n\nThe words are those of sslvit pretrain, and three more:\n")
+        print("\n".join(help_lines(report.Config())))
+        return
+    own = [word for word in words if word.startswith(("sample=", "picture=", "report="))]
+    rest = [word for word in words if word not in own]
+    run, settings = config.load(rest), parse(report.Config(), own, "data")
+    found = report.examine(run, settings)
+    print("\n".join(report.lines(found, run, rest)))
+    if settings.picture:
+        picture.draw(run, Path(settings.picture))
+        print(f"\ndrawn to {settings.picture}")
+    if settings.report:
+        report.save(found, Path(settings.report))
 
 
 def _export(words: list[str]) -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from . import objectives, optim
 from .data import Config as DataConfig
-from .data import image_size
+from .data import image_size, kind_of
 from .data.loader import Layout, make_layout
 from .encoder import Config as ModelConfig
 from .errors import UserError
@@ -59,15 +59,15 @@ class Plan:
 
 
 def load(words: list[str]) -> RunConfig:
-    """The configuration that the words of a command line stand for: a recipe (*.yaml), a folder of images, key=value.
+    """The configuration that the words of a command line stand for: a recipe (*.yaml), images, key=value.
 
     Raises UserError.
     """
     recipes = [Path(word) for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
     folders = [word for word in words if "=" not in word and Path(word) not in recipes]
     for word in folders:
-        if not Path(word).expanduser().is_dir():
-            raise UserError(f"{word} is neither a recipe (*.yaml), nor a folder of images, nor key=value.")
+        if kind_of(word) is None:
+            raise UserError(f"{word} is neither a recipe (*.yaml), nor a folder or file of images, nor key=value.")
     if len(recipes) > 1 or len(folders) > 1:
         raise UserError(f"Give one recipe and one folder at most, not {', '.join(map(str, recipes + folders))}.")
     given = [("data.train", folder) for folder in folders] + assignments([word for word in words if "=" in word])
@@ -138,6 +138,9 @@ def check(config: RunConfig) -> None:
             raise UserError(f"{key}={value} must be {minimum} or above.")
     if not 0 <= config.data.bad_ratio <= 1:
         raise UserError(f"data.bad_ratio={config.data.bad_ratio} must lie between 0 and 1.")
+    value_range = config.data.value_range
+    if value_range is not None and not value_range[0] < value_range[1]:
+        raise UserError(f"data.value_range={list(value_range)} must be [low,high] with low below high.")
     optim.check(config.optim)
 
 

@@ -1,8 +1,19 @@
 """The one exception that a user's mistake raises: its text is the whole message, and no traceback is shown."""
 
+import importlib
+from types import ModuleType
+
 
 class UserError(ValueError):
     """One sentence: what is wrong, what was given, what to do. `sslvit` prints it and exits with status 2."""
+
+
+def need(module: str, extra: str, purpose: str) -> ModuleType:
+    """An optional package, imported. Raises UserError that names the extra which brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{purpose} needs {module}: pip install 'sslvit[{extra}]'.") from error
 
 
 def check_range(section: str, config: object, low: float, high: float | None, *names: str) -> None:

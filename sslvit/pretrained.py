@@ -55,13 +55,15 @@ class Pretrained:
     detail: dict[str, Any]  # for the record: step, images seen, matched weights ...
     folder: Path | None = None  # its own, if it has one
     results: Path | None = None  # where its results and features are filed
+    value_range: tuple[float, float] | None = None  # of its training images, see data.Config
 
     @property
     def data_config(self) -> data.Config:
         """How images are opened for it."""
         return data.Config(
-            image_size=self.encoder.image_size, in_chans=self.encoder.in_chans, mean=self.mean, std=self.std
-        )
+            image_size=self.encoder.image_size, in_chans=self.encoder.in_chans, mean=self.mean, std=self.std,
+            value_range=self.value_range,
+        )  # fmt: skip
 
 
 def load(
@@ -118,7 +120,8 @@ def _from_run(run_dir: Path) -> Pretrained:
         "images_seen": record["images_seen"],
         "notes": complaints,
     }
-    return Pretrained(built.eval(), mean, std, str(run_dir), detail, run_dir, run_dir / "eval")
+    results, span = run_dir / "eval", data_config.value_range
+    return Pretrained(built.eval(), mean, std, str(run_dir), detail, run_dir, results, span)
 
 
 def _untrained(run_dir: Path, name: str) -> Pretrained:
@@ -136,7 +139,8 @@ def _untrained(run_dir: Path, name: str) -> Pretrained:
     mean, std = data.normalization(config.data)
     detail = {"weights": f"untrained, seed {config.seed}"}
     results = run_dir / "eval" / "untrained"
-    return Pretrained(objective.exported_encoder().eval(), mean, std, name, detail, results=results)
+    encoder_of = objective.exported_encoder().eval()
+    return Pretrained(encoder_of, mean, std, name, detail, results=results, value_range=config.data.value_range)
 
 
 def _from_folder(path: Path, name: str) -> Pretrained:

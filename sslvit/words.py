@@ -7,6 +7,7 @@ key's last name alone (`mask_ratio=0.6` for `objective.mask_ratio=0.6`) if no ot
 import dataclasses
 import difflib
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,27 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def merge(config: DictConfig, values: dict[str, Any], where: str) -> DictConfig:
-    """The configuration with new values, checked against its types. Raises UserError that begins with `where`."""
+    """The configuration with new values, checked against its types. Raises UserError that begins with `where`.
+
+    A list of texts where one text is wanted (several folders) becomes the word that stands for it: ["a", "b"].
+    """
     try:
-        merged = OmegaConf.merge(config, values)
+        merged = OmegaConf.merge(config, _lists_as_words(config, values))
         OmegaConf.to_object(merged)  # checks tuples and what is interpolated
         return merged
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {first_line(error)}.") from error
+
+
+def _lists_as_words(config: DictConfig, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    def word(key: str, value: Any) -> Any:
+        if isinstance(value, dict) and key not in OPEN:
+            return _lists_as_words(config, value, f"{key}.")
+        wanted = isinstance(OmegaConf.select(config, key), str)
+        texts = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+        return json.dumps(value, ensure_ascii=False) if wanted and texts else value
+
+    return {key: word(f"{prefix}{key}", value) for key, value in values.items()}
 
 
 def shown(value: Any) -> str:

@@ -16,11 +16,11 @@ from .conftest import words
 def test_help_is_printed_for_every_command(cli):
     status, usage, _ = cli()
     assert status == 0
-    for command in ("pretrain", *EVALUATIONS, "bench", "export"):
+    for command in ("pretrain", *EVALUATIONS, "compare", "data", "bench", "export"):
         assert command in usage
         status, text, _ = cli(command, "--help")
         assert status == 0
-        assert "run=" in text or command in ("pretrain", "bench")
+        assert "run=" in text or command in ("pretrain", "data", "bench")
     assert "objective.prototypes=65536" in cli("pretrain", "method=dino", "--help")[1]
 
 

@@ -1,8 +1,6 @@
 """CIFAR-10, CIFAR-100 and STL-10 by name, through torchvision: downloaded once, where there is a network."""
 
 import os
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -64,11 +62,11 @@ class TorchvisionSet:
         return torch.from_numpy(image).permute(2, 0, 1)
 
 
-def _open(set_name: str, name: str, config: Config) -> TorchvisionSet:
-    split = name.partition(":")[2] or ("unlabeled" if set_name == "stl10" else "train")
-    if split not in SPLITS[set_name]:
-        raise UserError(f"data: {name} has no such split: use {set_name}:{' or :'.join(SPLITS[set_name])}.")
-    return TorchvisionSet(set_name, split, config)
-
-
-SETS: dict[str, Callable[[str, Config], TorchvisionSet]] = {name: partial(_open, name) for name in SPLITS}
+def open_set(word: str, config: Config) -> TorchvisionSet:
+    """`cifar10`, `cifar10:test`, ..."""
+    name, _, split = word.partition(":")
+    split = split or ("unlabeled" if name == "stl10" else "train")
+    if name not in SPLITS or split not in SPLITS[name]:
+        name = name if name in SPLITS else word.split(",")[0]
+        raise UserError(f"data: {word} has no such split: use {name}:{' or :'.join(SPLITS[name])}.")
+    return TorchvisionSet(name, split, config)

@@ -1,5 +1,7 @@
+import hashlib
 import os
 import shutil
+import tracemalloc
 
 import pytest
 
@@ -56,9 +58,9 @@ def test_an_empty_folder_says_what_it_found(tmp_path):
     with pytest.raises(UserError, match="the folder is empty"):
         Folder(tmp_path)
     for i in range(3):
-        (tmp_path / f"{i}.dcm").write_bytes(b"")
+        (tmp_path / f"{i}.nii").write_bytes(b"")
     (tmp_path / "readme.txt").write_text("")
-    with pytest.raises(UserError, match=r"4 other files \(3 \.dcm, 1 \.txt\)"):
+    with pytest.raises(UserError, match=r"4 other files \(3 \.nii, 1 \.txt\)"):
         Folder(tmp_path)
 
 
@@ -85,3 +87,46 @@ def test_the_fingerprint_changes_with_the_images(tmp_path):
     added = Folder(tmp_path).fingerprint()
     (tmp_path / "000.png").write_bytes(b"other")
     assert len({before, added, Folder(tmp_path).fingerprint()}) == 3
+
+
+AWKWARD = ["a/x.png", "a-b/x.png", "a b/x.png", "a.png", "a/b/c.png", "a/b.png", "a/b-c/d.png", "ab/x.png", "A/x.png",
+           "a0/x.png", "ä/é.png", "a/\udcff.png", "z/\U0001f600.png", "z/\uffee.png", "z/a/b/c/d/e.png"]  # fmt: skip
+
+
+def test_the_order_is_that_of_sorted_paths(tmp_path):
+    for name in AWKWARD:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    source = Folder(tmp_path)
+    assert list(source.names) == sorted(AWKWARD)
+    ends, blob = Names(sorted(AWKWARD)).ends, os.fsencode("".join(sorted(AWKWARD)))
+    assert source.identity() == hashlib.sha256(ends.tobytes() + blob).hexdigest()
+    assert source.labels is None
+    (tmp_path / "a.png").unlink()
+    source = Folder(tmp_path)
+    tops = [name.split("/")[0] for name in sorted(AWKWARD) if name != "a.png"]
+    assert source.classes == sorted(set(tops))
+    assert [source.classes[label] for label in source.labels] == tops
+
+
+def test_a_folder_that_links_lead_to_is_seen_under_its_own_path(tmp_path):
+    write_images(tmp_path / "root" / "z" / "real", 2)
+    write_images(tmp_path / "beside", 1)
+    (tmp_path / "root" / "a").symlink_to(tmp_path / "root" / "z")
+    (tmp_path / "root" / "b").symlink_to(tmp_path)  # holds the root, which is not entered again
+    (tmp_path / "root" / "c").symlink_to(tmp_path / "beside")  # seen through b
+    assert list(Folder(tmp_path / "root").names) == ["b/beside/000.png", "z/real/000.png", "z/real/001.png"]
+
+
+def test_many_images_cost_their_names_and_little_more(tmp_path):
+    for folder in range(20):
+        (tmp_path / f"class{folder:02d}").mkdir()
+        for i in range(500):
+            (tmp_path / f"class{folder:02d}" / f"image{i:06d}.png").touch()
+    tracemalloc.start()
+    source = Folder(tmp_path)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    bytes_of_names = len("class00/image000000.png")
+    assert kept < len(source) * (bytes_of_names + 2 * 8) * 1.2 + 1e5
+    assert peak < len(source) * (bytes_of_names + 2 * 8) * 2.5 + 1e5
