@@ -129,6 +129,7 @@ def check(config: RunConfig) -> None:
         "save.every_minutes": (config.save.every_minutes, 0),
         "save.every_steps": (config.save.every_steps, 1),
         "save.keep_last": (config.save.keep_last, 1),
+        "save.keep_every": (config.save.keep_every, 1),
         "eval.every_epochs": (config.eval.every_epochs, 0),
         "eval.k": (config.eval.k, 1),
         "max_hours": (config.max_hours, 0),
@@ -136,6 +137,8 @@ def check(config: RunConfig) -> None:
     for key, (value, minimum) in least.items():
         if value is not None and not value >= minimum:
             raise UserError(f"{key}={value} must be {minimum} or above.")
+    if config.save.keep_best and not config.eval.test:
+        raise UserError("save.keep_best=true keeps the best by k-NN accuracy: it needs eval.train and eval.test.")
     if not 0 <= config.data.bad_ratio <= 1:
         raise UserError(f"data.bad_ratio={config.data.bad_ratio} must lie between 0 and 1.")
     optim.check(config.optim)

@@ -41,14 +41,18 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def on_first_process(work: Callable[[], T]) -> T:
-    """What `work` returns on the first process, on every process; a UserError there is raised on all."""
+def on_first_process(work: Callable[[], T], all_cores: bool = True) -> T:
+    """What `work` returns on the first process, on every process; a UserError there is raised on all.
+
+    all_cores: lend it those of the processes that wait.
+    """
     if not active():
         return work()
     result: list[Any] = [None, None]
     if rank() == 0:
         threads = torch.get_num_threads()
-        torch.set_num_threads(os.cpu_count() or threads)  # launchers leave one to each process, and the others wait
+        if all_cores:
+            torch.set_num_threads(os.cpu_count() or threads)  # launchers leave one to each process, and the others wait
         try:
             result[0] = work()
         except UserError as error:

@@ -1,7 +1,6 @@
 """What a run writes while it goes: metrics.jsonl, TensorBoard, the console line."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .distributed import all_reduce_sum, world_size
+from .journal import METRICS
 
 
 @dataclass
@@ -60,15 +60,13 @@ class MetricsLog:
     """metrics.jsonl, one object a line, in the order of the steps; and the same for TensorBoard."""
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
-        """Lines after `step` belong to a future that a killed run had and this one has not: they are dropped."""
-        self.path = run_dir / "metrics.jsonl"
-        _rewind(self.path, step)
-        self._file = self.path.open("a", encoding="utf-8")
+        """step: where the run begins or goes on; TensorBoard drops what a killed run wrote after it."""
+        self._file = (run_dir / METRICS).open("a", encoding="utf-8")
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+            self._board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1 if step else 0)
 
     def write(self, record: dict[str, float | int]) -> None:
         self._file.write(json.dumps({k: _round(v) for k, v in record.items()}) + "\n")
@@ -82,21 +80,6 @@ class MetricsLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def _rewind(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that was being written when the run was killed
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(fresh, path)
 
 
 def _round(value: float | int) -> float | int:
@@ -174,3 +157,12 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def amount(size: float) -> str:
+    """Bytes: 65_000_000 -> 62 MiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, "TiB"
+    return f"{size:.0f} {unit}" if size >= 10 or unit == "bytes" else f"{size:.1f} {unit}"

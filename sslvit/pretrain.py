@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import config as configuration
-from . import data, objectives, optim, rng, state
+from . import data, journal, objectives, optim, rng, state
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
 from .data.loader import Memory, cached, make_loader
-from .distributed import any_process, barrier, rank, say, world_size
+from .distributed import any_process, rank, say, world_size
 from .evaluation.online import OnlineKNN
 from .hardware import (
     blocks_of,
@@ -33,6 +33,7 @@ from .hardware import (
 from .metrics import Window
 from .objectives import Objective
 from .run import BadImages, Recorder, check_images, images_record, open_run
+from .saving import Saver, room_missing
 from .stopping import Stop, listening
 from .views import Views, random_batch
 
@@ -52,11 +53,11 @@ class Result:
 
 def pretrain(config: RunConfig) -> Result:
     """Train to the configured end, from the newest checkpoint of the run directory if it has one. Raises UserError."""
-    with listening(config.max_hours) as stop:
-        return train(config, stop)
+    with listening(config.max_hours) as stop, Saver(Path(config.out), config.save) as saver:
+        return train(config, stop, saver)
 
 
-def train(config: RunConfig, stop: Stop) -> Result:
+def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
     """The run itself, until its end or until `stop` says so."""
     configuration.check(config)
     accelerator = start_accelerator(config.precision)
@@ -81,6 +82,7 @@ def train(config: RunConfig, stop: Stop) -> Result:
         run, saved, complaints = state.restore(run_dir, objective, optimizer)
         check_images(saved, source, config.data.train)
         say(*complaints, f"Resuming {run_dir} at step {run.step} of {plan.steps}.")
+    journal.rewind(run_dir, saved.get("lengths") if saved else {}, run.step)
     model, optimizer = accelerator.prepare(objective, optimizer)
     if config.compile:
         say(compiled(config, plan, accelerator, model, optimizer, views))
@@ -89,6 +91,7 @@ def train(config: RunConfig, stop: Stop) -> Result:
     say(*header(config, plan, schedule, objective, len(source), accelerator, workers))
     batches = iter(make_loader(source, views, plan.layout, config.seed, (run.step, plan.steps), workers, device))
     recorder = Recorder(run_dir, config, plan, schedule, run, lock, getattr(objective, "alarm", None))
+    say(*filter(None, [room_missing(run_dir, config.save, objective, plan.steps - run.step)]))
     bad, images = BadImages(run_dir, config.data, source, run), images_record(source)
 
     def micro_batches() -> Iterator[dict[str, Tensor]]:
@@ -101,19 +104,21 @@ def train(config: RunConfig, stop: Stop) -> Result:
     def evaluate() -> float | None:
         if knn is None:
             return None
+        saver.check(wait=True)  # its thread rests while the evaluation forks its loader processes
         with recorder.watch.pausing():
             top1 = knn(objective.exported_encoder())
+        if run.step and top1 > (run.best_knn or 0.0):
+            run.best_step, run.best_knn = run.step, top1
         say(f"step {run.step}/{plan.steps}  k-NN {top1:.1f}% (k={config.eval.k}) of {config.eval.test}")
         recorder.write({"step": run.step, "images": run.images_seen, "knn/top1": top1})
         return top1
 
     def save() -> None:
+        say(*bad.report(run.images_seen))
         run.window = recorder.window_state(run.step)
-        if rank() == 0:
-            scores = {"knn_before": knn_before, "knn_after": knn_after, "knn_due": knn_due}
-            record = {**scores, "images": images, "encoder": where(objective), "versions": versions()}
-            state.save(run_dir, objective, optimizer.optimizer, run, record)
-            state.prune(run_dir, config.save.keep_last, run.step)
+        scores = {"knn_before": knn_before, "knn_after": knn_after, "knn_due": knn_due}
+        record = {**scores, "images": images, "encoder": where(objective), "versions": versions()}
+        saver.save(objective, optimizer.optimizer, run, record)
 
     evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
     knn_before, knn_after = (saved["knn_before"], saved["knn_after"]) if saved else (evaluate(), None)
@@ -128,8 +133,9 @@ def train(config: RunConfig, stop: Stop) -> Result:
         recorder.trace.step()
         run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
 
-        save_now = run.step == plan.steps or bool(config.save.every_steps and run.step % config.save.every_steps == 0)
+        save_now = saver.due(run.step, plan.steps)
         if recorder.due(run.step):
+            saver.check()
             say(*bad.report(run.images_seen))
             recorder.line(run)
         if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # agreeing takes time
@@ -138,14 +144,15 @@ def train(config: RunConfig, stop: Stop) -> Result:
         knn_due = run.step % evaluate_every == 0 or run.step == plan.steps
         if knn_due and not stopped:
             knn_after, knn_due = evaluate(), False
+            save_now |= saver.is_best(run)
         if save_now or stopped:  # after the evaluation, so that a run that is killed here does not lose its result
             save()
             last_save = time.perf_counter()
         if stopped:
-            barrier()  # a launcher ends all processes when the first one has ended: none may before the save is written
             break
         clock = time.perf_counter()
 
+    saver.check(wait=True)  # a launcher ends all processes with the first one: none may end before the save is written
     recorder.close()
     return Result(run_dir, run.step, run.images_seen, run.seconds, knn_before, knn_after, stopped)
 

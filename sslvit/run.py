@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,12 +20,14 @@ from . import config as configuration
 from . import data
 from .config import Plan, RunConfig
 from .data import Source
-from .distributed import barrier, gather_objects, rank, say
+from .distributed import barrier, gather_objects, on_first_process, rank, say
 from .errors import UserError
 from .hardware import versions
-from .metrics import MetricsLog, Stopwatch, Trace, Window, console_line
+from .journal import BAD_IMAGES
+from .metrics import MetricsLog, Stopwatch, Trace, Window, amount, console_line
 from .optim import Schedule
-from .state import RunState, steps_saved
+from .saving import free_space, why
+from .state import RunState, steps_saved, sweep
 
 # Keys that may change when a run goes on: they say how long, on what and how it is watched, not what is learned.
 FREE = {
@@ -55,6 +58,7 @@ def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock = _lock(run_dir)
+            sweep(run_dir)
             _write_start(run_dir, device)
             fresh = run_dir / "config.yaml.tmp"
             configuration.save(config, fresh)
@@ -129,6 +133,18 @@ def _refuse_other_settings(run_dir: Path, differences: dict[str, tuple]) -> None
         )
 
 
+def writing(run_dir: Path, work: Callable[[], None]) -> None:
+    """Do what writes into the run's directory. Raises UserError if that cannot be written to."""
+    try:
+        work()
+    except OSError as error:
+        saved = steps_saved(run_dir)
+        raise UserError(
+            f"{run_dir} cannot be written to ({why(error)}; {amount(free_space(run_dir))} are free): make room and "
+            f"start the same command again, which goes on from {f'step {saved[-1]}' if saved else 'the beginning'}."
+        ) from error
+
+
 class Recorder:
     """Writes a run's lines: to metrics.jsonl and TensorBoard, and on the console of the first process."""
 
@@ -182,8 +198,8 @@ class Recorder:
             self.alarm = None
 
     def write(self, record: dict[str, float | int]) -> None:
-        if self.log:
-            self.log.write(record)
+        """A line, at which all processes meet. Raises UserError on all of them if it cannot be written."""
+        on_first_process(lambda: writing(self.run_dir, partial(self.log.write, record)), all_cores=False)
 
     def window_state(self, step: int) -> dict[str, Any]:
         """The unfinished line, for a checkpoint. Raises UserError, so that nothing is saved, if it is not finite."""
@@ -221,9 +237,9 @@ class BadImages:
     FIRST_LOOK = 1000  # images read before a share says something
 
     def __init__(self, run_dir: Path, config: data.Config, source: Source, run: RunState) -> None:
-        self.path, self.limit, self.source = run_dir / "bad_images.txt", config.bad_ratio, source
+        self.path, self.limit, self.source = run_dir / BAD_IMAGES, config.bad_ratio, source
         self.known: set[str] = set()
-        if run.step and self.path.exists():
+        if self.path.exists():
             self.known = {line.split("\t", 1)[0] for line in self.path.read_text(encoding="utf-8").splitlines()}
         self.new: list[tuple[str, str]] = []
 
@@ -236,7 +252,7 @@ class BadImages:
                 self.known.add(name)
                 self.new.append((name, reason))
         if batch.pop("failed", False):
-            self._write(self.new)
+            writing(self.path.parent, lambda: self._write(self.new))
             index, reason = bad[-1]
             raise UserError(
                 f"{len(bad)} images in a row cannot be read, the last is {self.source.name(index)}: {reason}. "
@@ -254,8 +270,7 @@ class BadImages:
         self.new = []
         fresh = [(name, reason) for name, reason in new]
         self.known |= {name for name, _ in fresh}
-        if rank() == 0:
-            self._write(fresh)
+        on_first_process(lambda: writing(self.path.parent, lambda: self._write(fresh)), all_cores=False)
         read = min(len(self.source), max(images_seen, self.FIRST_LOOK))
         if len(self.known) > self.limit * read:
             raise UserError(

@@ -40,8 +40,8 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on(tmp_path, images, num
 def test_no_process_ends_before_the_save_is_written_and_a_second_signal_does_not_break_it(tmp_path, images):
     """Under torchrun, which ends all processes when one has ended, with a slow disk and SIGTERM to everything twice."""
     slow = (
-        "import sys, time; from sslvit import state; from sslvit.__main__ import main; old = state.save; "
-        "state.save = lambda *a: (time.sleep(8), old(*a))[1]; sys.exit(main(sys.argv[1:]))"
+        "import sys, time; from sslvit import state; from sslvit.__main__ import main; old = state.write; "
+        "state.write = lambda *a: (time.sleep(8), old(*a))[1]; sys.exit(main(sys.argv[1:]))"
     )
     (tmp_path / "slow.py").write_text(slow)
     out = tmp_path / "run"

@@ -15,12 +15,12 @@ LAYERS = [
     {"__main__"},
     {"bench"},
     {"pretrain"},
-    {"run", "config"},
+    {"run", "config", "saving"},
     {"evaluation", "export"},
     {"pretrained"},
     {"objectives"},
     {"blocks", "encoder", "heads", "losses", "views", "augment", "data", "optim", "state"},
-    {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors", "stopping"},
+    {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors", "stopping", "journal"},
 ]
 FAMILIES = {"objectives", "evaluation", "export"}
 
