@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .board import Board
 from .distributed import all_reduce_sum, world_size
 from .journal import METRICS
 
@@ -62,19 +63,13 @@ class MetricsLog:
     def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
         """step: where the run begins or goes on; TensorBoard drops what a killed run wrote after it."""
         self._file = (run_dir / METRICS).open("a", encoding="utf-8")
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1 if step else 0)
+        self._board = Board(run_dir / "tensorboard", step) if tensorboard else None
 
     def write(self, record: dict[str, float | int]) -> None:
         self._file.write(json.dumps({k: _round(v) for k, v in record.items()}) + "\n")
         self._file.flush()
         if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, record["step"])
+            self._board.write(record)
 
     def close(self) -> None:
         self._file.close()

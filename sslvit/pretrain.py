@@ -92,7 +92,7 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
     batches = iter(make_loader(source, views, plan.layout, config.seed, (run.step, plan.steps), workers, device))
     recorder = Recorder(run_dir, config, plan, schedule, run, lock, getattr(objective, "alarm", None))
     say(*filter(None, [room_missing(run_dir, config.save, objective, plan.steps - run.step)]))
-    bad, images = BadImages(run_dir, config.data, source, run), images_record(source)
+    bad, images = BadImages(run_dir, config.data, source), images_record(source)
 
     def micro_batches() -> Iterator[dict[str, Tensor]]:
         for _ in range(plan.layout.accumulate):

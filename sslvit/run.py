@@ -236,7 +236,7 @@ class BadImages:
 
     FIRST_LOOK = 1000  # images read before a share says something
 
-    def __init__(self, run_dir: Path, config: data.Config, source: Source, run: RunState) -> None:
+    def __init__(self, run_dir: Path, config: data.Config, source: Source) -> None:
         self.path, self.limit, self.source = run_dir / BAD_IMAGES, config.bad_ratio, source
         self.known: set[str] = set()
         if self.path.exists():

@@ -41,3 +41,17 @@ def test_a_pause_counts_for_nothing():
         time.sleep(0.3)
     time.sleep(0.05)
     assert 10 / 0.3 < watch.look(10)["images_per_second"] <= 10 / 0.1
+
+
+def test_tensorboard_reads_what_is_written_and_hides_what_a_killed_run_wrote(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for begin, last in ((0, 5), (3, 4)):  # goes on from step 3, when 4 and 5 were written
+        log = metrics.MetricsLog(tmp_path, begin, tensorboard=True)
+        for step in range(begin + 1, last + 1):
+            log.write({"step": step, "loss": 0.5 * step + begin, "images": 8 * step})
+        log.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 0.5), (2, 1), (3, 1.5), (4, 5)]
+    assert read.Tags()["scalars"] == ["loss", "images"]

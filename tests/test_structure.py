@@ -20,7 +20,19 @@ LAYERS = [
     {"pretrained"},
     {"objectives"},
     {"blocks", "encoder", "heads", "losses", "views", "augment", "data", "optim", "state"},
-    {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors", "stopping", "journal"},
+    {
+        "rng",
+        "schedules",
+        "masks",
+        "metrics",
+        "distributed",
+        "hardware",
+        "words",
+        "errors",
+        "stopping",
+        "journal",
+        "board",
+    },
 ]
 FAMILIES = {"objectives", "evaluation", "export"}
 
