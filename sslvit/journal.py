@@ -10,8 +10,15 @@ from pathlib import Path
 
 from .distributed import barrier, rank
 
-METRICS, BAD_IMAGES = "metrics.jsonl", "bad_images.txt"
-NAMES = (METRICS, BAD_IMAGES)
+METRICS, BAD_IMAGES, NONFINITE = "metrics.jsonl", "bad_images.txt", "nonfinite.jsonl"
+NAMES = (METRICS, BAD_IMAGES, NONFINITE)
+
+
+def append(path: Path, lines: list[str]) -> None:
+    """Raises OSError."""
+    if lines:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
 
 
 def lengths(run_dir: Path) -> dict[str, int]:

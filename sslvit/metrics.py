@@ -15,26 +15,44 @@ from .board import Board
 from .distributed import all_reduce_sum, world_size
 from .journal import METRICS
 
+SKIPPED = "skipped"  # steps of a line
+
 
 @dataclass
 class Config:
     every_steps: int = 50  # a line in metrics.jsonl and on the console
     tensorboard: bool = True  # the same numbers in <run>/tensorboard
+    max_nonfinite: int = 10  # steps in a row without finite loss and gradients, each skipped, that end the run
     on_collapse: Literal["warn", "stop"] = "warn"  # when the numbers of a line say that the features have collapsed
     profile: bool = False  # write <run>/trace.json: what the processor does in three steps, for ui.perfetto.dev
 
 
 class Window:
-    """Means of what the objective returned since the last line, kept on the device until a line is due."""
+    """Means of what the objective returned since the last line, kept on the device until a line is due. Steps that were
+    skipped count for nothing."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor | float] = {}
         self.steps = 0
+        self.current: dict[str, Tensor] = {}  # of the step that is running
+        self.losses: list[Tensor] = []  # of its micro-batches
+        self.recent: list[tuple[Tensor, list[Tensor]]] = []  # (1 if skipped, losses) of steps that nobody looked at
 
     def add(self, values: dict[str, Tensor], weight: float = 1.0) -> None:
         for name, value in values.items():
-            value = value.detach().float() * weight
+            value = value.detach().float()
+            self.current[name] = self.current.get(name, 0.0) + value * weight
+            if name == "loss":
+                self.losses.append(value)
+
+    def end_step(self, skip: Tensor) -> None:
+        """skip: 1 if the step was skipped, else 0, on the device."""
+        for name, value in (*self.current.items(), (SKIPPED, None)):
+            value = skip if value is None else torch.where(skip > 0, 0.0, value)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.recent.append((skip, self.losses))
+        self.current, self.losses = {}, []
+        self.steps += 1
 
     def state(self) -> dict:
         """Sums over the window, averaged over all processes: what a checkpoint holds of an unfinished line."""
@@ -51,10 +69,16 @@ class Window:
         self.sums = dict(state.get("sums", {}))
 
     def close(self) -> dict[str, float]:
-        """The means of the window, which begins anew."""
+        """The means of the window, which begins anew, and how many of its steps were skipped if any were: with nothing
+        else if all were."""
         state = self.state()
         self.sums, self.steps = {}, 0
-        return {name: value / state["steps"] for name, value in state["sums"].items()} if state else {}
+        if not state:
+            return {}
+        skipped = round(state["sums"].pop(SKIPPED, 0))
+        taken = state["steps"] - skipped
+        means = {name: value / taken for name, value in state["sums"].items()} if taken else {}
+        return means | ({SKIPPED: skipped} if skipped else {})
 
 
 class MetricsLog:
@@ -138,7 +162,7 @@ def console_line(record: dict[str, float], total_steps: int, total_epochs: float
     parts = [
         f"step {record['step']}/{total_steps}",
         f"epoch {record['epoch']:.2f}/{total_epochs:g}",
-        f"loss {record['loss']:.4f}",
+        f"loss {record['loss']:.4f}" if "loss" in record else "skipped",
         f"{record['images_per_second']:.0f} images/s" if record["images_per_second"] >= 10
         else f"{record['images_per_second']:.2g} images/s",
         f"wait {record['data_wait']:.0%}",

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import config as configuration
-from . import data, journal, objectives, optim, rng, state
+from . import data, journal, nonfinite, objectives, optim, rng, state
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
 from .data.loader import Memory, cached, make_loader
@@ -90,7 +90,7 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
     workers = default_workers(device) if config.data.workers is None else config.data.workers
     say(*header(config, plan, schedule, objective, len(source), accelerator, workers))
     batches = iter(make_loader(source, views, plan.layout, config.seed, (run.step, plan.steps), workers, device))
-    recorder = Recorder(run_dir, config, plan, schedule, run, lock, getattr(objective, "alarm", None))
+    recorder = Recorder(run_dir, config, plan, schedule, run, source, lock, getattr(objective, "alarm", None))
     say(*filter(None, [room_missing(run_dir, config.save, objective, plan.steps - run.step)]))
     bad, images = BadImages(run_dir, config.data, source), images_record(source)
 
@@ -99,6 +99,7 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
             with recorder.watch.waiting():
                 batch = next(batches)
             bad.note(batch)
+            recorder.skipped.note(batch["index"])
             yield augment(batch, views, normalize, device)
 
     def evaluate() -> float | None:
@@ -115,7 +116,8 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
 
     def save() -> None:
         say(*bad.report(run.images_seen))
-        run.window = recorder.window_state(run.step)
+        recorder.look(run)
+        run.window = recorder.window.state()
         scores = {"knn_before": knn_before, "knn_after": knn_after, "knn_due": knn_due}
         record = {**scores, "images": images, "encoder": where(objective), "versions": versions()}
         saver.save(objective, optimizer.optimizer, run, record)
@@ -166,6 +168,7 @@ def train_step(
     model, optimizer: as accelerate wrapped them. Values to log go into window; nothing waits for the device.
     """
     objective, accumulate = accelerator.unwrap_model(model), plan.layout.accumulate
+    buffers = nonfinite.Buffers(objective)
     for micro, batch in enumerate(micro_batches):
         # What is drawn without an image's key (dropout, in a model that has it) has an address too.
         torch.manual_seed(int(rng.fold_in(config.seed, "model", step, micro, rank())))
@@ -174,22 +177,29 @@ def train_step(
             values = model(batch, step)
             accelerator.backward(values["loss"] / accumulate)
         window.add(values, 1 / accumulate)
-    update(config, accelerator, objective, optimizer, step, window)
+    skip = update(config, accelerator, objective, optimizer, step, window)
+    buffers.take_back_if(skip)
 
 
 def update(
     config: RunConfig, accelerator: Accelerator, objective: Objective, optimizer: torch.optim.Optimizer, step: int,
     window: Window,
-) -> None:  # fmt: skip
-    """What follows the last backward pass of a step."""
-    accelerator.unscale_gradients(optimizer)
+) -> Tensor:  # fmt: skip
+    """What follows the last backward pass of a step. Returns 1.0 if a loss or a gradient is not finite on any process,
+    and nothing was done, else 0.0; on the device."""
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    window.add({"grad_norm": optim.clip_gradients(trained, config.optim)})
+    skip = nonfinite.broken(window.current.values(), accelerator.device)
+    optim.spoil(optimizer, trained, skip)
+    accelerator.unscale_gradients(optimizer)
+    norm = optim.clip_gradients(trained, config.optim)
+    skip = torch.maximum(skip, (~torch.isfinite(norm)).float())  # the same everywhere: gradients are averaged
+    window.add({"grad_norm": norm})
     objective.before_step(step)
-    optimizer.step()
+    optim.step_unless(optimizer, skip)
     optimizer.zero_grad()
     objective.after_step(step)
-    window.steps += 1
+    window.end_step(skip)
+    return skip
 
 
 def compiled(

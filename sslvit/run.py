@@ -1,11 +1,10 @@
 """The run directory: the record of a run, what is written into it, and what may change in it.
 
 config.yaml (resolved), starts.jsonl (command, versions and hardware of every start), metrics.jsonl, tensorboard/,
-checkpoints/, bad_images.txt, eval/*.json.
+checkpoints/, bad_images.txt, nonfinite.jsonl, eval/*.json.
 """
 
 import json
-import math
 import os
 import platform
 import shlex
@@ -23,8 +22,9 @@ from .data import Source
 from .distributed import barrier, gather_objects, on_first_process, rank, say
 from .errors import UserError
 from .hardware import versions
-from .journal import BAD_IMAGES
+from .journal import BAD_IMAGES, NONFINITE, append
 from .metrics import MetricsLog, Stopwatch, Trace, Window, amount, console_line
+from .nonfinite import Skipped
 from .optim import Schedule
 from .saving import free_space, why
 from .state import RunState, steps_saved, sweep
@@ -149,8 +149,8 @@ class Recorder:
     """Writes a run's lines: to metrics.jsonl and TensorBoard, and on the console of the first process."""
 
     def __init__(
-        self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, lock: IO[str] | None,
-        alarm: Callable[[dict[str, float]], str | None] | None = None,
+        self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, source: Source,
+        lock: IO[str] | None, alarm: Callable[[dict[str, float]], str | None] | None = None,
     ) -> None:  # fmt: skip
         """alarm: the objective's, which looks at the means of a line."""
         self.run_dir, self.every, self.plan, self.schedule = run_dir, config.log.every_steps, plan, schedule
@@ -158,6 +158,7 @@ class Recorder:
         self.alarm, self.stop_on_collapse = alarm, config.log.on_collapse == "stop"
         self.log = MetricsLog(run_dir, run.step, config.log.tensorboard) if rank() == 0 else None
         self.window, self.watch = Window(), Stopwatch()
+        self.skipped = Skipped(run_dir, source, config.log.max_nonfinite)
         self.trace = Trace(run_dir / "trace.json" if config.log.profile and rank() == 0 else None)
         self.window.load(run.window)
         self.seen = run.images_seen
@@ -167,6 +168,7 @@ class Recorder:
 
     def line(self, run: RunState) -> None:
         """The line of a step, at which all processes meet."""
+        self.look(run)
         timing = self.watch.look(run.images_seen - self.seen)
         self.seen = run.images_seen
         left = (
@@ -177,7 +179,7 @@ class Recorder:
             "epoch": run.step / self.plan.steps_per_epoch,
             "images": run.images_seen,
             "seconds": run.seconds,
-            **self._finite(self.window.close(), run.step),
+            **self.window.close(),
             "lr": self.schedule.lr(run.step - 1),
             "weight_decay": self.schedule.weight_decay(run.step - 1),
             **timing,
@@ -190,7 +192,7 @@ class Recorder:
 
     def _sound(self, record: dict[str, float]) -> None:
         """Raises UserError if the features have collapsed and log.on_collapse=stop; warns once otherwise."""
-        found = self.alarm(record) if self.alarm else None
+        found = self.alarm(record) if self.alarm and "loss" in record else None
         if found and self.stop_on_collapse:
             raise UserError(f"{found} The run stops at step {record['step']}, as log.on_collapse=stop asks.")
         if found:
@@ -201,26 +203,16 @@ class Recorder:
         """A line, at which all processes meet. Raises UserError on all of them if it cannot be written."""
         on_first_process(lambda: writing(self.run_dir, partial(self.log.write, record)), all_cores=False)
 
-    def window_state(self, step: int) -> dict[str, Any]:
-        """The unfinished line, for a checkpoint. Raises UserError, so that nothing is saved, if it is not finite."""
-        state = self.window.state()
-        self._finite(state.get("sums", {}), step)
-        return state
-
-    def _finite(self, values: dict[str, float], step: int) -> dict[str, float]:
-        """The same values on all processes. Raises UserError if the run has diverged."""
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            saved = steps_saved(self.run_dir)
-            good = (
-                f"The last checkpoint, of step {saved[-1]}, is from before." if saved else "There is no checkpoint yet."
+    def look(self, run: RunState) -> None:
+        """At steps that were skipped since the last look. Raises UserError on all processes if they are too many in a
+        row: then nothing is saved."""
+        lines, warnings = self.skipped.look(self.window, run)
+        if lines:
+            on_first_process(
+                lambda: writing(self.run_dir, lambda: append(self.run_dir / NONFINITE, lines)), all_cores=False
             )
-            raise UserError(
-                f"The run has diverged: {', '.join(broken)} is not a finite number in the steps up to {step}. {good} "
-                "Lower optim.base_lr, lengthen optim.warmup_epochs, set optim.clip=1, or try precision=float32, in "
-                "another out=."
-            )
-        return values
+        say(*warnings)
+        self.skipped.stop_if_too_many(run)
 
     def close(self) -> None:
         self.trace.close()
@@ -260,9 +252,7 @@ class BadImages:
             )
 
     def _write(self, entries: list[tuple[str, str]]) -> None:
-        if entries:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(f"{name}\t{reason}\n" for name, reason in entries)
+        append(self.path, [f"{name}\t{reason}\n" for name, reason in entries])
 
     def report(self, images_seen: int) -> list[str]:
         """On all processes together: sentences about images found bad since the last report. Raises UserError."""

@@ -42,6 +42,8 @@ class RunState:
     images_seen: int = 0
     seconds: float = 0.0  # of training, over all starts
     window: dict[str, Any] = field(default_factory=dict)  # sums of the unfinished line of metrics.jsonl
+    skipped: int = 0  # steps whose loss or gradients were not finite ...
+    skipped_in_a_row: int = 0  # ... and those of them that came last
     best_step: int | None = None  # of the best k-NN accuracy, the untrained encoder's not counted
     best_knn: float | None = None  # percent
 

@@ -13,14 +13,25 @@ def test_a_window_averages_over_steps_and_goes_on_from_its_state():
     window, resumed = Window(), Window()
     for value in (1.0, 2.0):
         window.add({"loss": torch.tensor(value)})
-        window.steps += 1
+        window.end_step(torch.tensor(0.0))
     resumed.load(window.state())
     for each in (window, resumed):
         each.add({"loss": torch.tensor(6.0)}, 0.5)
         each.add({"loss": torch.tensor(8.0)}, 0.5)  # two micro-batches of one step
-        each.steps += 1
+        each.end_step(torch.tensor(0.0))
         assert each.close() == {"loss": pytest.approx(10 / 3)}
         assert each.close() == {}
+
+
+def test_skipped_steps_count_for_nothing_but_their_number():
+    window = Window()
+    for value, skip in ((1.0, 0.0), (float("nan"), 1.0), (3.0, 0.0)):
+        window.add({"loss": torch.tensor(value)})
+        window.end_step(torch.tensor(skip))
+    assert window.close() == {"loss": 2.0, "skipped": 1}
+    window.add({"loss": torch.tensor(float("inf"))})
+    window.end_step(torch.tensor(1.0))
+    assert window.close() == {"skipped": 1}
 
 
 def test_a_window_is_reduced_on_the_device_of_its_values(monkeypatch):
@@ -30,6 +41,7 @@ def test_a_window_is_reduced_on_the_device_of_its_values(monkeypatch):
     window = Window()
     window.load({"steps": 1, "sums": {"loss": 1.0, "seen once": 2.0}})
     window.add({"loss": torch.tensor(1.0, device="meta")})
+    window.end_step(torch.tensor(0.0, device="meta"))
     window.close()
     assert devices == ["meta"]
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"__main__"},
     {"bench"},
     {"pretrain"},
-    {"run", "config", "saving"},
+    {"run", "config", "saving", "nonfinite"},
     {"evaluation", "export"},
     {"pretrained"},
     {"objectives"},
