@@ -25,6 +25,7 @@ class Saver:
     def __init__(self, run_dir: Path, config: state.Config) -> None:
         self.run_dir, self.config = run_dir, config
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._copy: state.Tensors | None = None
         self._pending: Future[None] | None = None
 
     def due(self, step: int, last_step: int) -> bool:
@@ -43,8 +44,8 @@ class Saver:
         self.check(wait=True)
         if rank() == 0:
             record = {**state.record(run, extra), "lengths": journal.lengths(self.run_dir)}
-            tensors = state.snapshot(objective, optimizer)
-            self._pending = self._thread.submit(self._write, tensors, record, run.step, run.best_step)
+            self._copy = state.snapshot(objective, optimizer, self._copy)
+            self._pending = self._thread.submit(self._write, self._copy, record, run.step, run.best_step)
 
     def check(self, wait: bool = False) -> None:
         """Raises UserError on all processes, which call this together, if a checkpoint could not be written.
