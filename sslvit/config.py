@@ -126,6 +126,7 @@ def check(config: RunConfig) -> None:
         "data.in_chans": (config.data.in_chans, 1),
         "data.image_size": (min(image_size(config.data)), 1),
         "log.every_steps": (config.log.every_steps, 1),
+        "log.rank_every_steps": (config.log.rank_every_steps, 1),
         "log.max_nonfinite": (config.log.max_nonfinite, 1),
         "save.every_minutes": (config.save.every_minutes, 0),
         "save.every_steps": (config.save.every_steps, 1),

@@ -23,6 +23,7 @@ class Config:
     every_steps: int = 50  # a line in metrics.jsonl and on the console
     tensorboard: bool = True  # the same numbers in <run>/tensorboard
     max_nonfinite: int = 10  # steps in a row without finite loss and gradients, each skipped, that end the run
+    rank_every_steps: int | None = 1000  # log the effective rank of 512 training images' features; null: never
     on_collapse: Literal["warn", "stop"] = "warn"  # when the numbers of a line say that the features have collapsed
     profile: bool = False  # write <run>/trace.json: what the processor does in three steps, for ui.perfetto.dev
 

@@ -19,7 +19,7 @@ from .augment import Normalize, augment
 from .config import Plan, RunConfig
 from .data.loader import Memory, cached, make_loader
 from .distributed import any_process, rank, say, world_size
-from .evaluation.online import OnlineKNN
+from .evaluation.online import OnlineKNN, OnlineRank
 from .hardware import (
     blocks_of,
     choose_attention,
@@ -92,6 +92,8 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
     batches = iter(make_loader(source, views, plan.layout, config.seed, (run.step, plan.steps), workers, device))
     recorder = Recorder(run_dir, config, plan, schedule, run, source, lock, getattr(objective, "alarm", None))
     say(*filter(None, [room_missing(run_dir, config.save, objective, plan.steps - run.step)]))
+    if config.log.rank_every_steps:
+        directions = OnlineRank(source, objective.exported_encoder(), normalize, config.seed, accelerator)
     bad, images = BadImages(run_dir, config.data, source), images_record(source)
 
     def micro_batches() -> Iterator[dict[str, Tensor]]:
@@ -140,6 +142,9 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
             saver.check()
             say(*bad.report(run.images_seen))
             recorder.line(run)
+        if config.log.rank_every_steps and run.step % config.log.rank_every_steps == 0:
+            with recorder.watch.pausing():
+                recorder.rank(run, directions(objective.exported_encoder()))
         if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # agreeing takes time
             save_now |= any_process((clock - last_save) / 60 > config.save.every_minutes)
         stopped = stop.due(run.step) if run.step < plan.steps else None

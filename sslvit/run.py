@@ -5,6 +5,7 @@ checkpoints/, bad_images.txt, nonfinite.jsonl, eval/*.json.
 """
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -21,6 +22,7 @@ from .config import Plan, RunConfig
 from .data import Source
 from .distributed import barrier, gather_objects, on_first_process, rank, say
 from .errors import UserError
+from .evaluation.online import rank_alarm
 from .hardware import versions
 from .journal import BAD_IMAGES, NONFINITE, append
 from .metrics import MetricsLog, Stopwatch, Trace, Window, amount, console_line
@@ -155,7 +157,7 @@ class Recorder:
         """alarm: the objective's, which looks at the means of a line."""
         self.run_dir, self.every, self.plan, self.schedule = run_dir, config.log.every_steps, plan, schedule
         self.lock = lock  # held as long as this is
-        self.alarm, self.stop_on_collapse = alarm, config.log.on_collapse == "stop"
+        self.alarm, self.stop_on_collapse, self.warned = alarm, config.log.on_collapse == "stop", False
         self.log = MetricsLog(run_dir, run.step, config.log.tensorboard) if rank() == 0 else None
         self.window, self.watch = Window(), Stopwatch()
         self.skipped = Skipped(run_dir, source, config.log.max_nonfinite)
@@ -185,19 +187,24 @@ class Recorder:
             **timing,
         }
         self.write(record)
-        self._sound(record)
+        self._sound(self.alarm(record) if self.alarm and "loss" in record else None, run.step)
         say(
             console_line({**record, "seconds_left": left}, self.plan.steps, self.plan.steps / self.plan.steps_per_epoch)
         )
 
-    def _sound(self, record: dict[str, float]) -> None:
+    def rank(self, run: RunState, rankme: float) -> None:
+        """The line of an effective rank."""
+        if not math.isnan(rankme):
+            self.write({"step": run.step, "images": run.images_seen, "rankme": rankme})
+            self._sound(rank_alarm(rankme), run.step)
+
+    def _sound(self, found: str | None, step: int) -> None:
         """Raises UserError if the features have collapsed and log.on_collapse=stop; warns once otherwise."""
-        found = self.alarm(record) if self.alarm and "loss" in record else None
         if found and self.stop_on_collapse:
-            raise UserError(f"{found} The run stops at step {record['step']}, as log.on_collapse=stop asks.")
-        if found:
-            say(f"Warning at step {record['step']}: {found}")
-            self.alarm = None
+            raise UserError(f"{found} The run stops at step {step}, as log.on_collapse=stop asks.")
+        if found and not self.warned:
+            say(f"Warning at step {step}: {found}")
+        self.warned |= bool(found)
 
     def write(self, record: dict[str, float | int]) -> None:
         """A line, at which all processes meet. Raises UserError on all of them if it cannot be written."""
