@@ -1,7 +1,8 @@
 """The only file that touches torch.distributed. Every function also works in one process that never started it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -62,6 +63,21 @@ def on_first_process(work: Callable[[], T], all_cores: bool = True) -> T:
     if result[1] is not None:
         raise UserError(result[1])
     return result[0]
+
+
+@contextmanager
+def others_alive() -> Iterator[None]:
+    """Within it the loss of another process (killed, out of memory, its machine gone) is a UserError here: what waits
+    for it fails, at once by gloo, and by NCCL when its watchdog looks. A launcher ends those that still wait."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        raise UserError(
+            f"Another of the {world_size()} processes has ended, so process {rank()} ends too: its own message or the "
+            "launcher's says why. Start the same command again to go on from the last checkpoint."
+        ) from error
 
 
 def barrier() -> None:

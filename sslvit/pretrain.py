@@ -18,7 +18,7 @@ from . import data, journal, nonfinite, objectives, optim, rng, state
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
 from .data.loader import Memory, cached, make_loader
-from .distributed import any_process, rank, say, world_size
+from .distributed import any_process, others_alive, rank, say, world_size
 from .evaluation.online import OnlineKNN, OnlineRank
 from .hardware import (
     blocks_of,
@@ -53,7 +53,7 @@ class Result:
 
 def pretrain(config: RunConfig) -> Result:
     """Train to the configured end, from the newest checkpoint of the run directory if it has one. Raises UserError."""
-    with listening(config.max_hours) as stop, Saver(Path(config.out), config.save) as saver:
+    with others_alive(), listening(config.max_hours) as stop, Saver(Path(config.out), config.save) as saver:
         return train(config, stop, saver)
 
 
