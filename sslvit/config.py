@@ -6,7 +6,7 @@ from the configuration is computed by `make_plan`.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -36,7 +36,7 @@ class RunConfig:
     images: int | None = None  # ... or images seen; exactly one of the three
     max_hours: float | None = None  # of this start: then save and end with status 75; the same command goes on
     global_batch_size: int = 256  # images for one optimizer step, over all processes
-    batch_size: int | None = None  # images in memory at once, on each process; null: its share of the global batch
+    batch_size: int | Literal["auto"] | None = None  # images at once on a process; null: its share; auto: what fits
     precision: Precision = "auto"  # auto: bf16 where the hardware is fast at it, else float32
     compile: bool = False  # torch.compile every transformer block: for GPUs and long runs; a minute at the start
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -151,7 +151,7 @@ def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) ->
     total = config.global_batch_size
     if total < 1 or total % world_size:
         raise UserError(f"global_batch_size={total} must be a multiple of the number of processes, {world_size}.")
-    batch_size = config.batch_size or total // world_size
+    batch_size = config.batch_size if isinstance(config.batch_size, int) else total // world_size
     if batch_size < 1 or total % (batch_size * world_size):
         raise UserError(
             f"global_batch_size={total} is not a multiple of batch_size={batch_size} on {world_size} processes: "

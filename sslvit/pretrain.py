@@ -6,7 +6,7 @@ Read next: an objective (objectives/mae.py or dino.py), encoder.py, data/loader.
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import config as configuration
-from . import data, journal, nonfinite, objectives, optim, rng, state
+from . import data, journal, memory, nonfinite, objectives, optim, rng, state
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
 from .data.loader import Memory, cached, make_loader
@@ -53,7 +53,10 @@ class Result:
 
 def pretrain(config: RunConfig) -> Result:
     """Train to the configured end, from the newest checkpoint of the run directory if it has one. Raises UserError."""
-    with others_alive(), listening(config.max_hours) as stop, Saver(Path(config.out), config.save) as saver:
+    with (
+        memory.explained(config), others_alive(),
+        listening(config.max_hours) as stop, Saver(Path(config.out), config.save) as saver,
+    ):  # fmt: skip
         return train(config, stop, saver)
 
 
@@ -62,15 +65,19 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
     configuration.check(config)
     accelerator = start_accelerator(config.precision)
     device = accelerator.device
-    memory = Memory()
+    space = Memory()
     source = first_on_each_machine(accelerator, lambda: data.open_source(config.data.train, config.data))
     plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
     views = objectives.find(config.method).views(config.objective, config.data)
     normalize = Normalize(*data.normalization(config.data))
     wanted = bool(config.eval.train or config.eval.test)
-    knn = OnlineKNN(config.eval, config.data, config.seed, memory, accelerator) if wanted else None
+    knn = OnlineKNN(config.eval, config.data, config.seed, space, accelerator) if wanted else None
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps).to(device)
     choose_attention(objective, device, accelerator.mixed_precision)
+    if config.batch_size == "auto":
+        size = memory.choose_batch_size(config, accelerator, objective, views, Path(config.out))
+        config = replace(config, batch_size=size)
+        plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
     if config.compile:
         blocks_of(objective)  # refuses a model without, before anything is written
     optimizer = optim.make_optimizer(config.optim, objective)
@@ -86,7 +93,7 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
     model, optimizer = accelerator.prepare(objective, optimizer)
     if config.compile:
         say(compiled(config, plan, accelerator, model, optimizer, views))
-    source = cached(source, config.data.cache, config.seed, memory)
+    source = cached(source, config.data.cache, config.seed, space)
     workers = default_workers(device) if config.data.workers is None else config.data.workers
     say(*header(config, plan, schedule, objective, len(source), accelerator, workers))
     batches = iter(make_loader(source, views, plan.layout, config.seed, (run.step, plan.steps), workers, device))

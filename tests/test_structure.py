@@ -15,7 +15,7 @@ LAYERS = [
     {"__main__"},
     {"bench"},
     {"pretrain"},
-    {"run", "config", "saving", "nonfinite"},
+    {"run", "config", "saving", "nonfinite", "memory"},
     {"evaluation", "export"},
     {"pretrained"},
     {"objectives"},
