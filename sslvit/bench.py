@@ -97,6 +97,8 @@ def bench(config: RunConfig, settings: Config) -> Report:
             f"report={settings.report} cannot be written: there is no folder {Path(settings.report).parent}."
         )
     configuration.check(config)
+    if config.batch_size == "auto":
+        raise UserError("bench measures a batch_size: give a number in place of batch_size=auto.")
     accelerator = start_accelerator(config.precision)
     device = accelerator.device
     method = objectives.find(config.method)

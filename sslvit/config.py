@@ -6,7 +6,7 @@ from the configuration is computed by `make_plan`.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -36,7 +36,7 @@ class RunConfig:
     images: int | None = None  # ... or images seen; exactly one of the three
     max_hours: float | None = None  # of this start: then save and end with status 75; the same command goes on
     global_batch_size: int = 256  # images for one optimizer step, over all processes
-    batch_size: int | None = None  # images in memory at once, on each process; null: its share of the global batch
+    batch_size: int | Literal["auto"] | None = None  # images at once on a process; null: its share; auto: what fits
     precision: Precision = "auto"  # auto: bf16 where the hardware is fast at it, else float32
     compile: bool = False  # torch.compile every transformer block: for GPUs and long runs; a minute at the start
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -126,9 +126,12 @@ def check(config: RunConfig) -> None:
         "data.in_chans": (config.data.in_chans, 1),
         "data.image_size": (min(image_size(config.data)), 1),
         "log.every_steps": (config.log.every_steps, 1),
+        "log.rank_every_steps": (config.log.rank_every_steps, 1),
+        "log.max_nonfinite": (config.log.max_nonfinite, 1),
         "save.every_minutes": (config.save.every_minutes, 0),
         "save.every_steps": (config.save.every_steps, 1),
         "save.keep_last": (config.save.keep_last, 1),
+        "save.keep_every": (config.save.keep_every, 1),
         "eval.every_epochs": (config.eval.every_epochs, 0),
         "eval.k": (config.eval.k, 1),
         "max_hours": (config.max_hours, 0),
@@ -136,6 +139,8 @@ def check(config: RunConfig) -> None:
     for key, (value, minimum) in least.items():
         if value is not None and not value >= minimum:
             raise UserError(f"{key}={value} must be {minimum} or above.")
+    if config.save.keep_best and not config.eval.test:
+        raise UserError("save.keep_best=true keeps the best by k-NN accuracy: it needs eval.train and eval.test.")
     if not 0 <= config.data.bad_ratio <= 1:
         raise UserError(f"data.bad_ratio={config.data.bad_ratio} must lie between 0 and 1.")
     value_range = config.data.value_range
@@ -147,7 +152,8 @@ def check(config: RunConfig) -> None:
 def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) -> Plan:
     """Batches, steps and warm-up of a run. Raises UserError for what cannot be."""
     total = config.global_batch_size
-    layout = make_layout(total, config.batch_size, num_images, world_size, rank, config.data.train)
+    batch_size = config.batch_size if isinstance(config.batch_size, int) else None
+    layout = make_layout(total, batch_size, num_images, world_size, rank, config.data.train)
     given = [key for key in DURATIONS if getattr(config, key) is not None]
     if len(given) != 1 or not getattr(config, given[0]) > 0:
         values = ", ".join(f"{key}={getattr(config, key)}" for key in DURATIONS)

@@ -1,7 +1,8 @@
 """The only file that touches torch.distributed. Every function also works in one process that never started it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -41,14 +42,18 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def on_first_process(work: Callable[[], T]) -> T:
-    """What `work` returns on the first process, on every process; a UserError there is raised on all."""
+def on_first_process(work: Callable[[], T], all_cores: bool = True) -> T:
+    """What `work` returns on the first process, on every process; a UserError there is raised on all.
+
+    all_cores: lend it those of the processes that wait.
+    """
     if not active():
         return work()
     result: list[Any] = [None, None]
     if rank() == 0:
         threads = torch.get_num_threads()
-        torch.set_num_threads(os.cpu_count() or threads)  # launchers leave one to each process, and the others wait
+        if all_cores:
+            torch.set_num_threads(os.cpu_count() or threads)  # launchers leave one to each process, and the others wait
         try:
             result[0] = work()
         except UserError as error:
@@ -58,6 +63,21 @@ def on_first_process(work: Callable[[], T]) -> T:
     if result[1] is not None:
         raise UserError(result[1])
     return result[0]
+
+
+@contextmanager
+def others_alive() -> Iterator[None]:
+    """Within it the loss of another process (killed, out of memory, its machine gone) is a UserError here: what waits
+    for it fails, at once by gloo, and by NCCL when its watchdog looks. A launcher ends those that still wait."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        raise UserError(
+            f"Another of the {world_size()} processes has ended, so process {rank()} ends too: its own message or the "
+            "launcher's says why. Start the same command again to go on from the last checkpoint."
+        ) from error
 
 
 def barrier() -> None:

@@ -1,7 +1,6 @@
 """What a run writes while it goes: metrics.jsonl, TensorBoard, the console line."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,28 +11,49 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .board import Board
 from .distributed import all_reduce_sum, world_size
+from .journal import METRICS
+
+SKIPPED = "skipped"  # steps of a line
 
 
 @dataclass
 class Config:
     every_steps: int = 50  # a line in metrics.jsonl and on the console
     tensorboard: bool = True  # the same numbers in <run>/tensorboard
+    max_nonfinite: int = 10  # steps in a row without finite loss and gradients, each skipped, that end the run
+    rank_every_steps: int | None = 1000  # log the effective rank of 512 training images' features; null: never
     on_collapse: Literal["warn", "stop"] = "warn"  # when the numbers of a line say that the features have collapsed
     profile: bool = False  # write <run>/trace.json: what the processor does in three steps, for ui.perfetto.dev
 
 
 class Window:
-    """Means of what the objective returned since the last line, kept on the device until a line is due."""
+    """Means of what the objective returned since the last line, kept on the device until a line is due. Steps that were
+    skipped count for nothing."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor | float] = {}
         self.steps = 0
+        self.current: dict[str, Tensor] = {}  # of the step that is running
+        self.losses: list[Tensor] = []  # of its micro-batches
+        self.recent: list[tuple[Tensor, list[Tensor]]] = []  # (1 if skipped, losses) of steps that nobody looked at
 
     def add(self, values: dict[str, Tensor], weight: float = 1.0) -> None:
         for name, value in values.items():
-            value = value.detach().float() * weight
+            value = value.detach().float()
+            self.current[name] = self.current.get(name, 0.0) + value * weight
+            if name == "loss":
+                self.losses.append(value)
+
+    def end_step(self, skip: Tensor) -> None:
+        """skip: 1 if the step was skipped, else 0, on the device."""
+        for name, value in (*self.current.items(), (SKIPPED, None)):
+            value = skip if value is None else torch.where(skip > 0, 0.0, value)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.recent.append((skip, self.losses))
+        self.current, self.losses = {}, []
+        self.steps += 1
 
     def state(self) -> dict:
         """Sums over the window, averaged over all processes: what a checkpoint holds of an unfinished line."""
@@ -50,53 +70,36 @@ class Window:
         self.sums = dict(state.get("sums", {}))
 
     def close(self) -> dict[str, float]:
-        """The means of the window, which begins anew."""
+        """The means of the window, which begins anew, and how many of its steps were skipped if any were: with nothing
+        else if all were."""
         state = self.state()
         self.sums, self.steps = {}, 0
-        return {name: value / state["steps"] for name, value in state["sums"].items()} if state else {}
+        if not state:
+            return {}
+        skipped = round(state["sums"].pop(SKIPPED, 0))
+        taken = state["steps"] - skipped
+        means = {name: value / taken for name, value in state["sums"].items()} if taken else {}
+        return means | ({SKIPPED: skipped} if skipped else {})
 
 
 class MetricsLog:
     """metrics.jsonl, one object a line, in the order of the steps; and the same for TensorBoard."""
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
-        """Lines after `step` belong to a future that a killed run had and this one has not: they are dropped."""
-        self.path = run_dir / "metrics.jsonl"
-        _rewind(self.path, step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+        """step: where the run begins or goes on; TensorBoard drops what a killed run wrote after it."""
+        self._file = (run_dir / METRICS).open("a", encoding="utf-8")
+        self._board = Board(run_dir / "tensorboard", step) if tensorboard else None
 
     def write(self, record: dict[str, float | int]) -> None:
         self._file.write(json.dumps({k: _round(v) for k, v in record.items()}) + "\n")
         self._file.flush()
         if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, record["step"])
+            self._board.write(record)
 
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def _rewind(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that was being written when the run was killed
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(fresh, path)
 
 
 def _round(value: float | int) -> float | int:
@@ -160,7 +163,7 @@ def console_line(record: dict[str, float], total_steps: int, total_epochs: float
     parts = [
         f"step {record['step']}/{total_steps}",
         f"epoch {record['epoch']:.2f}/{total_epochs:g}",
-        f"loss {record['loss']:.4f}",
+        f"loss {record['loss']:.4f}" if "loss" in record else "skipped",
         f"{record['images_per_second']:.0f} images/s" if record["images_per_second"] >= 10
         else f"{record['images_per_second']:.2g} images/s",
         f"wait {record['data_wait']:.0%}",
@@ -174,3 +177,12 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def amount(size: float) -> str:
+    """Bytes: 65_000_000 -> 62 MiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, "TiB"
+    return f"{size:.0f} {unit}" if size >= 10 or unit == "bytes" else f"{size:.1f} {unit}"

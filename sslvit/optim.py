@@ -110,6 +110,30 @@ def clip_gradients(parameters: list[nn.Parameter], config: Config) -> torch.Tens
     return total
 
 
+def step_unless(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
+    """One update, or none if `skip` (a float32 scalar) is 1. optimizer: as accelerate wrapped it.
+
+    The fused kernel looks by itself, as it does for GradScaler, so nothing waits for the device; without it we do. With
+    fp16 the scaler decides, see `spoil`.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if getattr(optimizer, "scaler", None) is not None:
+        optimizer.step()
+    elif inner.defaults["fused"]:
+        inner.found_inf = skip
+        optimizer.step()
+        del inner.found_inf
+    elif not skip.item():
+        optimizer.step()
+
+
+@torch.no_grad()
+def spoil(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], skip: torch.Tensor) -> None:
+    """With fp16, tell the scaler by the gradients (before they are unscaled) that the step is to be skipped."""
+    if getattr(optimizer, "scaler", None) is not None:
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], torch.where(skip > 0, torch.nan, 1.0))
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al., 2017), as MAE's linear probe uses it (He et al., appendix A.1).
 

@@ -6,7 +6,7 @@ Read next: an objective (objectives/mae.py or dino.py), encoder.py, data/loader.
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import config as configuration
-from . import data, objectives, optim, rng, state
+from . import data, journal, memory, nonfinite, objectives, optim, rng, state
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
 from .data.loader import Memory, cached, make_loader
-from .distributed import any_process, barrier, rank, say, world_size
-from .evaluation.online import OnlineKNN
+from .distributed import any_process, others_alive, rank, say, world_size
+from .evaluation.online import OnlineKNN, OnlineRank
 from .hardware import (
     blocks_of,
     choose_attention,
@@ -33,6 +33,7 @@ from .hardware import (
 from .metrics import Window
 from .objectives import Objective
 from .run import BadImages, Recorder, check_images, images_record, open_run
+from .saving import Saver, room_missing
 from .stopping import Stop, listening
 from .views import Views, random_batch
 
@@ -52,24 +53,31 @@ class Result:
 
 def pretrain(config: RunConfig) -> Result:
     """Train to the configured end, from the newest checkpoint of the run directory if it has one. Raises UserError."""
-    with listening(config.max_hours) as stop:
-        return train(config, stop)
+    with (
+        memory.explained(config), others_alive(),
+        listening(config.max_hours) as stop, Saver(Path(config.out), config.save) as saver,
+    ):  # fmt: skip
+        return train(config, stop, saver)
 
 
-def train(config: RunConfig, stop: Stop) -> Result:
+def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
     """The run itself, until its end or until `stop` says so."""
     configuration.check(config)
     accelerator = start_accelerator(config.precision)
     device = accelerator.device
-    memory = Memory()
+    space = Memory()
     source = first_on_each_machine(accelerator, lambda: data.open_source(config.data.train, config.data))
     plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
     views = objectives.find(config.method).views(config.objective, config.data)
     normalize = Normalize(*data.normalization(config.data))
     wanted = bool(config.eval.train or config.eval.test)
-    knn = OnlineKNN(config.eval, config.data, config.seed, memory, accelerator) if wanted else None
+    knn = OnlineKNN(config.eval, config.data, config.seed, space, accelerator) if wanted else None
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps).to(device)
     choose_attention(objective, device, accelerator.mixed_precision)
+    if config.batch_size == "auto":
+        size = memory.choose_batch_size(config, accelerator, objective, views, Path(config.out))
+        config = replace(config, batch_size=size)
+        plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
     if config.compile:
         blocks_of(objective)  # refuses a model without, before anything is written
     optimizer = optim.make_optimizer(config.optim, objective)
@@ -81,39 +89,47 @@ def train(config: RunConfig, stop: Stop) -> Result:
         run, saved, complaints = state.restore(run_dir, objective, optimizer)
         check_images(saved, source, config.data.train)
         say(*complaints, f"Resuming {run_dir} at step {run.step} of {plan.steps}.")
+    journal.rewind(run_dir, saved.get("lengths") if saved else {}, run.step)
     model, optimizer = accelerator.prepare(objective, optimizer)
     if config.compile:
         say(compiled(config, plan, accelerator, model, optimizer, views))
-    source = cached(source, config.data.cache, config.seed, memory)
+    source = cached(source, config.data.cache, config.seed, space)
     workers = default_workers(device) if config.data.workers is None else config.data.workers
     say(*header(config, plan, schedule, objective, len(source), accelerator, workers))
     batches = iter(make_loader(source, views, plan.layout, config.seed, (run.step, plan.steps), workers, device))
-    recorder = Recorder(run_dir, config, plan, schedule, run, lock, getattr(objective, "alarm", None))
-    bad, images = BadImages(run_dir, config.data, source, run), images_record(source)
+    recorder = Recorder(run_dir, config, plan, schedule, run, source, lock, getattr(objective, "alarm", None))
+    say(*filter(None, [room_missing(run_dir, config.save, objective, plan.steps - run.step)]))
+    if config.log.rank_every_steps:
+        directions = OnlineRank(source, objective.exported_encoder(), normalize, config.seed, accelerator)
+    bad, images = BadImages(run_dir, config.data, source), images_record(source)
 
     def micro_batches() -> Iterator[dict[str, Tensor]]:
         for _ in range(plan.layout.accumulate):
             with recorder.watch.waiting():
                 batch = next(batches)
             bad.note(batch)
+            recorder.skipped.note(batch["index"])
             yield augment(batch, views, normalize, device)
 
     def evaluate() -> float | None:
         if knn is None:
             return None
+        saver.check(wait=True)  # its thread rests while the evaluation forks its loader processes
         with recorder.watch.pausing():
             top1 = knn(objective.exported_encoder())
+        if run.step and top1 > (run.best_knn or 0.0):
+            run.best_step, run.best_knn = run.step, top1
         say(f"step {run.step}/{plan.steps}  k-NN {top1:.1f}% (k={config.eval.k}) of {config.eval.test}")
         recorder.write({"step": run.step, "images": run.images_seen, "knn/top1": top1})
         return top1
 
     def save() -> None:
-        run.window = recorder.window_state(run.step)
-        if rank() == 0:
-            scores = {"knn_before": knn_before, "knn_after": knn_after, "knn_due": knn_due}
-            record = {**scores, "images": images, "encoder": where(objective), "versions": versions()}
-            state.save(run_dir, objective, optimizer.optimizer, run, record)
-            state.prune(run_dir, config.save.keep_last, run.step)
+        say(*bad.report(run.images_seen))
+        recorder.look(run)
+        run.window = recorder.window.state()
+        scores = {"knn_before": knn_before, "knn_after": knn_after, "knn_due": knn_due}
+        record = {**scores, "images": images, "encoder": where(objective), "versions": versions()}
+        saver.save(objective, optimizer.optimizer, run, record)
 
     evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
     knn_before, knn_after = (saved["knn_before"], saved["knn_after"]) if saved else (evaluate(), None)
@@ -128,24 +144,29 @@ def train(config: RunConfig, stop: Stop) -> Result:
         recorder.trace.step()
         run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
 
-        save_now = run.step == plan.steps or bool(config.save.every_steps and run.step % config.save.every_steps == 0)
+        save_now = saver.due(run.step, plan.steps)
         if recorder.due(run.step):
+            saver.check()
             say(*bad.report(run.images_seen))
             recorder.line(run)
+        if config.log.rank_every_steps and run.step % config.log.rank_every_steps == 0:
+            with recorder.watch.pausing():
+                recorder.rank(run, directions(objective.exported_encoder()))
         if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # agreeing takes time
             save_now |= any_process((clock - last_save) / 60 > config.save.every_minutes)
         stopped = stop.due(run.step) if run.step < plan.steps else None
         knn_due = run.step % evaluate_every == 0 or run.step == plan.steps
         if knn_due and not stopped:
             knn_after, knn_due = evaluate(), False
+            save_now |= saver.is_best(run)
         if save_now or stopped:  # after the evaluation, so that a run that is killed here does not lose its result
             save()
             last_save = time.perf_counter()
         if stopped:
-            barrier()  # a launcher ends all processes when the first one has ended: none may before the save is written
             break
         clock = time.perf_counter()
 
+    saver.check(wait=True)  # a launcher ends all processes with the first one: none may end before the save is written
     recorder.close()
     return Result(run_dir, run.step, run.images_seen, run.seconds, knn_before, knn_after, stopped)
 
@@ -159,6 +180,7 @@ def train_step(
     model, optimizer: as accelerate wrapped them. Values to log go into window; nothing waits for the device.
     """
     objective, accumulate = accelerator.unwrap_model(model), plan.layout.accumulate
+    buffers = nonfinite.Buffers(objective)
     for micro, batch in enumerate(micro_batches):
         # What is drawn without an image's key (dropout, in a model that has it) has an address too.
         torch.manual_seed(int(rng.fold_in(config.seed, "model", step, micro, rank())))
@@ -167,22 +189,29 @@ def train_step(
             values = model(batch, step)
             accelerator.backward(values["loss"] / accumulate)
         window.add(values, 1 / accumulate)
-    update(config, accelerator, objective, optimizer, step, window)
+    skip = update(config, accelerator, objective, optimizer, step, window)
+    buffers.take_back_if(skip)
 
 
 def update(
     config: RunConfig, accelerator: Accelerator, objective: Objective, optimizer: torch.optim.Optimizer, step: int,
     window: Window,
-) -> None:  # fmt: skip
-    """What follows the last backward pass of a step."""
-    accelerator.unscale_gradients(optimizer)
+) -> Tensor:  # fmt: skip
+    """What follows the last backward pass of a step. Returns 1.0 if a loss or a gradient is not finite on any process,
+    and nothing was done, else 0.0; on the device."""
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    window.add({"grad_norm": optim.clip_gradients(trained, config.optim)})
+    skip = nonfinite.broken(window.current.values(), accelerator.device)
+    optim.spoil(optimizer, trained, skip)
+    accelerator.unscale_gradients(optimizer)
+    norm = optim.clip_gradients(trained, config.optim)
+    skip = torch.maximum(skip, (~torch.isfinite(norm)).float())  # the same everywhere: gradients are averaged
+    window.add({"grad_norm": norm})
     objective.before_step(step)
-    optimizer.step()
+    optim.step_unless(optimizer, skip)
     optimizer.zero_grad()
     objective.after_step(step)
-    window.steps += 1
+    window.end_step(skip)
+    return skip
 
 
 def compiled(

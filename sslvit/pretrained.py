@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import data, encoder, objectives, rng, state
-from .encoder import Encoder
+from .encoder import Encoder, Pool
 from .errors import UserError
+from .words import merge, read_yaml
 
 CHOICES = "a run directory, untrained:<run directory>, an exported folder, timm:<name>, random:<name> or pixels"
 
@@ -106,11 +107,14 @@ def _from_run(run_dir: Path) -> Pretrained:
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"run={run_dir} has no config.yaml: it is not a run directory.")
     folder, record, (tensors,), complaints = state.latest(run_dir, state.MODEL)
-    stored = OmegaConf.load(run_dir / "config.yaml")
-    data_config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(data.Config), stored.data))
-    model_config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(encoder.Config), stored.model))
+    data_config, model_config = _section(run_dir, "data", data.Config), _section(run_dir, "model", encoder.Config)
     built = encoder.create(model_config, data.image_size(data_config), data_config.in_chans)
-    prefix, built.pool = record["encoder"]["prefix"], record["encoder"]["pool"]
+    try:
+        prefix, built.pool = str(record["encoder"]["prefix"]), record["encoder"]["pool"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder} does not say which of its weights are the encoder's: it is no run's.") from error
+    if built.pool not in get_args(Pool):
+        raise UserError(f"{folder} asks for the pooling {built.pool}, which is none of {', '.join(get_args(Pool))}.")
     weights = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
     load_weights(built, weights, str(folder))
     mean, std = data.normalization(data_config)
@@ -124,17 +128,26 @@ def _from_run(run_dir: Path) -> Pretrained:
     return Pretrained(built.eval(), mean, std, str(run_dir), detail, run_dir, results, span)
 
 
+def _section(run_dir: Path, key: str, schema: type) -> Any:
+    """A section of a run's config.yaml, checked. Raises UserError."""
+    where = run_dir / "config.yaml"
+    values = read_yaml(where).get(key)
+    if not isinstance(values, dict):
+        raise UserError(f"{where} has no section {key}: it is not that of a run.")
+    return OmegaConf.to_object(merge(OmegaConf.structured(schema), values, str(where)))
+
+
 def _untrained(run_dir: Path, name: str) -> Pretrained:
     """The very encoder that a run began with: its seed, its method's initialisation, its images' mean and deviation."""
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"run={name}: {run_dir} has no config.yaml, so it is not a run directory.")
-    stored = OmegaConf.load(run_dir / "config.yaml")
-    schemas = {"objective": objectives.find(stored.method).Config, "model": encoder.Config, "data": data.Config}
-    parts = {
-        key: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), stored[key]))
-        for key, schema in schemas.items()
-    }
-    config = SimpleNamespace(method=stored.method, seed=stored.seed, **parts)
+    stored = read_yaml(run_dir / "config.yaml")
+    method, seed = str(stored.get("method")), stored.get("seed")
+    if not isinstance(seed, int):
+        raise UserError(f"{run_dir / 'config.yaml'} names no seed: it is not that of a run.")
+    schemas = {"objective": objectives.find(method).Config, "model": encoder.Config, "data": data.Config}
+    parts = {key: _section(run_dir, key, schema) for key, schema in schemas.items()}
+    config = SimpleNamespace(method=method, seed=seed, **parts)
     objective = objectives.start(config, steps_per_epoch=10**6, steps=10**9)  # lengths do not matter to the weights
     mean, std = data.normalization(config.data)
     detail = {"weights": f"untrained, seed {config.seed}"}
@@ -148,6 +161,7 @@ def _from_folder(path: Path, name: str) -> Pretrained:
     try:
         stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
         cfg, args = stored["pretrained_cfg"], stored.get("model_args", {})
+        _refuse_absurd(args, path)
         model = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
         in_chans, *size = cfg["input_size"]
         built = Encoder(model, tuple(size), in_chans, stored["architecture"], args)
@@ -156,10 +170,27 @@ def _from_folder(path: Path, name: str) -> Pretrained:
         return Pretrained(
             built.eval(), tuple(cfg["mean"]), tuple(cfg["std"]), name, {"folder": str(path)}, path, path / "eval"
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever timm raises for a configuration that it did not write
         raise UserError(
             f"run={name} is no encoder that timm can load: {type(error).__name__}: {_line(error)}."
         ) from error
+
+
+def _refuse_absurd(args: dict[str, Any], path: Path) -> None:
+    """Raises ValueError for a number that the weights beside it cannot have: a depth of a billion would never end."""
+    if (path / "model.safetensors").is_file():
+        with safe_open(path / "model.safetensors", "pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - it is no dictionary
+        most = max(1024, len(shapes), *(side for shape in shapes for side in shape))
+        for key, value in args.items():
+            if any(isinstance(number, (int, float)) and abs(number) > most for number in _numbers(value)):
+                raise ValueError(f"model_args.{key}={value} is larger than anything in its weights")
+
+
+def _numbers(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [number for item in value for number in _numbers(item)] if isinstance(value, list) else [value]
 
 
 def _from_timm(

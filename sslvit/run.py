@@ -1,7 +1,7 @@
 """The run directory: the record of a run, what is written into it, and what may change in it.
 
 config.yaml (resolved), starts.jsonl (command, versions and hardware of every start), metrics.jsonl, tensorboard/,
-checkpoints/, bad_images.txt, eval/*.json.
+checkpoints/, bad_images.txt, nonfinite.jsonl, eval/*.json.
 """
 
 import json
@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,13 +20,17 @@ from . import config as configuration
 from . import data
 from .config import Plan, RunConfig
 from .data import Source
-from .distributed import barrier, gather_objects, rank, say
+from .distributed import barrier, gather_objects, on_first_process, rank, say
 from .errors import UserError
+from .evaluation.online import rank_alarm
 from .hardware import versions
+from .journal import BAD_IMAGES, NONFINITE, append
 from .lock import hold
-from .metrics import MetricsLog, Stopwatch, Trace, Window, console_line
+from .metrics import MetricsLog, Stopwatch, Trace, Window, amount, console_line
+from .nonfinite import Skipped
 from .optim import Schedule
-from .state import RunState, steps_saved
+from .saving import free_space, why
+from .state import RunState, steps_saved, sweep
 
 # Keys that may change when a run goes on: they say how long, on what and how it is watched, not what is learned.
 FREE = {
@@ -56,6 +61,7 @@ def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock = hold(run_dir)
+            sweep(run_dir)
             _write_start(run_dir, device)
             fresh = run_dir / "config.yaml.tmp"
             configuration.save(config, fresh)
@@ -111,19 +117,32 @@ def _refuse_other_settings(run_dir: Path, differences: dict[str, tuple]) -> None
         )
 
 
+def writing(run_dir: Path, work: Callable[[], None]) -> None:
+    """Do what writes into the run's directory. Raises UserError if that cannot be written to."""
+    try:
+        work()
+    except OSError as error:
+        saved = steps_saved(run_dir)
+        raise UserError(
+            f"{run_dir} cannot be written to ({why(error)}; {amount(free_space(run_dir))} are free): make room and "
+            f"start the same command again, which goes on from {f'step {saved[-1]}' if saved else 'the beginning'}."
+        ) from error
+
+
 class Recorder:
     """Writes a run's lines: to metrics.jsonl and TensorBoard, and on the console of the first process."""
 
     def __init__(
-        self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, lock: IO[str] | None,
-        alarm: Callable[[dict[str, float]], str | None] | None = None,
+        self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, source: Source,
+        lock: IO[str] | None, alarm: Callable[[dict[str, float]], str | None] | None = None,
     ) -> None:  # fmt: skip
         """alarm: the objective's, which looks at the means of a line."""
         self.run_dir, self.every, self.plan, self.schedule = run_dir, config.log.every_steps, plan, schedule
         self.lock = lock  # held as long as this is
-        self.alarm, self.stop_on_collapse = alarm, config.log.on_collapse == "stop"
+        self.alarm, self.stop_on_collapse, self.warned = alarm, config.log.on_collapse == "stop", False
         self.log = MetricsLog(run_dir, run.step, config.log.tensorboard) if rank() == 0 else None
         self.window, self.watch = Window(), Stopwatch()
+        self.skipped = Skipped(run_dir, source, config.log.max_nonfinite)
         self.trace = Trace(run_dir / "trace.json" if config.log.profile and rank() == 0 else None)
         self.window.load(run.window)
         self.seen = run.images_seen
@@ -133,6 +152,7 @@ class Recorder:
 
     def line(self, run: RunState) -> None:
         """The line of a step, at which all processes meet."""
+        self.look(run)
         timing = self.watch.look(run.images_seen - self.seen)
         self.seen = run.images_seen
         left = (
@@ -143,50 +163,45 @@ class Recorder:
             "epoch": run.step / self.plan.steps_per_epoch,
             "images": run.images_seen,
             "seconds": run.seconds,
-            **self._finite(self.window.close(), run.step),
+            **self.window.close(),
             "lr": self.schedule.lr(run.step - 1),
             "weight_decay": self.schedule.weight_decay(run.step - 1),
             **timing,
         }
         self.write(record)
-        self._sound(record)
+        self._sound(self.alarm(record) if self.alarm and "loss" in record else None, run.step)
         say(
             console_line({**record, "seconds_left": left}, self.plan.steps, self.plan.steps / self.plan.steps_per_epoch)
         )
 
-    def _sound(self, record: dict[str, float]) -> None:
+    def rank(self, run: RunState, rankme: float) -> None:
+        """The line of an effective rank."""
+        if not math.isnan(rankme):
+            self.write({"step": run.step, "images": run.images_seen, "rankme": rankme})
+            self._sound(rank_alarm(rankme), run.step)
+
+    def _sound(self, found: str | None, step: int) -> None:
         """Raises UserError if the features have collapsed and log.on_collapse=stop; warns once otherwise."""
-        found = self.alarm(record) if self.alarm else None
         if found and self.stop_on_collapse:
-            raise UserError(f"{found} The run stops at step {record['step']}, as log.on_collapse=stop asks.")
-        if found:
-            say(f"Warning at step {record['step']}: {found}")
-            self.alarm = None
+            raise UserError(f"{found} The run stops at step {step}, as log.on_collapse=stop asks.")
+        if found and not self.warned:
+            say(f"Warning at step {step}: {found}")
+        self.warned |= bool(found)
 
     def write(self, record: dict[str, float | int]) -> None:
-        if self.log:
-            self.log.write(record)
+        """A line, at which all processes meet. Raises UserError on all of them if it cannot be written."""
+        on_first_process(lambda: writing(self.run_dir, partial(self.log.write, record)), all_cores=False)
 
-    def window_state(self, step: int) -> dict[str, Any]:
-        """The unfinished line, for a checkpoint. Raises UserError, so that nothing is saved, if it is not finite."""
-        state = self.window.state()
-        self._finite(state.get("sums", {}), step)
-        return state
-
-    def _finite(self, values: dict[str, float], step: int) -> dict[str, float]:
-        """The same values on all processes. Raises UserError if the run has diverged."""
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            saved = steps_saved(self.run_dir)
-            good = (
-                f"The last checkpoint, of step {saved[-1]}, is from before." if saved else "There is no checkpoint yet."
+    def look(self, run: RunState) -> None:
+        """At steps that were skipped since the last look. Raises UserError on all processes if they are too many in a
+        row: then nothing is saved."""
+        lines, warnings = self.skipped.look(self.window, run)
+        if lines:
+            on_first_process(
+                lambda: writing(self.run_dir, lambda: append(self.run_dir / NONFINITE, lines)), all_cores=False
             )
-            raise UserError(
-                f"The run has diverged: {', '.join(broken)} is not a finite number in the steps up to {step}. {good} "
-                "Lower optim.base_lr, lengthen optim.warmup_epochs, set optim.clip=1, or try precision=float32, in "
-                "another out=."
-            )
-        return values
+        say(*warnings)
+        self.skipped.stop_if_too_many(run)
 
     def close(self) -> None:
         self.trace.close()
@@ -202,10 +217,10 @@ class BadImages:
 
     FIRST_LOOK = 1000  # images read before a share says something
 
-    def __init__(self, run_dir: Path, config: data.Config, source: Source, run: RunState) -> None:
-        self.path, self.limit, self.source = run_dir / "bad_images.txt", config.bad_ratio, source
+    def __init__(self, run_dir: Path, config: data.Config, source: Source) -> None:
+        self.path, self.limit, self.source = run_dir / BAD_IMAGES, config.bad_ratio, source
         self.known: set[str] = set()
-        if run.step and self.path.exists():
+        if self.path.exists():
             self.known = {line.split("\t", 1)[0] for line in self.path.read_text(encoding="utf-8").splitlines()}
         self.new: list[tuple[str, str]] = []
 
@@ -218,7 +233,7 @@ class BadImages:
                 self.known.add(name)
                 self.new.append((name, reason))
         if batch.pop("failed", False):
-            self._write(self.new)
+            writing(self.path.parent, lambda: self._write(self.new))
             index, reason = bad[-1]
             raise UserError(
                 f"{len(bad)} images in a row cannot be read, the last is {self.source.name(index)}: {reason}. "
@@ -226,9 +241,7 @@ class BadImages:
             )
 
     def _write(self, entries: list[tuple[str, str]]) -> None:
-        if entries:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(f"{name}\t{reason}\n" for name, reason in entries)
+        append(self.path, [f"{name}\t{reason}\n" for name, reason in entries])
 
     def report(self, images_seen: int) -> list[str]:
         """On all processes together: sentences about images found bad since the last report. Raises UserError."""
@@ -236,8 +249,7 @@ class BadImages:
         self.new = []
         fresh = [(name, reason) for name, reason in new]
         self.known |= {name for name, _ in fresh}
-        if rank() == 0:
-            self._write(fresh)
+        on_first_process(lambda: writing(self.path.parent, lambda: self._write(fresh)), all_cores=False)
         read = min(len(self.source), max(images_seen, self.FIRST_LOOK))
         if len(self.known) > self.limit * read:
             raise UserError(

@@ -29,7 +29,9 @@ MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "s
 class Config:
     every_minutes: float | None = 15.0  # a checkpoint each so often ...
     every_steps: int | None = None  # ... and each so many steps; the end of the run always has one
-    keep_last: int = 2  # older ones are deleted
+    keep_last: int = 2  # older ones are deleted ...
+    keep_every: int | None = None  # ... but for those at multiples of so many steps, which are also written
+    keep_best: bool = False  # ... and the one with the best k-NN accuracy so far; needs eval.train and eval.test
 
 
 @dataclass
@@ -40,37 +42,64 @@ class RunState:
     images_seen: int = 0
     seconds: float = 0.0  # of training, over all starts
     window: dict[str, Any] = field(default_factory=dict)  # sums of the unfinished line of metrics.jsonl
+    skipped: int = 0  # steps whose loss or gradients were not finite ...
+    skipped_in_a_row: int = 0  # ... and those of them that came last
+    best_step: int | None = None  # of the best k-NN accuracy, the untrained encoder's not counted
+    best_knn: float | None = None  # percent
+
+
+Tensors = tuple[dict[str, Tensor], dict[str, Tensor]]  # of the objective and of its optimizer, by name
 
 
 class Damaged(Exception):
     """A checkpoint that is not what was written."""
 
 
-def save(
-    run_dir: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, run_state: RunState, extra: dict[str, Any]
-) -> Path:
-    """Write `checkpoints/step_<n>` so that it is there whole or not at all. `extra` goes into state.json."""
+def snapshot(objective: nn.Module, optimizer: torch.optim.Optimizer, into: Tensors | None = None) -> Tensors:
+    """A copy in main memory, which training can go on beside; into the memory of one before where it fits, as fresh
+    memory takes longer to get than to fill."""
+    old = into or ({}, {})
+    return _copy(objective.state_dict(), old[0]), _copy(optimizer_tensors(objective, optimizer), old[1])
+
+
+def record(run_state: RunState, extra: dict[str, Any]) -> dict[str, Any]:
+    """What state.json will hold."""
+    return {"format": FORMAT, **asdict(run_state), **extra, "written": time.strftime("%F %T%z")}
+
+
+def write(run_dir: Path, tensors: Tensors, record: dict[str, Any]) -> Path:
+    """Write `checkpoints/step_<n>` so that it is there whole or not at all. Raises OSError or SafetensorError."""
     folder = run_dir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step_{run_state.step:09d}"
-    fresh = folder / f".writing_{run_state.step:09d}"
+    final = folder_of(run_dir, record["step"])
+    fresh = folder / f".writing_{record['step']:09d}"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
-    save_file(_on_host(objective.state_dict()), fresh / MODEL)
-    save_file(_on_host(optimizer_tensors(objective, optimizer)), fresh / OPTIMIZER)
-    record = {"format": FORMAT, **asdict(run_state), **extra, "written": time.strftime("%F %T%z")}
-    (fresh / STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    names = (MODEL, OPTIMIZER, STATE)
-    sums = "".join(f"{_checksum(fresh / name)}  {name}\n" for name in names)  # what `sha256sum -c` reads
-    (fresh / SUMS).write_text(sums, encoding="utf-8")
-    for name in (*names, SUMS):
-        _sync(fresh / name)
-    _sync(fresh)
-    if final.exists():  # the same step, saved again after a resume that did nothing new
-        shutil.rmtree(final)
+    try:
+        for name, values in zip((MODEL, OPTIMIZER), tensors, strict=True):
+            save_file(values, fresh / name)
+        (fresh / STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        names = (MODEL, OPTIMIZER, STATE)
+        sums = "".join(f"{_checksum(fresh / name)}  {name}\n" for name in names)  # what `sha256sum -c` reads
+        (fresh / SUMS).write_text(sums, encoding="utf-8")
+        for name in (*names, SUMS):
+            _sync(fresh / name)
+        _sync(fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)  # half a checkpoint on a full disk is in the way
+        raise
+    if final.exists():  # the same step, saved again: it was damaged, or the run would have begun there
+        _remove(final)
     os.rename(fresh, final)
     _sync(folder)
     return final
+
+
+def save(
+    run_dir: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, run_state: RunState, extra: dict[str, Any]
+) -> Path:
+    """Write a checkpoint and wait for it. `extra` goes into state.json."""
+    return write(run_dir, snapshot(objective, optimizer), record(run_state, extra))
 
 
 def steps_saved(run_dir: Path) -> list[int]:
@@ -83,11 +112,28 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:09d}"
 
 
-def prune(run_dir: Path, keep_last: int, step: int) -> None:
-    """Delete all but the last checkpoints up to `step`. Later ones are damaged, or the run would have begun there: they
-    neither count nor are touched before the run has passed them."""
+def prune(run_dir: Path, keep_last: int, step: int, every: int | None = None, best: int | None = None) -> None:
+    """Delete all but the last checkpoints up to `step`, those at multiples of `every`, and that of step `best`. Later
+    ones are damaged, or the run would have begun there: they neither count nor are touched before the run has passed
+    them."""
     for old in [saved for saved in steps_saved(run_dir) if saved <= step][: -max(1, keep_last)]:
-        shutil.rmtree(folder_of(run_dir, old), ignore_errors=True)
+        if old != best and not (every and old % every == 0):
+            _remove(folder_of(run_dir, old))
+
+
+def sweep(run_dir: Path) -> None:
+    """Delete what a killed run was writing or deleting. Only for who holds the run's lock."""
+    for name in (".writing_*", ".deleting_*"):
+        for path in (run_dir / "checkpoints").glob(name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """At once, so that a kill leaves no half of it under its name."""
+    going = folder.with_name(folder.name.replace("step_", ".deleting_"))
+    shutil.rmtree(going, ignore_errors=True)
+    os.rename(folder, going)
+    shutil.rmtree(going, ignore_errors=True)
 
 
 def read(folder: Path, *names: str) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
@@ -134,7 +180,7 @@ def restore(
     _, record, (weights, moments), complaints = latest(run_dir, MODEL, OPTIMIZER)
     objective.load_state_dict(weights)
     load_optimizer_tensors(objective, optimizer, moments)
-    return RunState(**{name: record[name] for name in RunState.__annotations__}), record, complaints
+    return RunState(**{name: record[name] for name in RunState.__annotations__ if name in record}), record, complaints
 
 
 def optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -158,8 +204,19 @@ def load_optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimize
     optimizer.load_state_dict(current)  # which brings each tensor to the device and type that the optimizer wants
 
 
-def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def size(tensors: dict[str, Tensor]) -> int:
+    """Bytes."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _copy(tensors: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
+    copies = {}
+    for name, tensor in tensors.items():
+        copy = into.get(name)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies[name] = copy.copy_(tensor.detach())
+    return copies
 
 
 def _checksum(path: Path) -> str:

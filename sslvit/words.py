@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from .errors import UserError
 
@@ -129,7 +128,7 @@ def merge(config: DictConfig, values: dict[str, Any], where: str) -> DictConfig:
         merged = OmegaConf.merge(config, _lists_as_words(config, values))
         OmegaConf.to_object(merged)  # checks tuples and what is interpolated
         return merged
-    except OmegaConfBaseException as error:
+    except Exception as error:  # OmegaConf's own, and TypeError for a list in place of a dictionary
         raise UserError(f"{where}: {first_line(error)}.") from error
 
 

@@ -45,8 +45,8 @@ def finish(process: BaseProcess, output: Path, seconds: float = 120, status: int
     return text
 
 
-def launch(argv: list[str], output: Path, world_size: int, seconds: float = 120, status: int = 0) -> str:
-    """`sslvit <argv>` on several processes, as torchrun would start them; all must end with a status by themselves."""
+def start_several(argv: list[str], output: Path, world_size: int) -> list[BaseProcess]:
+    """Begin `sslvit <argv>` on several processes, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -58,7 +58,12 @@ def launch(argv: list[str], output: Path, world_size: int, seconds: float = 120,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         processes.append(start(argv, output, environment))
-    for process in processes:
+    return processes
+
+
+def launch(argv: list[str], output: Path, world_size: int, seconds: float = 120, status: int = 0) -> str:
+    """`sslvit <argv>` on several processes; all must end with a status by themselves."""
+    for process in start_several(argv, output, world_size):
         finish(process, output, seconds, status)
     return output.read_text()
 

@@ -154,3 +154,7 @@ def test_every_key_is_listed_and_explained_in_the_help(method):
 @pytest.mark.parametrize("command", [knn, linear, export])
 def test_every_key_of_the_other_commands_is_explained_in_the_help(command):
     assert [line for line in help_lines(command.Config()) if "  " not in line.strip()] == []
+
+
+def test_a_list_in_place_of_a_dictionary_is_refused(fails):
+    assert "model.args=[]" in fails("pretrain", "model.args=[]")

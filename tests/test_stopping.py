@@ -40,8 +40,8 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on(tmp_path, images, num
 def test_no_process_ends_before_the_save_is_written_and_a_second_signal_does_not_break_it(tmp_path, images):
     """Under torchrun, which ends all processes when one has ended, with a slow disk and SIGTERM to everything twice."""
     slow = (
-        "import sys, time; from sslvit import state; from sslvit.__main__ import main; old = state.save; "
-        "state.save = lambda *a: (time.sleep(8), old(*a))[1]; sys.exit(main(sys.argv[1:]))"
+        "import sys, time; from sslvit import state; from sslvit.__main__ import main; old = state.write; "
+        "state.write = lambda *a: (time.sleep(8), old(*a))[1]; sys.exit(main(sys.argv[1:]))"
     )
     (tmp_path / "slow.py").write_text(slow)
     out = tmp_path / "run"
@@ -77,3 +77,39 @@ def test_two_processes_stop_at_the_same_step_when_the_time_is_over(tmp_path, ima
     )
     assert printed.count("Stopped by max_hours after step 10,") == 1
     assert state.steps_saved(out) == [10]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_death_of_one_process_ends_the_others_with_a_message(tmp_path, images, victim):
+    out, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["pretrain", images, *words("mae", f"out={out}", "epochs=2000", "save.every_steps=2")]
+    both = processes.start_several(arguments, log, 2)
+    processes.wait_for_step(both[victim], out, 5)
+    both[victim].kill()
+    printed = processes.finish(both[1 - victim], log, seconds=30, status=2)
+    assert f"Another of the 2 processes has ended, so process {1 - victim} ends too" in printed
+    assert "Traceback" not in printed
+    state.latest(out, state.MODEL, state.OPTIMIZER)
+
+
+@pytest.mark.slow  # starts a launcher
+def test_torchrun_ends_when_one_of_its_processes_is_killed(tmp_path, images):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "sslvit", "pretrain"]
+    command += [str(images), *words("mae", f"out={out}", "epochs=20000", "save.every_steps=5")]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+        )
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= 12 for line in processes.lines(out)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ours = [child for child in psutil.Process(launcher.pid).children() if "sslvit" in child.cmdline()]
+    assert len(ours) == 2
+    ours[1].kill()
+    assert launcher.wait(timeout=60) == 1
+    printed = (tmp_path / "log").read_text()
+    assert "Another of the 2 processes has ended" in printed or "Signal 9 (SIGKILL)" in printed
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in ours)
+    state.latest(out, state.MODEL, state.OPTIMIZER)

@@ -15,13 +15,26 @@ LAYERS = [
     {"__main__"},
     {"bench", "report", "picture"},
     {"pretrain"},
-    {"run", "config"},
+    {"run", "config", "saving", "nonfinite", "memory"},
     {"evaluation", "export"},
     {"pretrained"},
     {"objectives"},
     {"timm_folder"},
     {"blocks", "encoder", "heads", "losses", "views", "augment", "data", "optim", "state"},
-    {"rng", "schedules", "masks", "metrics", "distributed", "hardware", "words", "errors", "stopping", "lock"},
+    {
+        "rng",
+        "schedules",
+        "masks",
+        "metrics",
+        "distributed",
+        "hardware",
+        "words",
+        "errors",
+        "stopping",
+        "lock",
+        "journal",
+        "board",
+    },
 ]
 FAMILIES = {"objectives", "evaluation", "export"}
 

@@ -1,19 +1,24 @@
-"""k-NN of the encoder while it is being trained, by the protocol of `sslvit knn`."""
+"""What is measured of the encoder while it is being trained: k-NN by the protocol of `sslvit knn`, and without labels
+how many directions its features fill."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from accelerate import Accelerator
 
-from .. import data
+from .. import data, rng
 from ..augment import Normalize
 from ..data import Source, open_source
 from ..data.loader import Memory, cached
+from ..distributed import gather_objects
 from ..encoder import Encoder
 from ..errors import UserError
 from ..hardware import first_on_each_machine
-from .features import extract, renumbered, same_classes
+from .features import Centred, extract, renumbered, same_classes
 from .knn import TEMPERATURE, classify, labelled, top
+from .quality import effective_rank
 
 
 @dataclass
@@ -54,3 +59,45 @@ class OnlineKNN:
             )
         k, classes = self.config.k, len(self.sources[0].classes)
         return top(classify(*banks, classes, (k,), (TEMPERATURE,))[k, TEMPERATURE].place, 1)
+
+
+class OnlineRank:
+    """RankMe (see quality.py) of some images of the training set, the same ones throughout, whenever asked. They stay
+    in memory as the encoder sees them, so that asking often is cheap."""
+
+    IMAGES = 512
+    BATCH = 64
+
+    def __init__(
+        self, source: Source, encoder: Encoder, normalize: Normalize, seed: int, accelerator: Accelerator
+    ) -> None:
+        self.accelerator, self.normalize = accelerator, normalize
+        places = torch.arange(min(len(source), self.IMAGES))[accelerator.process_index :: accelerator.num_processes]
+        chosen = Centred(source, rng.shuffled(rng.fold_in(seed, "rank"), len(source), places), encoder.image_size)
+        images = [image for _, image in (chosen[place] for place in range(len(chosen))) if image is not None]
+        self.images = torch.stack(images) if images else torch.zeros(0)
+
+    @torch.inference_mode()
+    def __call__(self, encoder: Encoder) -> float:
+        """Between 1 and the width, the same on every process; nan if a feature is not finite."""
+        was_training = encoder.training
+        encoder.eval()
+        parts = []
+        for images in self.images.split(self.BATCH) if len(self.images) else ():
+            x = self.normalize(images.to(self.accelerator.device).float() / 255)
+            with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+                parts.append(encoder.features(x).float().cpu())
+        encoder.train(was_training)
+        values = torch.cat([part for parts in gather_objects(parts) for part in parts]).double()
+        return effective_rank(torch.linalg.svdvals(values)) if torch.isfinite(values).all() else math.nan
+
+
+def rank_alarm(rankme: float) -> str | None:
+    """What the effective rank says of collapse, as a sentence with what to change; None if all is well. Untrained
+    encoders have 17 to 20 (width 192, CIFAR-10), and so no early step comes near."""
+    if rankme >= 1.5:
+        return None
+    return (
+        f"The features have collapsed to one direction: their effective rank (RankMe) is {rankme:.2f}. Lower optim."
+        "base_lr, warm it up longer, or spread the features with objective.koleo_weight=0.05."
+    )

@@ -1,0 +1,161 @@
+"""Fault campaign: runs killed at random instants and checkpoints damaged at random places.
+
+A few of each in the ordinary suite, hundreds by `python -m pytest -m slow tests/test_campaign.py`. Every case hangs on
+a seed and can be repeated.
+"""
+
+import random
+import shutil
+import time
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from sslvit import state
+
+from . import processes
+from .conftest import words
+from .processes import assert_same_run
+from .test_state import saved, trained
+
+VARIANTS = [("dino", True), ("mae", False), ("mae", True), ("dino", False)]  # (method, with k-NN during the run)
+
+
+@pytest.fixture(scope="module")
+def whole(images, labelled, tmp_path_factory):
+    """(method, with k-NN) -> (words, the run that nobody interrupts, seconds that it takes)."""
+
+    @cache
+    def run(method: str, knn: bool) -> tuple[list, Path, float]:
+        folder = tmp_path_factory.mktemp(f"{method}{knn}")
+        length = ["epochs=3", "save.every_steps=3", "log.every_steps=2", "workers=0", "keep_last=2"]
+        sets = [f"eval.train={labelled / 'train'}", f"eval.test={labelled / 'test'}", "every_epochs=0.5", "eval.k=5"]
+        arguments = ["pretrain", images, *words(method, *length, *(sets if knn else []))]
+        began = time.monotonic()
+        processes.finish(processes.start([*arguments, f"out={folder / 'whole'}"], folder / "log"), folder / "log")
+        return arguments, folder / "whole", time.monotonic() - began
+
+    processes.finish(processes.start(["help"], tmp_path_factory.mktemp("warm") / "log"), Path("/dev/null"))
+    return run
+
+
+def kill_once(process, out: Path, seconds: float, during_save: bool, generator: random.Random) -> str:
+    """SIGKILL at a random instant of the run, or of a save; returns what the run was doing."""
+    if during_save:
+        until = time.monotonic() + 2 * seconds
+        before = set((out / "checkpoints").glob(".writing_*"))  # left by a kill before
+        for _ in range(generator.randrange(3)):  # not always the first save
+            before |= wait_for_save(process, out, before, until)
+        wait_for_save(process, out, before, until)
+        time.sleep(generator.uniform(0, 0.01))
+    else:
+        process.join(generator.uniform(0, seconds))
+    alive = process.is_alive()
+    process.kill()
+    process.join()
+    if not alive:
+        return "ended"
+    return "saving" if any((out / "checkpoints").glob(".writing_*")) else "other"
+
+
+def wait_for_save(process, out: Path, before: set[Path], until: float) -> set[Path]:
+    while process.is_alive() and time.monotonic() < until:
+        found = set((out / "checkpoints").glob(".writing_*")) - before
+        if found:
+            return found
+        time.sleep(0.0005)
+    return set()
+
+
+def killed(case: int, variant: tuple[str, bool], whole, tmp_path: Path) -> Counter:
+    """One run of the campaign: killed once to three times, finished, compared; returns what the kills met."""
+    generator = random.Random(case)
+    arguments, expected, seconds = whole(*variant)
+    out, met = tmp_path / f"run{case}", Counter()
+    for _ in range(generator.choice([1, 1, 2, 3])):
+        process = processes.start([*arguments, f"out={out}"], tmp_path / "log")
+        met[kill_once(process, out, seconds, generator.random() < 0.4, generator)] += 1
+    processes.finish(processes.start([*arguments, f"out={out}"], tmp_path / "log"), tmp_path / "log")
+    assert_same_run(expected, out)
+    assert not list((out / "checkpoints").glob(".*")), "left behind by a kill"
+    assert state.steps_saved(out) == state.steps_saved(expected)
+    shutil.rmtree(out)
+    return met
+
+
+def test_runs_killed_at_any_instant_end_as_if_they_had_not_been(whole, tmp_path):
+    for case in range(4):  # six kills
+        killed(case, VARIANTS[case % 2], whole, tmp_path)
+
+
+@pytest.mark.slow  # eight minutes
+def test_two_hundred_runs_killed_at_any_instant_end_as_if_they_had_not_been(whole, tmp_path):
+    met, different = Counter(), {}
+    for case in range(1000, 1220):
+        try:
+            met += killed(case, VARIANTS[case % 4], whole, tmp_path)
+        except AssertionError as error:
+            different[case] = str(error)[:300]
+    print(f"{sum(met.values())} kills: {dict(met)}; {len(different)} of 220 runs differ")
+    assert different == {}
+    assert met["saving"] >= 40
+    assert met["other"] >= 100
+
+
+def damage(path: Path, generator: random.Random) -> str:
+    """Do to a file what disks, copies and people do; returns what."""
+    content = bytearray(path.read_bytes())
+    kind = generator.choice(["bits", "bits", "cut", "cut", "zeros", "longer", "gone"])
+    place = generator.randrange(len(content))
+    if kind == "bits":
+        for _ in range(generator.choice([1, 1, 5])):
+            content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    elif kind == "cut":
+        del content[place:]
+    elif kind == "zeros":  # a block that never reached the disk
+        block = bytes(min(512, len(content) - place))
+        content[place : place + len(block)] = block
+    elif kind == "longer":
+        content += generator.randbytes(1 + place % 100)
+    path.unlink() if kind == "gone" else path.write_bytes(content)
+    return kind
+
+
+def damaged(case: int, tmp_path: Path) -> str:
+    """One damaged checkpoint: it must not be taken, and the one before stays as it was; returns the kind of damage."""
+    generator = random.Random(case)
+    run_dir = tmp_path / f"damaged{case}"
+    saved(run_dir, 2, 3)
+    good, bad = (state.folder_of(run_dir, step) for step in (2, 3))
+    before = {path: path.read_bytes() for path in (*good.iterdir(), *bad.iterdir())}
+    name = generator.choice([state.MODEL, state.OPTIMIZER, state.STATE, state.SUMS])
+    kind = damage(bad / name, generator)
+    module, optimizer = trained(0)
+    expected = trained(2)[0].state_dict()
+    changed = not (bad / name).exists() or (bad / name).read_bytes() != before[bad / name]
+    run, _, complaints = state.restore(run_dir, module, optimizer)
+    assert run.step == (2 if changed else 3), f"{kind} of {name} was accepted"
+    assert len(complaints) == changed
+    if changed:
+        assert all(torch.equal(value, expected[key]) for key, value in module.state_dict().items())
+    assert all(path.read_bytes() == before[path] for path in good.iterdir())
+    state.prune(run_dir, keep_last=1, step=run.step)
+    assert run.step in state.steps_saved(run_dir), "the older one is lost"
+    shutil.rmtree(run_dir)
+    return f"{kind} {name}" if changed else "unchanged"
+
+
+def test_damaged_checkpoints_are_refused_and_the_older_one_is_taken(tmp_path):
+    for case in range(10):
+        damaged(case, tmp_path)
+
+
+@pytest.mark.slow
+def test_five_hundred_damaged_checkpoints_are_refused_and_the_older_one_is_taken(tmp_path):
+    met = Counter(damaged(case, tmp_path) for case in range(1000, 1500))
+    print(f"{met.total() - met['unchanged']} damaged checkpoints: {dict(sorted(met.items()))}")
+    assert met.total() - met["unchanged"] >= 400
+    assert len(met) == 20  # each kind in each file
