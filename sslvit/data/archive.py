@@ -257,6 +257,8 @@ def _tar(path: str, length: int) -> tuple[list[str], np.ndarray]:
                 names.append(name)
                 rows.extend((info.offset_data, info.size, info.size, -1, STORED))
             end = tar.offset
+    except UserError:
+        raise
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise UserError(f"{damaged}: {error}. Copy or make it again.") from error
     with open(path, "rb") as file:  # a header that makes no sense looks to tarfile like the end

@@ -68,6 +68,8 @@ def fetch(url: str, folder: Path, which: str) -> Path:
         if length and done != length:
             raise UserError(f"data: {url} broke off after {_size(done)} of {_size(length)}: start the command again.")
         os.replace(part, path)
+    except UserError:
+        raise
     except urllib.error.HTTPError as error:
         raise UserError(f"data: {url} cannot be fetched: the server answers {error.code} {error.reason}.") from error
     except (OSError, ValueError, HTTPException) as error:  # URLError and time-outs are OSErrors

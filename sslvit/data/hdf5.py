@@ -27,6 +27,8 @@ class Hdf5:
         self._open: tuple[int, Any] = (0, None)  # process, data set
         try:
             self._start(name)
+        except UserError:
+            raise
         except (OSError, RuntimeError, KeyError, ValueError) as error:  # whatever HDF5 says of a damaged file
             raise UserError(f"data: {path} cannot be read as HDF5: {str(error).splitlines()[0]}.") from error
 

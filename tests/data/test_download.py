@@ -87,6 +87,7 @@ def test_a_failure_is_one_sentence_and_leaves_nothing(server, tmp_path, name, ex
     with pytest.raises(UserError, match=expected) as error:
         open_source(f"{server[0]}/{name}", Config(download_dir=str(tmp_path / "cache")))
     assert "\n" not in str(error.value)
+    assert str(error.value).count("data: ") == 1
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 

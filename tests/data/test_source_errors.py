@@ -17,6 +17,7 @@ def refused(word, **more) -> str:
     with pytest.raises(UserError) as error:
         open_source(str(word), Config(**more))
     assert "\n" not in str(error.value)
+    assert str(error.value).count("data: ") <= 1  # no error inside another
     return str(error.value)
 
 
