@@ -93,8 +93,8 @@ class OnlineRank:
 
 
 def rank_alarm(rankme: float) -> str | None:
-    """What the effective rank says of collapse, as a sentence with what to change; None if all is well. Untrained
-    encoders have 17 to 20 (width 192, CIFAR-10), and so no early step comes near."""
+    """What the effective rank says of collapse, as a sentence with what to change; None if all is well. On CIFAR-10
+    (width 192) untrained encoders have 17 to 20, and the recipes' first steps 5.8 or more (MAE, step 10)."""
     if rankme >= 1.5:
         return None
     return (
