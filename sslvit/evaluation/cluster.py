@@ -13,8 +13,7 @@ accuracy    Share of images that lie in the cluster matched to their class, each
             matching that makes it largest (Kuhn, 1955; Xie et al., ICML 2016, arXiv 1511.06335). Chance is
             above 100 / k.
 
-The measures are computed here from the table of clusters by classes: each is a line or two, and the matching twenty,
-which is less than a dependency on scikit-learn and SciPy weighs.
+The measures are computed here from the table of clusters by classes, a line or two each; the matching is SciPy's.
 """
 
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from .. import rng
 from ..distributed import on_first_process, say
-from ..errors import UserError, check_range
+from ..errors import UserError, check_range, need
 from . import pictures, protocol, sets
 from .features import Features
 
@@ -55,6 +54,7 @@ def run(config: Config) -> dict[str, Any]:
     check_range("", config, 2, None, "k")
     check_range("", config, 1, None, "repeats", "restarts", "iterations", "per_cluster")
     pictures.check(config.picture)
+    need("scipy.optimize", "cluster", "matching clusters to classes")
     if not config.data:
         raise UserError("data is missing: cluster needs labelled images, data=<folder>.")
     frozen = protocol.load(config)
@@ -171,44 +171,9 @@ def adjusted_rand(counts: Tensor) -> float:
 
 def matched(counts: Tensor) -> float:
     """Share of the images in pairs of the best one-to-one matching of clusters and classes."""
-    rows, columns = best_matching(counts.double().numpy())
+    assign = need("scipy.optimize", "cluster", "matching clusters to classes").linear_sum_assignment
+    rows, columns = assign(counts.numpy(), maximize=True)
     return float(counts[rows, columns].sum() / counts.sum())
-
-
-def best_matching(value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[R, C] -> the rows and the columns of the min(R, C) cells, no two in a line, whose sum is the largest.
-
-    Shortest augmenting paths on reduced costs (Jonker and Volgenant, Computing 38, 1987): rows enter one by one, each
-    along the cheapest path of exchanges that ends in a free column. The potentials keep all reduced costs at 0 or
-    above, which is what makes Dijkstra's algorithm right.
-    """
-    if value.shape[0] > value.shape[1]:
-        columns, rows = best_matching(value.T)
-        return rows, columns
-    cost = value.max() - value
-    num_rows, num_columns = cost.shape
-    of_row, of_column = np.zeros(num_rows), np.zeros(num_columns)  # potentials
-    owner = np.full(num_columns, -1)  # row that holds a column
-    for new in range(num_rows):
-        distance, before = np.full(num_columns, np.inf), np.full(num_columns, -1)
-        done = np.zeros(num_columns, dtype=bool)
-        row, column, length = new, -1, 0.0
-        while row >= 0:
-            through = length + cost[row] - of_row[row] - of_column
-            better = ~done & (through < distance)
-            distance[better], before[better] = through[better], column
-            column = int(np.where(done, np.inf, distance).argmin())
-            length, done[column] = distance[column], True
-            row = owner[column]
-        passed = done & (owner >= 0)
-        of_row[new] += length
-        of_row[owner[passed]] += length - distance[passed]
-        of_column[done] -= length - distance[done]
-        while before[column] >= 0:  # exchange along the path, from its end
-            owner[column], column = owner[before[column]], before[column]
-        owner[column] = new
-    columns = np.flatnonzero(owner >= 0)
-    return owner[columns], columns
 
 
 def draw(
