@@ -1,5 +1,5 @@
-"""An encoder by what a user calls it: a run directory, `untrained:<run directory>`, an exported folder, `timm:<name>`,
-`random:<name>`, or `pixels`."""
+"""An encoder by what a user calls it: a run directory, one of its checkpoints, `untrained:<run directory>`, an exported
+folder, `timm:<name>`, `random:<name>`, or `pixels`."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .encoder import Encoder, Pool
 from .errors import UserError
 from .words import merge, read_yaml
 
-CHOICES = "a run directory, untrained:<run directory>, an exported folder, timm:<name>, random:<name> or pixels"
+CHOICES = "a run directory, one of its checkpoints, untrained:<run directory>, an exported folder, timm:<name>, random:<name> or pixels"
 
 
 class Pixels(nn.Module):
@@ -92,6 +92,8 @@ def load(
     path = Path(name).expanduser()
     if image_size is not None or model_args:
         raise UserError(f"image_size and model_args belong to timm:, random: and pixels, and {name} is none of them.")
+    if path.parent.name == "checkpoints" and (path / state.STATE).is_file():
+        return _from_run(path.parent.parent, path)
     if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
         return _from_run(path)
     if (path / "config.json").is_file():
@@ -103,10 +105,17 @@ def load(
     )
 
 
-def _from_run(run_dir: Path) -> Pretrained:
+def _from_run(run_dir: Path, checkpoint: Path | None = None) -> Pretrained:
+    """checkpoint: its folder; null: the newest whole one."""
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"run={run_dir} has no config.yaml: it is not a run directory.")
-    folder, record, (tensors,), complaints = state.latest(run_dir, state.MODEL)
+    if checkpoint:
+        try:
+            folder, (record, (tensors,)), complaints = checkpoint, state.read(checkpoint, state.MODEL), []
+        except state.Damaged as error:
+            raise UserError(f"The checkpoint {checkpoint} is damaged ({error}): give another one.") from error
+    else:
+        folder, record, (tensors,), complaints = state.latest(run_dir, state.MODEL)
     data_config, model_config = _section(run_dir, "data", data.Config), _section(run_dir, "model", encoder.Config)
     built = encoder.create(model_config, data.image_size(data_config), data_config.in_chans)
     try:
@@ -124,8 +133,9 @@ def _from_run(run_dir: Path) -> Pretrained:
         "images_seen": record["images_seen"],
         "notes": complaints,
     }
-    results, span = run_dir / "eval", data_config.value_range
-    return Pretrained(built.eval(), mean, std, str(run_dir), detail, run_dir, results, span)
+    results = run_dir / "eval" / (checkpoint.name if checkpoint else "")
+    name = str(checkpoint or run_dir)
+    return Pretrained(built.eval(), mean, std, name, detail, run_dir, results, data_config.value_range)
 
 
 def _section(run_dir: Path, key: str, schema: type) -> Any:

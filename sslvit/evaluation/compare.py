@@ -95,8 +95,13 @@ def compare(runs: list[str], config: Config) -> dict[str, Any]:
 def _results(name: str) -> dict[str, dict[str, Any]]:
     """{evaluation: what it wrote} of a run. Raises UserError."""
     kind, colon, rest = name.partition(":")
-    folder = Path(rest).expanduser() / "eval" / "untrained" if colon and kind == "untrained" else None
-    folder = folder or Path(name).expanduser() / "eval"
+    path = Path(rest if colon and kind == "untrained" else name).expanduser()
+    if colon and kind == "untrained":
+        folder = path / "eval" / "untrained"
+    elif path.parent.name == "checkpoints":
+        folder = path.parent.parent / "eval" / path.name
+    else:
+        folder = path / "eval"
     if not folder.is_dir():
         raise UserError(f"{name} has no results ({folder} is missing): give runs that were evaluated.")
     records = {}

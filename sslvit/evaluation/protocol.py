@@ -41,7 +41,7 @@ class Sets:
 class Subject:
     """Which encoder is measured, and how it is run."""
 
-    run: str = ""  # a run directory, untrained:<run directory>, an exported folder, timm:<name>, random:<name>, pixels
+    run: str = ""  # a run, its checkpoint, untrained:<run>, an exported folder, timm:<name>, random:<name>, pixels
     pool: Literal["auto", "cls", "mean", "cls+mean", "last4", "mean4", "pooled"] = "auto"  # of tokens; auto: as trained
     image_size: int | tuple[int, int] | None = None  # for timm:, random: and pixels only; null: the model's own
     model_args: dict[str, Any] = field(default_factory=dict)  # for timm: and random: only, such as {patch_size: 4}

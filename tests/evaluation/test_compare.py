@@ -71,6 +71,9 @@ def test_real_results_of_a_run_and_of_its_beginning(cli, fails, labelled, colour
     status, printed, _ = cli("compare", run, f"untrained:{run}")
     assert status == 0
     assert f"k-NN: untrained:{run}" in printed
+    checkpoint = next((run / "checkpoints").iterdir())
+    assert cli("knn", f"run={checkpoint}", *sets)[0] == 0
+    assert f"{checkpoint} +0.00 against {run}" in cli("compare", run, checkpoint)[1]
     (run / "eval" / "knn.json").write_text("{}")
     assert "is no result of this version" in fails("compare", run)
     assert "compare needs runs" in fails("compare")
