@@ -19,7 +19,10 @@ from .encoder import Encoder, Pool
 from .errors import UserError
 from .words import merge, read_yaml
 
-CHOICES = "a run directory, one of its checkpoints, untrained:<run directory>, an exported folder, timm:<name>, random:<name> or pixels"
+CHOICES = (
+    "a run directory, one of its checkpoints, untrained:<run directory>, an exported folder, timm:<name>, random:<name> "
+    "or pixels"
+)
 
 
 class Pixels(nn.Module):
