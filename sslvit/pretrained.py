@@ -20,8 +20,8 @@ from .errors import UserError
 from .words import merge, read_yaml
 
 CHOICES = (
-    "a run directory, one of its checkpoints, untrained:<run directory>, an exported folder, timm:<name>, random:<name> "
-    "or pixels"
+    "a run directory, one of its checkpoints, untrained:<run directory>, an exported folder, timm:<name>, "
+    "random:<name> or pixels"
 )
 
 
