@@ -195,7 +195,7 @@ class Training:
         window.add({"grad_norm": optim.clip_gradients(learning, optim.Config(clip=self.recipe.clip))})
         optimizer.step()
         optimizer.zero_grad()
-        window.steps += 1
+        window.end_step(torch.zeros((), device=loss.device))  # no step is skipped here: a diverged epoch ends the run
 
     def _inputs(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         """A micro-batch of the loader -> augmented images, targets as the loss wants them, keys; on the device."""
@@ -212,6 +212,7 @@ class Training:
         """The line of an epoch, at which all processes meet. Raises UserError if the training has diverged."""
         average_statistics(self.classifier)
         epoch, line = self.run_state.step // self.steps_per_epoch, window.close()
+        window.recent.clear()
         if not all(math.isfinite(value) for value in line.values()):
             raise UserError(
                 f"The training has diverged in epoch {epoch}: lower base_lr, lengthen warmup_epochs, set clip=1, or "
