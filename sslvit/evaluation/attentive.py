@@ -37,6 +37,7 @@ class Config(protocol.Config):
     epochs: int = 20  # of the heads; the first tenth warms the learning rate up
     probe_batch_size: int = 512  # images in a step of the heads
     holdout: float = 0.1  # share of the training images on which the choice is made
+    seeds: tuple[int, ...] = ()  # one training of the heads after another, with mean and deviation; empty: seed
     picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
 
@@ -60,6 +61,7 @@ def run(config: Config) -> dict[str, Any]:
         raise UserError(f"holdout={config.holdout} must lie between 0 and 1, both excluded.")
     check_range("", config, 1, None, "epochs", "probe_batch_size")
     pictures.check(config.picture)
+    linear.check_seeds(config.seeds)
     words = protocol.both_sets(config, "attentive")
     frozen = protocol.load(config)
     sources = [frozen.open(word, config.data.download_dir) for word in words]
@@ -81,7 +83,9 @@ def run(config: Config) -> dict[str, Any]:
     say(f"attentive probe of {config.run}: {frozen.precision}; {len(sets[0].labels)} training and "
         f"{len(sets[1].labels)} test images in {record['classes']} classes")  # fmt: skip
     device = frozen.accelerator.device
-    results = on_first_process(lambda: choose(config, *sets, sources[0].classes, device))
+    results = on_first_process(
+        lambda: linear.repeated(config, lambda one: choose(one, *sets, sources[0].classes, device))
+    )
     protocol.file(config, frozen.subject, "attentive", {**record, "results": results})
     return results
 

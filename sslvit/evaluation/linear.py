@@ -8,7 +8,7 @@ al., appendix A.1; its code). `protocol=mae` and `protocol=dino` are the papers'
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import rng, schedules
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
-from . import confusion, pictures, protocol
+from . import confusion, pictures, protocol, scores
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 CHUNK = 2**24  # logits at once
@@ -34,6 +34,7 @@ class Choice(protocol.Config):
 
     pools: tuple[str, ...] = ()  # ways of pooling to choose from; empty: all that the encoder has, or pool= alone
     holdout: float = 0.1  # share of the training images on which the choice is made
+    seeds: tuple[int, ...] = ()  # one training of the heads after another, with mean and deviation; empty: seed
     picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
 
@@ -56,10 +57,14 @@ def run(config: Config) -> dict[str, Any]:
         return published.run(config)
     check(config)
     task = protocol.prepare(config, "linear", pools(config))
-    train = trainer(config, len(task.classes), task.frozen.accelerator.device)
-    results = on_first_process(lambda: choose(config, task, grid(config), train))
-    ends = (min(config.lr), max(config.lr))
-    if results["setting"]["lr"] in ends and len(config.lr) > 1:
+    device = task.frozen.accelerator.device
+
+    def probe(one: Config) -> dict[str, Any]:
+        return choose(one, task, grid(one), trainer(one, len(task.classes), device))
+
+    results = on_first_process(lambda: repeated(config, probe))
+    ends, chosen = (min(config.lr), max(config.lr)), results.get("seeds", [results])
+    if any(one["setting"]["lr"] in ends for one in chosen) and len(config.lr) > 1:
         say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
     protocol.write(config, task, "linear", results)
     return results
@@ -100,11 +105,31 @@ def trainer(config: Config, num_classes: int, device: torch.device) -> Train:
 def pools(config: Choice) -> Sequence[str] | None:
     """The configured ways of pooling; null for the one of `pool=`, or () for all that the encoder has. Raises UserError
     for what cannot be chosen from."""
+    check_seeds(config.seeds)
     if not 0 < config.holdout < 1:
         raise UserError(f"holdout={config.holdout} must lie between 0 and 1, both excluded.")
     if config.pools and config.pool != "auto":
         raise UserError(f"pool={config.pool} and pools={list(config.pools)}: give one of them.")
     return config.pools if config.pools or config.pool == "auto" else None
+
+
+def repeated(config: Any, work: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """The result of the one seed, or of each of `config.seeds` with their mean and deviation, printed."""
+    if not config.seeds:
+        return work(config)
+    found = [
+        work(replace(config, seed=seed, picture="" if place else config.picture))
+        for place, seed in enumerate(config.seeds)
+    ]
+    whole = scores.summary(found)
+    say(f"top-1 {whole['top1']:.2f} +- {whole['top1_deviation']:.2f} over the seeds {list(config.seeds)} of the heads")
+    return {**whole, "seeds": [{"seed": seed, **one} for seed, one in zip(config.seeds, found, strict=True)]}
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises UserError."""
+    if len(set(seeds)) < len(seeds) or len(seeds) == 1:
+        raise UserError(f"seeds={list(seeds)} must be two or more that differ: give seed= for one.")
 
 
 def choose(config: Choice, task: protocol.Task, settings: Sequence[Setting], train: Train) -> dict[str, Any]:

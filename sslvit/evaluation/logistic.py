@@ -42,8 +42,10 @@ def run(config: Config) -> dict[str, Any]:
             start = heads[l2] = solve(x, labels, len(task.classes), l2, config.iterations, start)
         return torch.stack([heads[one["l2"]] for one in chosen]).cpu()
 
-    results = on_first_process(lambda: linear.choose(config, task, [{"l2": l2} for l2 in config.l2], train))
-    if results["setting"]["l2"] in (min(config.l2), max(config.l2)) and len(config.l2) > 1:
+    settings = [{"l2": l2} for l2 in config.l2]
+    results = on_first_process(lambda: linear.repeated(config, lambda one: linear.choose(one, task, settings, train)))
+    ends, chosen = (min(config.l2), max(config.l2)), results.get("seeds", [results])
+    if any(one["setting"]["l2"] in ends for one in chosen) and len(config.l2) > 1:
         say("The chosen penalty is at the end of the list: a longer list may give a better one.")
     protocol.write(config, task, "logistic", results)
     return results

@@ -61,8 +61,10 @@ def run(config: linear.Config) -> dict[str, Any]:
     """Train the head on random crops, test it once; prints and writes <run>/eval/linear_<protocol>.json. Raises
     UserError."""
     name, published = config.protocol, PROTOCOLS[config.protocol]
-    if config.pools or config.weight_decay != linear.Config.weight_decay:
-        raise UserError(f"pools and weight_decay belong to protocol=sweep: protocol={name} has one head without decay.")
+    if config.pools or config.seeds or config.weight_decay != linear.Config.weight_decay:
+        raise UserError(
+            f"pools, seeds and weight_decay belong to protocol=sweep: protocol={name} has one head without decay."
+        )
     if config.lr != linear.LEARNING_RATES and len(config.lr) != 1:
         raise UserError(f"lr={list(config.lr)}: protocol={name} has one learning rate, at a batch of 256 images.")
     lr = published.lr if config.lr == linear.LEARNING_RATES else config.lr[0]

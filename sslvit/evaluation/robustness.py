@@ -115,8 +115,8 @@ def check(config: Config) -> None:
                 f"data.{key} is missing: robustness needs labelled images, data.train=<folder> data.test=<folder>."
             )
     linear.check(config)
-    if config.protocol != "sweep" or config.pools:
-        raise UserError("robustness takes one way of pooling, pool=, and protocol=sweep: leave protocol and pools out.")
+    if config.protocol != "sweep" or config.pools or config.seeds:
+        raise UserError("robustness has one probe, of pool=, by protocol=sweep: leave protocol, pools and seeds out.")
     check_range("", config, 1, None, "images", "steps")
     check_range("", config, 0, 255, "eps")
     for key, names in (("corruptions", corruptions.NAMES), ("attacks", tuple(ATTACKS))):

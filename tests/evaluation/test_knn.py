@@ -329,6 +329,11 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
     assert "batch_size=0 must be 1 or above" in fails(command, run, train, test, "batch_size=0")
     assert "workers=-1 must be 0 or above" in fails(command, run, train, test, "workers=-1")
     assert "is not a model of timm" in fails(command, "run=random:vit_tinny", train, test)
+    one = tmp_path / "one" / "class0"
+    shutil.copytree(labelled / "train" / "class0", one)
+    assert "one class only" in fails(command, run, f"data.train={one.parent}", test)
+    np.savez(tmp_path / "five.npz", images=np.zeros((6, 32, 32, 5), np.uint8))
+    assert "channels" in fails(command, run, f"data.train={tmp_path / 'five.npz'}", test)
     other = tmp_path / "other"
     shutil.copytree(labelled / "test", other)
     (other / "class2").rename(other / "unheard_of")

@@ -1,3 +1,4 @@
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -121,3 +122,19 @@ def test_standardised_features_have_mean_zero_and_deviation_one():
 def test_settings_that_cannot_be_get_a_sentence(fails, labelled, colour_run, word):
     train, test = f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"
     assert word.split("=")[0] in fails("linear", f"run={colour_run}", train, test, word)
+
+
+def test_seeds_are_trainings_of_their_own_with_mean_and_deviation(cli, fails, labelled, colour_run, tmp_path):
+    sets = [f"run={colour_run}", f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}", "holdout=0.3"]
+    few = ["lr=[0.003]", "weight_decay=[0]", "pool=cls", "epochs=3", "probe_batch_size=16"]
+    out = tmp_path / "r.json"
+    status, printed, _ = cli("linear", *sets, *few, f"out={out}", "seeds=[0,1,2]")
+    assert status == 0
+    results = json.loads(out.read_text())["results"]
+    each = [one["top1"] for one in results["seeds"]]
+    assert results["top1"] == pytest.approx(sum(each) / 3, abs=1e-3)
+    assert results["top1_deviation"] == pytest.approx(torch.tensor(each).std().item(), abs=1e-3)
+    assert "over the seeds [0, 1, 2]" in printed
+    assert cli("linear", *sets, *few, f"out={out}", "seed=2")[0] == 0
+    assert json.loads(out.read_text())["results"]["right"] == results["seeds"][2]["right"]
+    assert "two or more that differ" in fails("linear", *sets, "seeds=[1,1]")
