@@ -408,6 +408,27 @@ def test_several_labels_of_an_image_are_learned(labelled):
     assert record["task"] == "multilabel"
 
 
+def test_tables_bring_labels_and_numbers(cli, fails, labelled, colour_run, tmp_path):
+    """A row an image: which colours it is not, and how much it weighs."""
+    names = {"class0": ("green|blue", 1000), "class1": ("red|blue", 1200), "class2": ("red|green", 1400)}
+    for split in ("train", "test"):
+        rows = [f"{path},{names[path.parent.name][0]},{names[path.parent.name][1]}"
+                for path in sorted((labelled / split).glob("*/*.png"))]  # fmt: skip
+        (tmp_path / f"{split}.csv").write_text("\n".join(["path,label,weight", *rows]) + "\n")
+    out = tmp_path / "r.json"
+    more = ["recipe=small", "epochs=12", "global_batch_size=12", "base_lr=0.02", "warmup_epochs=0", f"out={out}"]
+
+    def train(task: str, column: str) -> dict:
+        sets = [f"data.train={tmp_path / 'train.csv'}{column}", f"data.test={tmp_path / 'test.csv'}{column}"]
+        assert cli("finetune", f"run={colour_run}", *sets, f"task={task}", *more)[0] == 0
+        return json.loads(out.read_text())["results"]
+
+    assert train("multilabel", "")["map"] > 90
+    assert train("regression", ":weight")["r2"] > 0.5
+    folders = [f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"]
+    assert "have no label texts" in fails("finetune", f"run={colour_run}", *folders, "task=multilabel")
+
+
 def test_numbers_are_learned_in_their_own_units_and_written_so(labelled, tmp_path):
     config, (frozen, sources, of_class) = prepared(labelled, out_model=str(tmp_path / "model"))
     train, test = (1000 + 200 * labels.float().unsqueeze(1) for labels in (of_class.train, of_class.test))
