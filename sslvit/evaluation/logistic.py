@@ -24,7 +24,7 @@ ROWS = 2**15  # features in a part of the sum over images
 @dataclass
 class Config(linear.Choice):
     l2: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # penalty: l2 / 2 * sum of squared weights; one is chosen
-    iterations: int = 200  # of L-BFGS at most
+    iterations: int = 100  # of L-BFGS at most
 
 
 def run(config: Config) -> dict[str, Any]:
