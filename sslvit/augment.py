@@ -87,7 +87,8 @@ def augment(batch: dict[str, Tensor], views: Views, normalize: Normalize, device
         parameters = Parameters(
             *(torch.cat([getattr(p, field) for p in drawn]) for field in Parameters.__annotations__)
         )
-        out[name] = normalize(apply(x.flatten(0, 1).float() / 255, parameters)).view(x.shape)
+        pixels = x.flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)  # workers give channels last
+        out[name] = normalize(apply(pixels / 255, parameters)).view(x.shape)
     return out
 
 
