@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import rng
+from .errors import UserError
 
 TRIES = 10  # torchvision's RandomResizedCrop draws up to ten boxes and then takes the centre
 
@@ -26,14 +27,24 @@ class Crop:
     scale: tuple[float, float]  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the box
     flip_prob: float = 0.5  # left-right
+    vertical_flip_prob: float = 0.0  # upside down
+    rotate_prob: float = 0.0  # by a quarter, a half or three quarters of a turn; 0.75 makes all four ways up alike
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
-    jitter_prob: float = 0.0
+    channel_jitter: tuple[float, float] = (0.0, 0.0)  # brightness, contrast of each channel by itself
+    jitter_prob: float = 0.0  # of both kinds of jitter
     gray_prob: float = 0.0
     blur_prob: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize_prob: float = 0.0
     tries: int = TRIES  # boxes drawn until one fits; then the largest centred one, or with 1 the drawn one, clamped
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.rotate_prob and self.size[0] != self.size[1]:
+            raise UserError(
+                f"rotate_prob={self.rotate_prob} turns crops by 90 degrees, and those of {self.size[0]}x{self.size[1]} "
+                "pixels are not square: set rotate_prob=0 (vertical_flip_prob does for any shape)."
+            )
 
 
 Views = dict[str, list[Crop]]  # crops of one name have one size and travel as one tensor
