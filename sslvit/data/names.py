@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from array import array
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -11,9 +12,11 @@ class Names:
     """Strings by number. File names of any bytes are kept as they are."""
 
     def __init__(self, names: Iterable[str] | Iterable[bytes]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self.blob = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        blob, ends = bytearray(), array("q")
+        for name in names:
+            blob += os.fsencode(name)
+            ends.append(len(blob))
+        self.ends, self.blob = np.array(ends, dtype=np.int64), np.frombuffer(blob, dtype=np.uint8)
 
     @classmethod
     def of_arrays(cls, ends: np.ndarray, blob: np.ndarray) -> "Names":
