@@ -125,10 +125,8 @@ def save(config: RunConfig, path: Path) -> None:
 
 def differences(old: Path, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """{key: (value in the file, value now)} where a stored configuration and a new one differ."""
-    before = flatten(_defaults(new.method)) | flatten(
-        read_yaml(old)
-    )  # a key that is newer than the file had its default
-    now = flatten(OmegaConf.structured(new))
+    stored, now = flatten(read_yaml(old)), flatten(OmegaConf.structured(new))
+    before = flatten(_defaults(new.method)) | stored  # a key that is newer than the file had its default
     return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
 
 

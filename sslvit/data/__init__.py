@@ -33,9 +33,7 @@ class Config:
     download_dir: str = "~/.cache/sslvit"  # where what is downloaded or unpacked is or will be
     value_range: tuple[float, float] | None = None  # deeper than 8 bits: what is black, white; null: [0,65535] or [0,1]
     workers: int | None = None  # processes that load images, for each training process; null: by the number of cores
-    cache: Cache = (
-        None  # decoded images in memory: ram (or true), once a machine; false; null: if of one size and they fit
-    )
+    cache: Cache = None  # decoded images in memory, once a machine: ram (or true), false; null: if of one size and fit
     bad_ratio: float = 0.01  # the run stops when more than this share of the images cannot be read
 
 

@@ -10,7 +10,6 @@ import mmap
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -197,10 +196,10 @@ def _nameless(size: int) -> IO[bytes] | None:
     """Memory that has a file number, if the system has such."""
     try:
         file = os.fdopen(os.memfd_create("sslvit"), "r+b")
+        os.ftruncate(file.fileno(), size)
+        return file
     except (AttributeError, OSError):
         return None
-    os.ftruncate(file.fileno(), size)
-    return file
 
 
 def machine() -> str:
@@ -245,8 +244,11 @@ def cached(source: Source, cache: Cache, seed: int, memory: Memory) -> Source:
     if not (decided and shape):
         return source
     if address and its_size == size and not (room and address == room.address()):
-        with suppress(OSError):  # of a system that hides processes from one another: then each has its own
+        try:
             room = Room(size, address)
+        except OSError:  # a system that hides processes from one another: then each has its own, if it was asked for
+            if cache is None:
+                return source
     return Cached(source, shape, room)
 
 
