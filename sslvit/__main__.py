@@ -95,8 +95,10 @@ def _pretrain(words: list[str]) -> int | None:
     if _wants_help(words):
         method = next((word.split("=", 1)[1] for word in words if word.startswith("method=")), "mae")
         print("sslvit pretrain [recipe.yaml] [folder of images] [key=value ...]\n")
-        print(f"Keys with their defaults for method={method}; a key may be given by its last name alone:\n")
-        print(config.help_text(method))
+        presets = [word.split("=", 1)[1] for word in words if word.startswith(("preset=", "objective.preset="))]
+        shown = f"method={method}" + "".join(f" preset={preset}" for preset in presets[-1:])
+        print(f"Keys with their defaults for {shown}; a key may be given by its last name alone:\n")
+        print(config.help_text(method, *presets[-1:]))
         return None
     from .pretrain import pretrain
 

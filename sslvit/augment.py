@@ -1,4 +1,5 @@
-"""The batched half of the augmentation: flip, jitter, grayscale, blur, solarise, normalise, on the training device.
+"""The batched half of the augmentation: flips, turns, jitter, grayscale, blur, solarise, normalise, on the training
+device.
 
 Each operation follows torchvision's or PIL's formula on images in [0, 1], without the rounding to 8 bits that PIL does
 after every operation. Parameters are drawn on the CPU from the crops' keys, so that which rows an operation concerns is
@@ -18,6 +19,7 @@ from .views import Crop, Views, crop_key
 
 GRAY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 SOLARIZE_THRESHOLD = 128 / 255
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # factors of brightness, contrast, saturation and hue that change nothing
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,23 @@ class Parameters:
     sigma: Tensor  # [R] float32, pixels
     solarize: Tensor  # [R] bool
     radius: Tensor  # [R] int64, pixels: where the Gaussian is cut off; of the largest sigma possible, not of this batch
+    upside_down: Tensor  # [R] bool
+    turns: Tensor  # [R] int64, 0 .. 3: quarter turns, against the clock
+    channels: Tensor  # [R, 2, C] float32: brightness and contrast factors of each channel by itself
 
 
-def draw(crop: Crop, key: Tensor) -> Parameters:
+def draw(crop: Crop, key: Tensor, channels: int = 3) -> Parameters:
     """[R] keys of crops of one kind -> their parameters."""
-    u = rng.uniform(rng.fold_in(key, "colour"), 14)
+    u = rng.uniform(rng.fold_in(key, "colour"), 17)  # a longer draw begins with the same numbers
     strength = torch.tensor(crop.jitter)
     low = torch.cat([(1 - strength[:3]).clamp(min=0), -strength[3:]])
     high = torch.cat([1 + strength[:3], strength[3:]])
+    each = torch.ones(len(key), 2, channels)
+    if any(crop.channel_jitter):
+        share = rng.uniform(rng.fold_in(key, "channels"), 2 * channels).view(-1, 2, channels)
+        strength = torch.tensor(crop.channel_jitter).view(2, 1)
+        least = (1 - strength).clamp(min=0)
+        each = least + (1 + strength - least) * share
     return Parameters(
         flip=u[:, 0] < crop.flip_prob,
         jitter=u[:, 1] < crop.jitter_prob,
@@ -72,6 +83,9 @@ def draw(crop: Crop, key: Tensor) -> Parameters:
         sigma=crop.blur_sigma[0] + (crop.blur_sigma[1] - crop.blur_sigma[0]) * u[:, 12],
         solarize=u[:, 13] < crop.solarize_prob,
         radius=torch.full((len(key),), math.ceil(3 * crop.blur_sigma[1])),
+        upside_down=u[:, 14] < crop.vertical_flip_prob,
+        turns=torch.where(u[:, 15] < crop.rotate_prob, 1 + (3 * u[:, 16]).long(), 0),
+        channels=each,
     )
 
 
@@ -83,11 +97,12 @@ def augment(batch: dict[str, Tensor], views: Views, normalize: Normalize, device
     out = {"key": key.to(device, non_blocking=True)}
     for name, crops in views.items():
         x = batch[name].to(device, non_blocking=True)
-        drawn = [draw(crop, crop_key(key, name, v)) for v, crop in enumerate(crops)]
+        drawn = [draw(crop, crop_key(key, name, v), x.shape[2]) for v, crop in enumerate(crops)]
         parameters = Parameters(
             *(torch.cat([getattr(p, field) for p in drawn]) for field in Parameters.__annotations__)
         )
-        out[name] = normalize(apply(x.flatten(0, 1).float() / 255, parameters)).view(x.shape)
+        pixels = x.flatten(0, 1).to(torch.float32, memory_format=torch.contiguous_format)  # workers give channels last
+        out[name] = normalize(apply(pixels / 255, parameters)).view(x.shape)
     return out
 
 
@@ -95,18 +110,26 @@ def apply(x: Tensor, p: Parameters) -> Tensor:
     """[R, C, h, w] float32 in [0, 1] -> the same, in DINO's order (section 3.2 and BYOL, appendix B)."""
 
     def on_rows(chosen: Tensor, operation: Callable[..., Tensor], *values: Tensor) -> None:
+        """values: [R], or [R, C] for numbers of each channel."""
         rows = chosen.nonzero().squeeze(1)
         if len(rows):
-            values = [value[rows].to(x.device, non_blocking=True).view(-1, 1, 1, 1) for value in values]
+            values = [value[rows].view(len(rows), -1, 1, 1).to(x.device, non_blocking=True) for value in values]
             rows = rows.to(x.device, non_blocking=True)
             x.index_copy_(0, rows, operation(x.index_select(0, rows), *values))
 
     colour = x.shape[1] == 3
     on_rows(p.flip, lambda y: y.flip(-1))
+    on_rows(p.upside_down, lambda y: y.flip(-2))
+    for turns in range(1, 4):
+        on_rows(p.turns == turns, partial(torch.rot90, k=turns, dims=(-2, -1)))
     for place in range(4):
         for number, operation in enumerate((brightness, contrast, saturation, hue)):
             if colour or number < 2:
-                on_rows(p.jitter & (p.order[:, place] == number), operation, p.factors[:, number])
+                chosen = p.jitter & (p.order[:, place] == number) & (p.factors[:, number] != NEUTRAL[number])
+                on_rows(chosen, operation, p.factors[:, number])
+    jittered = p.jitter & (p.channels != 1).flatten(1).any(dim=1)
+    on_rows(jittered, brightness, p.channels[:, 0])
+    on_rows(jittered, channel_contrast, p.channels[:, 1])
     if colour:
         on_rows(p.gray, lambda y: gray(y).expand_as(y))
     on_rows(p.blur, partial(blur, radius=int(p.radius.max())), p.sigma)  # p lies on the CPU: nothing waits
@@ -128,6 +151,11 @@ def brightness(x: Tensor, factor: Tensor) -> Tensor:
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
     mean = gray(x).mean(dim=(-2, -1), keepdim=True)
     return (x * factor + mean * (1 - factor)).clamp_(0, 1)
+
+
+def channel_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Each channel about its own mean, where `contrast` takes that of the gray image. factor: [R, C, 1, 1]."""
+    return (x * factor + x.mean(dim=(-2, -1), keepdim=True) * (1 - factor)).clamp_(0, 1)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:

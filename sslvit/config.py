@@ -1,9 +1,11 @@
-"""The configuration of a run: dataclass defaults < the method's defaults < a YAML recipe < key=value words.
+"""The configuration of a run: dataclass defaults < the method's defaults < those of its preset < a YAML recipe <
+key=value words.
 
 Every key is declared in a dataclass beside the code that reads it. Nothing is changed after loading: what follows
 from the configuration is computed by `make_plan`.
 """
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -78,7 +80,9 @@ def load(words: list[str]) -> RunConfig:
     values = read_yaml(recipes[0]) if recipes else {}
 
     method = str(next((v for k, v in reversed(given) if k == "method"), values.get("method") or RunConfig.method))
-    config = _defaults(method)
+    preset = (values.get("objective") or {}).get("preset") if isinstance(values.get("objective"), dict) else None
+    preset = next((v for k, v in reversed(given) if k in ("preset", "objective.preset")), preset)
+    config = _defaults(method, preset)
     keys = list(flatten(config))
     for layer, where in [(values, str(recipes[0]))] if recipes else []:
         check_keys(layer, keys, where, "pretrain")
@@ -91,10 +95,21 @@ def load(words: list[str]) -> RunConfig:
     return OmegaConf.to_object(config)
 
 
-def _defaults(method: str) -> DictConfig:
-    """The dataclasses' defaults under those of the method's paper."""
+def _defaults(method: str, preset: str | None = None) -> DictConfig:
+    """The dataclasses' defaults under those of the method's paper, and those under what a preset of it sets. Raises
+    UserError."""
     module = objectives.find(method)
-    return OmegaConf.merge(OmegaConf.structured(RunConfig(method=method, objective=module.Config())), module.DEFAULTS)
+    config = OmegaConf.merge(OmegaConf.structured(RunConfig(method=method, objective=module.Config())), module.DEFAULTS)
+    if preset is None:
+        return config
+    presets = getattr(module, "PRESETS", {})
+    if not presets:
+        raise UserError(f"objective.preset={preset}: method={method} has no presets, leave it out.")
+    if preset not in presets:
+        near = difflib.get_close_matches(str(preset), presets, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"objective.preset={preset} is not one of {', '.join(presets)}.{hint}")
+    return merge(config, {"objective": {"preset": preset, **presets[preset]}}, f"objective.preset={preset}")
 
 
 def _with_one_duration(values: dict[str, Any]) -> dict[str, Any]:
@@ -110,13 +125,14 @@ def save(config: RunConfig, path: Path) -> None:
 
 def differences(old: Path, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """{key: (value in the file, value now)} where a stored configuration and a new one differ."""
-    before, now = flatten(read_yaml(old)), flatten(OmegaConf.structured(new))
+    stored, now = flatten(read_yaml(old)), flatten(OmegaConf.structured(new))
+    before = flatten(_defaults(new.method)) | stored  # a key that is newer than the file had its default
     return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
 
 
-def help_text(method: str) -> str:
+def help_text(method: str, preset: str | None = None) -> str:
     """All keys of a method with their defaults and what they mean."""
-    return "\n".join(help_lines(OmegaConf.to_object(_defaults(method))))
+    return "\n".join(help_lines(OmegaConf.to_object(_defaults(method, preset))))
 
 
 def check(config: RunConfig) -> None:

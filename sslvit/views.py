@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import rng
+from .errors import UserError
 
 TRIES = 10  # torchvision's RandomResizedCrop draws up to ten boxes and then takes the centre
 
@@ -26,14 +27,24 @@ class Crop:
     scale: tuple[float, float]  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the box
     flip_prob: float = 0.5  # left-right
+    vertical_flip_prob: float = 0.0  # upside down
+    rotate_prob: float = 0.0  # by a quarter, a half or three quarters of a turn; 0.75 makes all four ways up alike
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
-    jitter_prob: float = 0.0
+    channel_jitter: tuple[float, float] = (0.0, 0.0)  # brightness, contrast of each channel by itself
+    jitter_prob: float = 0.0  # of both kinds of jitter
     gray_prob: float = 0.0
     blur_prob: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize_prob: float = 0.0
     tries: int = TRIES  # boxes drawn until one fits; then the largest centred one, or with 1 the drawn one, clamped
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.rotate_prob and self.size[0] != self.size[1]:
+            raise UserError(
+                f"rotate_prob={self.rotate_prob} turns crops by 90 degrees, and those of {self.size[0]}x{self.size[1]} "
+                "pixels are not square: set rotate_prob=0 (vertical_flip_prob does for any shape)."
+            )
 
 
 Views = dict[str, list[Crop]]  # crops of one name have one size and travel as one tensor
@@ -72,28 +83,48 @@ def _centre_boxes(crop: Crop, height: Tensor, width: Tensor) -> Tensor:
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
-    """[C, H, W] uint8 or float -> [C, h, w] of the same type: antialiased, as PIL's."""
+    """[C, H, W] or [B, C, H, W], uint8 or float -> the same of (h, w) pixels: antialiased, as PIL's."""
     if tuple(image.shape[-2:]) == size:
         return image
-    resized = F.interpolate(image.unsqueeze(0), size, mode=interpolation, antialias=True, align_corners=False)
-    return resized.squeeze(0).clamp_(0, 255)
+    batch = image if image.ndim == 4 else image.unsqueeze(0)
+    resized = F.interpolate(batch, size, mode=interpolation, antialias=True, align_corners=False)
+    if image.is_floating_point():  # of bytes torch itself takes care
+        resized.clamp_(0, 255)
+    return resized if image.ndim == 4 else resized.squeeze(0)
 
 
 def cut(images: Sequence[Tensor], key: Tensor, views: Views) -> dict[str, Tensor]:
-    """B images [C, H, W] of any sizes, uint8 or float in [0, 255] -> {name: [V, B, C, h, w]}, view after view."""
+    """B images [C, H, W] of any sizes, uint8 or float in [0, 255] -> {name: [V, B, C, h, w]}, view after view.
+
+    Crops of images that lie pixel by pixel in memory (channels last, as decoders give them and as torch resamples
+    colours) do so too: nothing is put into another order here.
+    """
     height = torch.tensor([image.shape[-2] for image in images])
     width = torch.tensor([image.shape[-1] for image in images])
     deep = any(image.is_floating_point() for image in images)
+    pixels = [image.permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2) for image in images]  # or torch overlooks it
     batch = {}
     for name, crops in views.items():
-        shape = (len(crops), len(images), images[0].shape[0], *crops[0].size)
-        out = torch.empty(shape, dtype=torch.float32 if deep else torch.uint8)
-        for v, crop in enumerate(crops):
-            boxes = draw_boxes(crop, crop_key(key, name, v), height, width).tolist()
-            for b, (image, (top, left, h, w)) in enumerate(zip(images, boxes, strict=True)):
-                out[v, b] = resize(image[:, top : top + h, left : left + w], crop.size, crop.interpolation)
-        batch[name] = out
+        boxes = _boxes_of(crops, key, name, height, width)
+        cuts = [torch.empty(0)] * (len(crops) * len(images))
+        for b, image in enumerate(pixels):  # image after image: it stays in the cache of the processor
+            for v, crop in enumerate(crops):
+                top, left, h, w = boxes[v][b]
+                cuts[v * len(images) + b] = resize(
+                    image[:, :, top : top + h, left : left + w], crop.size, crop.interpolation
+                )
+        batch[name] = torch.cat([cut.float() for cut in cuts] if deep else cuts).unflatten(0, (len(crops), -1))
     return batch
+
+
+def _boxes_of(crops: list[Crop], key: Tensor, name: str, height: Tensor, width: Tensor) -> list[list[list[int]]]:
+    """Box of each crop of each image, [V][B][4]. Crops that differ in colours only are drawn together, because a call
+    costs more than what it computes."""
+    keys = [crop_key(key, name, v) for v in range(len(crops))]
+    if len({(crop.scale, crop.ratio, crop.tries) for crop in crops}) > 1:
+        return [draw_boxes(crop, k, height, width).tolist() for crop, k in zip(crops, keys, strict=True)]
+    together = draw_boxes(crops[0], torch.cat(keys), height.repeat(len(crops)), width.repeat(len(crops)))
+    return together.view(len(crops), -1, 4).tolist()
 
 
 def random_batch(views: Views, batch_size: int, in_chans: int, device: torch.device) -> dict[str, Tensor]:

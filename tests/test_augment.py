@@ -11,6 +11,7 @@ from sslvit.objectives import dino
 from sslvit.views import Crop
 
 LEVEL = 1 / 255
+UNTURNED = (torch.tensor([False]), torch.tensor([0]), torch.ones(1, 2, 3))  # no flip, no turn, no jitter of channels
 
 
 def photo(seed: int = 0, size: int = 48) -> torch.Tensor:
@@ -85,7 +86,9 @@ def test_operations_come_in_the_drawn_order():
     operations = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
     no, yes = torch.tensor([False]), torch.tensor([True])
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
-        p = Parameters(no, yes, torch.tensor([order]), factors, no, no, torch.tensor([1.0]), no, torch.tensor([6]))
+        p = Parameters(
+            no, yes, torch.tensor([order]), factors, no, no, torch.tensor([1.0]), no, torch.tensor([6]), *UNTURNED
+        )
         expected = image.clone()
         for i in order:
             expected = operations[i](expected, number(factors[0, i].item()))
@@ -113,6 +116,79 @@ def test_probabilities_and_ranges_over_ten_thousand_draws():
         assert 0.1 <= p.sigma.min() < p.sigma.max() <= 2.0
         assert len({tuple(row) for row in p.order.tolist()}) == 24
         assert torch.equal(p.order.sort(dim=1).values, torch.arange(4).expand(n, 4))
+
+
+def test_flips_and_turns_over_ten_thousand_draws():
+    n, keys = 10_000, rng.fold_in(0, "draws", torch.arange(10_000))
+    p = augment.draw(Crop((8, 8), (0.4, 1.0), vertical_flip_prob=0.3, rotate_prob=0.75), keys)
+    assert abs(p.upside_down.double().mean().item() - 0.3) <= 4 * (0.3 * 0.7 / n) ** 0.5
+    for turns in range(4):
+        assert abs((p.turns == turns).double().mean().item() - 0.25) <= 4 * (0.25 * 0.75 / n) ** 0.5
+    flags = torch.stack([p.flip, p.upside_down, p.turns > 0]).double()
+    assert (torch.corrcoef(flags) - torch.eye(3)).abs().max() < 0.05
+    never = augment.draw(Crop((8, 8), (0.4, 1.0)), keys)
+    assert not never.upside_down.any()
+    assert not never.turns.any()
+    assert torch.equal(never.flip, p.flip)  # other operations do not move the draws of these
+
+
+@pytest.mark.parametrize("channels", [1, 3, 13])
+def test_channel_jitter_over_ten_thousand_draws(channels):
+    keys = rng.fold_in(0, "draws", torch.arange(10_000))
+    p = augment.draw(Crop((8, 8), (0.4, 1.0), channel_jitter=(0.4, 0.2), jitter_prob=0.8), keys, channels)
+    assert p.channels.shape == (10_000, 2, channels)
+    for row, (low, high) in enumerate([(0.6, 1.4), (0.8, 1.2)]):
+        factor = p.channels[:, row]
+        assert low <= factor.min() < low + 0.01 * (high - low)
+        assert high - 0.01 * (high - low) < factor.max() <= high
+        assert factor.mean().item() == pytest.approx(1.0, abs=0.02 * (high - low))
+    between = torch.corrcoef(p.channels.flatten(1).t().double()) - torch.eye(2 * channels)
+    assert between.abs().max() < 0.05
+
+
+def test_flips_and_turns_are_torchvisions_and_pils():
+    image = as_float(photo(6)).unsqueeze(0)
+    no = torch.tensor([False])
+    for flip, upside_down, turns in ((0, 1, 0), (1, 1, 0), (0, 0, 1), (0, 0, 3), (1, 0, 1), (0, 1, 2)):
+        p = Parameters(
+            torch.tensor([bool(flip)]), no, torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4), no, no,
+            torch.tensor([1.0]), no, torch.tensor([6]), torch.tensor([bool(upside_down)]), torch.tensor([turns]),
+            torch.ones(1, 2, 3),
+        )  # fmt: skip
+        pil = Image.fromarray(photo(6).permute(1, 2, 0).numpy())
+        pil = pil_tv.hflip(pil) if flip else pil
+        pil = pil_tv.vflip(pil) if upside_down else pil
+        pil = pil.rotate(90 * turns)
+        assert torch.equal(augment.apply(image.clone(), p)[0], as_float(pil))
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
+def test_jitter_of_a_channel_is_torchvisions_of_that_channel_alone(factor):
+    image = torch.cat([photo(7), photo(8)])[:5]
+    factors = factor * torch.linspace(0.8, 1.2, 5).view(1, 5, 1, 1)
+    for name, operation in (("brightness", augment.brightness), ("contrast", augment.channel_contrast)):
+        ours = operation(as_float(image).unsqueeze(0), factors)[0]
+        for c in range(5):
+            one = getattr(tv, f"adjust_{name}")(image[c : c + 1], factors[0, c].item())
+            assert (ours[c : c + 1] - as_float(one)).abs().mean() < 1.5 * LEVEL
+
+
+@pytest.mark.parametrize("channels", [1, 3, 7])
+def test_channel_jitter_changes_each_channel_by_itself(channels):
+    crop = Crop((16, 16), (0.4, 1.0), flip_prob=0.0, channel_jitter=(0.4, 0.4), jitter_prob=0.5)
+    images = torch.randint(0, 256, (1, 40, channels, 16, 16), dtype=torch.uint8)
+    key = torch.arange(40)
+    flat = Normalize((0.0,) * channels, (1.0,) * channels)
+    out = augment.augment({"key": key, "image": images}, {"image": [crop]}, flat, torch.device("cpu"))["image"][0]
+    p = augment.draw(crop, rng.fold_in(key, "image", 0), channels)
+    for row in range(40):
+        expected = images[0, row].float() / 255
+        if p.jitter[row]:
+            brightness, contrast = p.channels[row].view(2, channels, 1, 1)
+            expected = (expected * brightness).clamp(0, 1)
+            expected = (expected * contrast + expected.mean((1, 2), keepdim=True) * (1 - contrast)).clamp(0, 1)
+        assert torch.allclose(out[row], expected, atol=1e-5)
+    assert 5 < p.jitter.sum() < 35
 
 
 def test_draws_of_different_operations_are_independent():

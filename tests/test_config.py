@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from sslvit import config, export
+from sslvit import config, export, objectives
 from sslvit.errors import UserError
 from sslvit.evaluation import knn, linear
 from sslvit.words import flatten, help_lines
@@ -158,3 +158,55 @@ def test_every_key_of_the_other_commands_is_explained_in_the_help(command):
 
 def test_a_list_in_place_of_a_dictionary_is_refused(fails):
     assert "model.args=[]" in fails("pretrain", "model.args=[]")
+
+
+def test_a_preset_sets_its_keys_and_what_is_written_wins(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: dino\nobjective: {preset: xray, blur_prob: [0.2, 0.2, 0.2]}\n")
+    loaded = config.load([str(recipe), "solarize_prob=0.1"]).objective
+    assert (loaded.preset, loaded.jitter, loaded.gray_prob) == ("xray", (0.1, 0.2, 0.0, 0.0), 0.0)
+    assert loaded.blur_prob == (0.2, 0.2, 0.2)
+    assert loaded.solarize_prob == 0.1
+    assert config.load([str(recipe), "preset=channels"]).objective.channel_jitter == (0.4, 0.4)
+    assert config.load(["method=mae", "objective.preset=satellite"]).objective.rotate_prob == 0.75
+
+
+@pytest.mark.parametrize("method", objectives.names())
+def test_the_preset_by_default_is_the_paper_and_each_can_be_built_and_stored(method, tmp_path):
+    module = objectives.find(method)
+    assert config.load([f"method={method}"]) == config.load([f"method={method}", "preset=photo"])
+    for preset in module.PRESETS:
+        loaded = config.load([f"method={method}", f"preset={preset}"])
+        crops = [crop for named in module.views(loaded.objective, loaded.data).values() for crop in named]
+        if preset in ("gray", "xray", "channels"):
+            assert all(crop.vertical_flip_prob == crop.rotate_prob == 0 for crop in crops)
+            assert all(crop.jitter[2:] == (0, 0) for crop in crops)
+        if preset in ("microscopy", "satellite"):
+            assert all((crop.vertical_flip_prob, crop.rotate_prob) == (0.5, 0.75) for crop in crops)
+        if preset not in ("photo", "dinov2_released"):
+            assert all(crop.jitter[3] == crop.solarize_prob == crop.gray_prob == 0 for crop in crops)
+        config.save(loaded, tmp_path / "config.yaml")
+        assert f"preset: {preset}" in (tmp_path / "config.yaml").read_text()
+        assert config.load([str(tmp_path / "config.yaml")]) == loaded
+
+
+def test_the_blur_of_dinov2s_released_code_is_that_of_the_paper_turned_around():
+    paper, released = (config.load(["method=dino", *words]).objective for words in ([], ["preset=dinov2_released"]))
+    assert released.blur_prob == pytest.approx([1 - probability for probability in paper.blur_prob])
+
+
+def test_the_help_shows_what_a_preset_sets(cli):
+    shown = cli("pretrain", "method=dino", "preset=microscopy", "--help")[1]
+    assert "objective.rotate_prob=0.75" in shown
+    assert "microscopy" in cli("pretrain", "method=mae", "--help")[1]
+    assert "Did you mean satellite?" in cli("pretrain", "preset=satelite", "--help")[2]
+
+
+def test_a_key_that_is_newer_than_a_stored_configuration_had_its_default(tmp_path):
+    loaded = config.load(["method=dino"])
+    config.save(loaded, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text("".join(line for line in text.splitlines(True) if "rotate_prob" not in line))
+    assert config.differences(tmp_path / "config.yaml", loaded) == {}
+    loaded.objective.rotate_prob = 0.5
+    assert config.differences(tmp_path / "config.yaml", loaded) == {"objective.rotate_prob": (0.0, 0.5)}

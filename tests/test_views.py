@@ -8,6 +8,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from sslvit import rng, views
+from sslvit.errors import UserError
 from sslvit.views import Crop
 
 
@@ -97,3 +98,26 @@ def test_the_centre_is_torchvisions_resize_and_centre_crop(height, width):
     # torchvision truncates the longer side to whole pixels where we round: the pixel grids may differ by one in 256
     assert (ours.float() - theirs.float()).abs().mean() < (1e-6 if height == width else 20)
     assert ours.shape == theirs.shape
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("spec", [{"image": [Crop((24, 16), (0.2, 1.0))]}, {"two": [Crop((16, 16), (0.1, 1.0))] * 2}])
+def test_crops_do_not_depend_on_the_order_of_pixels_in_memory(spec, channels):
+    """As a decoder gives them, as an array file does, and as a cache keeps them: the same run with each."""
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, channels), dtype=np.uint8)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    for name, crops in views.cut([image] * 3, keys(3), spec).items():
+        assert torch.equal(crops, views.cut([image.contiguous()] * 3, keys(3), spec)[name])
+
+
+def test_crops_that_differ_in_size_of_box_are_drawn_each_with_its_own():
+    image = torch.arange(100, dtype=torch.uint8).repeat(3, 100, 1)
+    small, large = Crop((8, 8), (0.01, 0.02)), Crop((8, 8), (1.0, 1.0), (1.0, 1.0))
+    cut = views.cut([image], keys(1), {"mixed": [small, large]})["mixed"]
+    assert cut[0].max() - cut[0].min() < 25
+    assert cut[1].max() - cut[1].min() > 80
+
+
+def test_crops_that_are_turned_must_be_square():
+    with pytest.raises(UserError, match="not square: set rotate_prob=0"):
+        Crop((8, 16), (0.2, 1.0), rotate_prob=0.75)

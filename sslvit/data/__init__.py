@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +20,8 @@ __all__ = ["BadImage", "Config", "Source", "image_size", "kind_of", "normalizati
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+Cache = bool | Literal["ram"] | None
+
 
 @dataclass
 class Config:
@@ -31,7 +33,7 @@ class Config:
     download_dir: str = "~/.cache/sslvit"  # where what is downloaded or unpacked is or will be
     value_range: tuple[float, float] | None = None  # deeper than 8 bits: what is black, white; null: [0,65535] or [0,1]
     workers: int | None = None  # processes that load images, for each training process; null: by the number of cores
-    cache: bool | None = None  # keep decoded images in memory; null: if all have one size and fit
+    cache: Cache = None  # decoded images in memory, once a machine: ram (or true), false; null: if of one size and fit
     bad_ratio: float = 0.01  # the run stops when more than this share of the images cannot be read
 
 

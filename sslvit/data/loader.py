@@ -5,23 +5,27 @@ The order of an epoch is a permutation that is a function of (seed, epoch). Step
 fill a step is not seen in that epoch. So a run continues at step s by starting the stream at step s.
 """
 
+import math
 import mmap
 import os
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import rng
-from ..distributed import say
+from ..distributed import gather_objects, say
 from ..errors import UserError
 from ..hardware import free_memory
 from ..stopping import ignore_in_worker
 from ..views import Views, cut
-from . import BadImage, Source
+from ..words import shown
+from . import BadImage, Cache, Source
 
 SUBSTITUTES = 50  # images tried in place of one that cannot be read, before the run gives up
 WRITTEN_DOWN = 2**22  # images up to which the order of an epoch is kept as a list: 0.4 s to make, 170 MB while it is
@@ -132,10 +136,15 @@ class Cached:
     Only for images of one size and 8 bits; the others are read each time.
     """
 
-    def __init__(self, source: Source, shape: tuple[int, int, int]) -> None:
+    def __init__(self, source: Source, shape: tuple[int, int, int], room: "Room | None" = None) -> None:
+        """room: of `room_for` these images; None: one of this process and its workers."""
         self.source, self.labels, self.classes = source, source.labels, source.classes
-        self.pixels = _shared(len(source) * int(np.prod(shape))).view(len(source), *shape)
-        self.filled = _shared(len(source))
+        self.room = room or Room(room_for(source, shape))
+        size = len(source) * math.prod(shape)
+        # Pixel by pixel, as decoders give colours and as crops are cut from them.
+        c, h, w = shape
+        self.pixels = self.room.bytes[:size].view(len(source), h, w, c).permute(0, 3, 1, 2)
+        self.filled = self.room.bytes[size:]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -159,12 +168,57 @@ class Cached:
         return image
 
 
+def room_for(source: Source, shape: tuple[int, ...]) -> int:
+    """Bytes of all images and a mark for each."""
+    return len(source) * (math.prod(shape) + 1)
+
+
+class Room:
+    """Zeros that processes of one machine share: those forked from this one, and those that open its `address`.
+
+    Memory without a name (memfd of Linux) and not a file, so that it is gone with the last process that uses it,
+    however that ends, and has nothing to do with the size of /dev/shm, which is small in containers. Elsewhere only
+    forked processes share it. Pages are taken as they are written.
+    """
+
+    def __init__(self, size: int, address: str | None = None) -> None:
+        """address: of the room of another process, of the same size. Raises OSError if it cannot be opened."""
+        self.file = open(address, "r+b") if address else _nameless(max(1, size))  # noqa: SIM115
+        number = self.file.fileno() if self.file else -1
+        self.bytes = torch.frombuffer(mmap.mmap(number, max(1, size)), dtype=torch.uint8)[:size]
+
+    def address(self) -> str | None:
+        """What `open` takes in another process of this machine while this one lives."""
+        return f"/proc/{os.getpid()}/fd/{self.file.fileno()}" if self.file else None
+
+
+def _nameless(size: int) -> IO[bytes] | None:
+    """Memory that has a file number, if the system has such."""
+    try:
+        file = os.fdopen(os.memfd_create("sslvit"), "r+b")
+        os.ftruncate(file.fileno(), size)
+        return file
+    except (AttributeError, OSError):
+        return None
+
+
+def machine() -> str:
+    """The same for processes that can open one another's rooms: of one kernel, started once, that see one another."""
+    try:
+        started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{platform.node()} {started} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{platform.node()} {os.getpid()}"
+
+
 class Memory:
     """What the caches of this process may fill together: a share of the free memory, divided by the processes of the
-    machine. Pages are filled only as images are read, so each cache has to be counted when it is made."""
+    machine where they cannot share. Pages are filled only as images are read, so each cache has to be counted when it
+    is made."""
 
     def __init__(self) -> None:
-        self.left = CACHE_SHARE * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        alone = not hasattr(os, "memfd_create")
+        self.left = CACHE_SHARE * free_memory() / (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if alone else 1)
 
     def take(self, size: int) -> bool:
         fits = size <= self.left
@@ -172,30 +226,43 @@ class Memory:
         return fits
 
 
-def cached(source: Source, cache: bool | None, seed: int, memory: Memory) -> Source:
-    """The source, in memory if asked (`cache=True`), or if left open (None) and it will probably fit and help."""
+def cached(source: Source, cache: Cache, seed: int, memory: Memory) -> Source:
+    """The source, in memory if asked (`ram`), or if left open (None) and it will probably fit and help.
+
+    All processes call it together: those of a machine share one memory, that of the first of them, which decides.
+    """
     if cache is False:
         return source
-    shapes, sample = set(), rng.permutation(rng.fold_in(seed, "sample"), len(source))[:16].tolist()
-    for index in sample:
+    shape = _shape_of_all(source, seed)
+    size = room_for(source, shape) if shape else 0
+    wanted = bool(shape) and (memory.take(size) or cache is not None)
+    room = Room(size) if wanted else None
+    offers = gather_objects((machine(), wanted, room.address() if room else None, size))
+    if cache and not any(offer[1] for offer in offers):
+        say(f"data.cache={shown(cache)} has no effect: it is for images of one size and 8 bits, and these are not.")
+    _, decided, address, its_size = next(offer for offer in offers if offer[0] == machine())
+    if not (decided and shape):
+        return source
+    if address and its_size == size and not (room and address == room.address()):
+        try:
+            room = Room(size, address)
+        except OSError:  # a system that hides processes from one another: then each has its own, if it was asked for
+            if cache is None:
+                return source
+    return Cached(source, shape, room)
+
+
+def _shape_of_all(source: Source, seed: int) -> tuple[int, int, int] | None:
+    """[C, H, W], if some images have it in common and are of 8 bits."""
+    shapes = set()
+    for index in rng.permutation(rng.fold_in(seed, "sample"), len(source))[:16].tolist():
         try:
             image = source.read(index)
         except BadImage:
             continue
         shapes.add((*image.shape, image.dtype))
     *shape, dtype = shapes.pop() if len(shapes) == 1 else (None,)
-    if dtype != torch.uint8:
-        if cache:
-            say("data.cache=true has no effect: it is for images of one size and 8 bits, and these are not.")
-        return source
-    if not memory.take(len(source) * int(np.prod(shape))) and cache is None:
-        return source
-    return Cached(source, tuple(shape))
-
-
-def _shared(size: int) -> Tensor:
-    """[size] uint8 zeros that forked processes share. Anonymous memory, because /dev/shm is small in containers."""
-    return torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=torch.uint8)[:size]
+    return tuple(shape) if dtype == torch.uint8 else None
 
 
 def make_loader(

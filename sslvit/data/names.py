@@ -3,17 +3,22 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
+
+PART = 2**16  # strings encoded at a time, so that ten million never lie side by side as objects
 
 
 class Names:
     """Strings by number. File names of any bytes are kept as they are."""
 
     def __init__(self, names: Iterable[str] | Iterable[bytes]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self.blob = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        lengths, blob, names = [np.empty(0, dtype=np.int64)], bytearray(), iter(names)
+        while encoded := [os.fsencode(name) for name in islice(names, PART)]:
+            lengths.append(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)))
+            blob += b"".join(encoded)
+        self.ends, self.blob = np.cumsum(np.concatenate(lengths)), np.frombuffer(blob, dtype=np.uint8)
 
     @classmethod
     def of_arrays(cls, ends: np.ndarray, blob: np.ndarray) -> "Names":

@@ -1,7 +1,8 @@
 """Pretraining objectives: one module a method, found by its name.
 
 A module defines `Config` (its dataclass), `DEFAULTS` (the paper's values for the sections that methods share),
-`views(config, data)`, and `build(config, ...)`, which returns an Objective. A dotted name may live outside the package.
+`views(config, data)`, and `build(config, ...)`, which returns an Objective. It may define `PRESETS`: {name: values of
+its keys} for `objective.preset`, which is then a key of its Config. A dotted name may live outside the package.
 """
 
 import difflib

@@ -20,6 +20,7 @@ from ..heads import DINOHead
 from ..losses import koleo
 from ..views import Crop, Views, crop_key
 
+Preset = Literal["photo", "gray", "xray", "microscopy", "satellite", "channels", "dinov2_released"]
 FEW = 8  # images of a micro-batch, from which their mean answer is logged
 
 
@@ -48,9 +49,13 @@ class Config:
     local_crops: int = 8  # how many; 0 for none
     local_crop_size: int | tuple[int, int] = 96  # pixels
     local_crop_scale: tuple[float, float] = (0.05, 0.4)  # share of the image's area
+    preset: Preset = "photo"  # images: photo, gray, xray, microscopy, satellite, channels; or dinov2_released
     flip_prob: float = 0.5  # left-right, of every crop
+    vertical_flip_prob: float = 0.0  # upside down, of every crop
+    rotate_prob: float = 0.0  # by 90, 180 or 270 degrees, of every crop; 0.75 makes all four ways up alike
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
-    jitter_prob: float = 0.8  # of the colour jitter
+    channel_jitter: tuple[float, float] = (0.0, 0.0)  # brightness, contrast of each channel by itself
+    jitter_prob: float = 0.8  # of both kinds of jitter
     gray_prob: float = 0.2  # of losing the colours
     blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)  # first global, second global, local crops
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
@@ -74,6 +79,24 @@ DEFAULTS = {
     },
 }
 
+NO_WAY_UP = {"vertical_flip_prob": 0.5, "rotate_prob": 0.75}
+NO_COLOURS = {"gray_prob": 0.0, "solarize_prob": 0.0}
+# What `preset` sets of the keys above: keys given by a recipe or a word win. Beside the paper's (photo) they follow
+# from what must not change in such images, and none is tuned. DINOv2's released code, and so its models, gave its blur
+# to the crops with one minus the probabilities that it states (dinov3 issue 286).
+PRESETS = {
+    "photo": {},
+    # No colours to change, and a solarised one is another substance or another organ. They have a way up.
+    "gray": NO_COLOURS | {"jitter": (0.2, 0.2, 0.0, 0.0)},
+    "xray": NO_COLOURS | {"jitter": (0.1, 0.2, 0.0, 0.0), "blur_prob": (0.5, 0.1, 0.1), "blur_sigma": (0.1, 1.0)},
+    # No way up. The hue is that of a stain, or of what grows there.
+    "microscopy": NO_COLOURS | NO_WAY_UP | {"jitter": (0.4, 0.4, 0.2, 0.0)},
+    "satellite": NO_COLOURS | NO_WAY_UP | {"jitter": (0.4, 0.4, 0.2, 0.0)},
+    # Any number of them, each with a gain of its own.
+    "channels": NO_COLOURS | {"jitter": (0.0, 0.0, 0.0, 0.0), "channel_jitter": (0.4, 0.4)},
+    "dinov2_released": {"blur_prob": (0.0, 0.9, 0.5)},
+}
+
 
 def views(config: Config, data_config: data.Config) -> Views:
     """Two global crops and several local ones (section 3.1, multi-crop), with BYOL's colours (section 3.2)."""
@@ -85,6 +108,9 @@ def views(config: Config, data_config: data.Config) -> Views:
             size=(size, size) if isinstance(size, int) else tuple(size),
             scale=tuple(scale),
             flip_prob=config.flip_prob,
+            vertical_flip_prob=config.vertical_flip_prob,
+            rotate_prob=config.rotate_prob,
+            channel_jitter=tuple(config.channel_jitter),
             jitter=tuple(config.jitter),
             jitter_prob=config.jitter_prob,
             gray_prob=config.gray_prob,
@@ -119,9 +145,11 @@ def check(config: Config) -> None:
     check_range("objective.", config, 1, None, "prototypes", "hidden_dim", "bottleneck_dim", "head_layers")
     check_range("objective.", config, 1, None, "global_crop_size", "local_crop_size")
     check_range("objective.", config, 0, None, "local_crops", "koleo_weight", "teacher_temp_warmup_epochs", "jitter")
+    check_range("objective.", config, 0, None, "channel_jitter")
     check_range("objective.", config, 0, None, "freeze_last_layer_epochs")
     check_range("objective.", config, 0, 1, "center_momentum", "momentum", "momentum_end", "solarize_prob")
     check_range("objective.", config, 0, 1, "flip_prob", "jitter_prob", "gray_prob", "blur_prob")
+    check_range("objective.", config, 0, 1, "vertical_flip_prob", "rotate_prob")
     check_share("objective.", config, "global_crop_scale", "local_crop_scale")
     if not 0 < config.blur_sigma[0] <= config.blur_sigma[1]:
         raise UserError(f"objective.blur_sigma={list(config.blur_sigma)} must be two widths, 0 < low <= high.")

@@ -1,6 +1,14 @@
+import multiprocessing
+import os
+import signal
+import socket
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from sslvit import rng
 from sslvit.data import BadImage, Config, loader, open_source
@@ -130,13 +138,64 @@ def test_the_cache_is_chosen_when_sizes_agree_and_can_be_refused(images, capsys)
 
 def test_all_caches_of_a_machine_share_one_memory(images, monkeypatch):
     source = open_source(str(images), Config())
-    size = 37 * 3 * 40 * 36
+    size = 37 * (3 * 40 * 36 + 1)
     monkeypatch.setattr(loader, "free_memory", lambda: int(2.5 * size / loader.CACHE_SHARE))
     memory = Memory()
     assert [isinstance(cached(source, None, 0, memory), Cached) for _ in range(3)] == [True, True, False]
     assert isinstance(cached(source, True, 0, memory), Cached)  # who asks for it gets it
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert cached(source, None, 0, Memory()) is source
+    assert isinstance(cached(source, None, 0, Memory()), Cached)  # its processes share it
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    assert cached(source, None, 0, Memory()) is source  # where they cannot
+
+
+def _one_of_two(rank: int, port: int, say: Connection, dead: Event) -> None:
+    """Reads its half of the images, and says how many it finds in memory after the other has read its own."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    source = Broken(set())
+    kept = cached(source, "ram", 0, Memory())
+    for index in range(rank, len(source), 2):
+        kept.read(index)
+    dist.barrier()
+    source.reads = 0
+    right = all(torch.equal(kept.read(i), torch.full((3, 20, 20), i, dtype=torch.uint8)) for i in range(len(source)))
+    say.send(right and source.reads == 0)
+    if rank == 0:  # whose memory it is
+        signal.pause()
+    dead.wait(60)
+    say.send(all(kept.read(i)[0, 0, 0] == i for i in range(len(source))) and source.reads == 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
+def test_processes_of_a_machine_share_one_cache_and_one_that_is_killed_takes_nothing_away():
+    before = set(os.listdir("/dev/shm"))
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes, dead = [context.Pipe(duplex=False) for _ in range(2)], context.Event()
+    both = [context.Process(target=_one_of_two, args=(rank, port, pipes[rank][1], dead)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for heard, _ in pipes:
+        assert heard.poll(60)
+        assert heard.recv()
+    both[0].kill()
+    both[0].join(30)
+    dead.set()
+    assert pipes[1][0].poll(60)
+    assert pipes[1][0].recv()
+    both[1].join(30)
+    assert [process.exitcode for process in both] == [-signal.SIGKILL, 0]
+    assert {name for name in set(os.listdir("/dev/shm")) - before if "sslvit" in name} == set()
+
+
+def test_a_cache_without_memory_that_has_a_number_is_that_of_forked_processes(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    kept = cached(Broken(set()), "ram", 0, Memory())
+    for _ in make_loader(kept, VIEWS, Layout(8), 0, (0, 12), 2, CPU):
+        pass
+    assert kept.filled.sum() >= 30
 
 
 def test_keys_are_those_of_seed_epoch_and_image():
