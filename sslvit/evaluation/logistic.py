@@ -19,6 +19,7 @@ from . import linear, pictures, protocol
 from .linear import Setting
 
 ROWS = 2**15  # features in a part of the sum over images
+FLOOR = 1e-4  # added to the variances by which directions are made alike
 
 
 @dataclass
@@ -54,8 +55,14 @@ def solve(x: Tensor, labels: Tensor, num_classes: int, penalties: Sequence[float
     half of its penalty times the sum of its squared weights; the bias is not penalised.
 
     The heads are one problem, the sum of theirs, which has the same solution: a pass over the features costs the same
-    for all of them as for one.
+    for all of them as for one. It is solved in coordinates in which the features are white: MAE's differ by a factor of
+    a thousand between directions, and L-BFGS would need thousands of iterations. The penalty is on the weights of the
+    features as they are, so the solution is that of the problem as it is written.
     """
+    covariance = sum(part.double().t() @ part.double() for part in x.split(ROWS))
+    eigenvalues, directions = torch.linalg.eigh(covariance / len(x))
+    whitening = (directions * (eigenvalues.clamp(min=0) + FLOOR).rsqrt()).to(x.dtype)  # [D, D]
+    x = x @ whitening
     shape = (x.shape[1] + 1, len(penalties), num_classes)
     weights = torch.zeros(shape, device=x.device, requires_grad=True)
     l2 = torch.tensor(penalties, device=x.device).view(1, -1, 1)
@@ -72,9 +79,10 @@ def solve(x: Tensor, labels: Tensor, num_classes: int, penalties: Sequence[float
             part = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum") / len(x)
             part.backward()
             total += part.detach()
-        penalty = (l2 / 2 * weights[:-1].square()).sum()
+        penalty = (l2 / 2 * (whitening @ weights[:-1].flatten(1)).unflatten(1, shape[1:]).square()).sum()
         penalty.backward()
         return total + penalty.detach()
 
     optimizer.step(loss)
-    return weights.detach().transpose(0, 1).contiguous()
+    found = torch.cat([(whitening @ weights[:-1].detach().flatten(1)).unflatten(1, shape[1:]), weights[-1:].detach()])
+    return found.transpose(0, 1).contiguous()
