@@ -55,11 +55,12 @@ def test_hue_of_gray_and_pure_colours():
     assert torch.allclose(turned, expected, atol=1e-5)
 
 
-def test_grayscale_matches_torchvision():
+def test_grayscale_matches_torchvision_and_pil():
     image = photo(2)
-    assert (
-        augment.gray(as_float(image).unsqueeze(0))[0] - as_float(tv.rgb_to_grayscale(image))
-    ).abs().max() < 2 * LEVEL
+    ours = augment.gray(as_float(image).unsqueeze(0))[0]
+    pil = Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L").convert("RGB")
+    for theirs in (as_float(tv.rgb_to_grayscale(image)), as_float(pil)):
+        assert (ours - theirs).abs().max() < 2 * LEVEL
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 1.7, 2.0])

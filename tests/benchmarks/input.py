@@ -8,6 +8,7 @@ PIL images. v2: decoded by torchvision, the same steps on uint8 tensors by torch
 worker does (`loader.Cropped`: read, decode, cut), and beside it what the training device does for all images of a batch
 at once (`augment`), here on the same core; with `data.cache`, images are decoded once. DINO's crops are 2 x 224 and 8 x
 96 pixels of photos, 2 x 32 and 6 x 16 of the small images. Rounds alternate; ratios are medians over rounds.
+Times are those of the core, so that others who work on the machine count less; files come from the page cache.
 """
 
 import argparse
@@ -175,10 +176,10 @@ def compare(title: str, folder: Path, sizes: Sizes, method: str, images: int, ro
     spent: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(rounds + 1):  # the first, in which files are read and caches filled, does not count
         for name, work in variants.items():
-            start = time.perf_counter()
+            start = time.process_time()
             work()
             if round_:
-                spent[name].append(time.perf_counter() - start)
+                spent[name].append(time.process_time() - start)
     base = spent["published (PIL, torchvision)"]
     for name, seconds in spent.items():
         ratio = statistics.median(b / a for a, b in zip(seconds, base, strict=True))
