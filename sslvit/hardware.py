@@ -6,6 +6,7 @@ import platform
 import re
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -23,12 +24,17 @@ T = TypeVar("T")
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 
 
-def start_accelerator(wanted: Precision) -> Accelerator:
-    """The device, the processes and the precision. Raises UserError if the processes that were started do not meet."""
+def start_accelerator(wanted: Precision, patient: bool = False) -> Accelerator:
+    """The device, the processes and the precision. Raises UserError if the processes that were started do not meet.
+
+    patient: processes may wait for one another for a day, as evaluations do whose heads are trained by the first one;
+    else as long as torch has it, which is how a process that hangs is noticed.
+    """
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # accelerate joins CPU processes that torchrun started only if it is told that there is nothing but CPUs.
     cpu = asked or not torch.accelerator.is_available()
-    precision = resolve_precision(wanted, PartialState(cpu=cpu).device)
+    waiting = {"timeout": timedelta(days=1)} if patient else {}
+    precision = resolve_precision(wanted, PartialState(cpu=cpu, **waiting).device)
     AcceleratorState._reset_state()  # a second run in one process may have another precision
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)
     accelerator = Accelerator(

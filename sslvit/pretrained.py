@@ -81,6 +81,10 @@ def load(
     if not name:
         raise UserError(f"run= is missing: give {CHOICES}.")
     kind, colon, rest = name.partition(":")
+    if kind not in ("timm", "random") and (model_args or (image_size is not None and name != "pixels")):
+        raise UserError(
+            f"image_size and model_args belong to timm: and random:, image_size to pixels, and {name} is none of them."
+        )
     if colon and kind == "untrained":
         return _untrained(Path(rest).expanduser(), name)
     if colon and kind == "timm":
@@ -93,8 +97,6 @@ def load(
     if colon and kind == "random":
         return _random(rest, name, image_size, model_args or {}, seed)
     path = Path(name).expanduser()
-    if image_size is not None or model_args:
-        raise UserError(f"image_size and model_args belong to timm:, random: and pixels, and {name} is none of them.")
     if path.parent.name == "checkpoints" and (path / state.STATE).is_file():
         return _from_run(path.parent.parent, path)
     if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():

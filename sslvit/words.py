@@ -9,6 +9,7 @@ import difflib
 import inspect
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ def value_of(config: DictConfig, key: str, text: str) -> Any:
     if isinstance(OmegaConf.select(config, key), str) and text != "null":
         return text
     try:
-        return OmegaConf.from_dotlist([f"value={text}"]).value
+        value = OmegaConf.from_dotlist([f"value={text}"]).value
+        if isinstance(OmegaConf.select(config, key), Sequence) and isinstance(value, (int, float, str)):
+            return [value]  # k=20 for k=[20]
+        return value
     except Exception as error:  # whatever YAML's parser raises
         raise UserError(f"{key}={text} cannot be read: {first_line(error)}.") from error
 

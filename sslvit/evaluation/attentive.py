@@ -23,7 +23,7 @@ from .. import rng, schedules
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from . import linear, pictures, protocol
-from .features import renumbered, same_classes
+from .features import check_read, renumbered, same_classes
 from .linear import Setting
 from .tokens import Tokens, patch_tokens
 
@@ -32,7 +32,7 @@ HEAD_WIDTH = 64  # channels of an attention head
 
 @dataclass
 class Config(protocol.Config):
-    lr: tuple[float, ...] = (3e-4, 1e-3, 3e-3)  # of AdamW; one is chosen
+    lr: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)  # of AdamW; one is chosen
     weight_decay: tuple[float, ...] = (1e-4, 1e-1)  # one is chosen
     epochs: int = 20  # of the heads; the first tenth warms the learning rate up
     probe_batch_size: int = 512  # images in a step of the heads
@@ -66,6 +66,7 @@ def run(config: Config) -> dict[str, Any]:
     frozen = protocol.load(config)
     sources = [frozen.open(word, config.data.download_dir) for word in words]
     numbers = same_classes(*sources, words)
+    protocol.refuse_same(*sources, words)
     folder = frozen.kept(config.cache)
     sets = []
     for source, mapping in zip(sources, (None, numbers), strict=True):
@@ -73,8 +74,9 @@ def run(config: Config) -> dict[str, Any]:
         labels = torch.from_numpy(source.labels)[tokens.index]
         labels = labels if mapping is None else renumbered(labels, mapping)
         sets.append(Set(tokens, tokens.index[labels >= 0], labels[labels >= 0]))
+    check_read(sets[0].labels, sets[1].labels, words)
     record = {
-        "evaluation": "attentive", "run": config.run, **frozen.subject.detail,
+        "evaluation": "attentive", "run": config.run, "settings": protocol.settings_of(config), **frozen.subject.detail,
         **{name: {"data": word, "images": len(one.tokens.index), "unreadable": one.tokens.unreadable}
            for name, word, one in zip(("train", "test"), words, sets, strict=True)},
         "classes": len(sources[0].classes), "features": "patch tokens", "precision": frozen.precision,
@@ -86,6 +88,9 @@ def run(config: Config) -> dict[str, Any]:
     results = on_first_process(
         lambda: linear.repeated(config, lambda one: choose(one, *sets, sources[0].classes, device))
     )
+    ends, chosen = (min(config.lr), max(config.lr)), results.get("seeds", [results])
+    if any(one["setting"]["lr"] in ends for one in chosen) and len(config.lr) > 1:
+        say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
     protocol.file(config, frozen.subject, "attentive", {**record, "results": results})
     return results
 

@@ -48,7 +48,7 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] 
     "quality": ("RankMe", lambda results: results, "rankme"),
 }
 # What has to agree for two numbers to be compared.
-SAME = ("train", "test", "classes", "precision", "image_size", "features", "seed", "data")
+SAME = ("train", "test", "classes", "precision", "image_size", "features", "seed", "data", "settings", "departures")
 
 
 def compare(runs: list[str], config: Config) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def compare(runs: list[str], config: Config) -> dict[str, Any]:
             row = {"run": other, "evaluation": column, **difference(a, b, column, config.seed)}
             differences.append(row)
             low, high = row["interval"]
-            verdict = "" if low * high > 0 else ": other test images could turn it round"
+            verdict = "" if low * high > 0 or low == high else ": other test images could turn it round"
             title = COLUMNS[column][0].removesuffix(" %")
             say(
                 f"{title}: {other} {row['difference']:+.2f} against {first} (95 % interval {low:+.2f} to {high:+.2f})"
@@ -85,6 +85,7 @@ def compare(runs: list[str], config: Config) -> dict[str, Any]:
     }
     report = {"results": table, "differences": differences, "notes": notes}
     if config.out:
+        protocol.check_out(config.out)
         try:
             Path(config.out).expanduser().write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
@@ -129,15 +130,16 @@ def _comparable(a: dict[str, Any] | None, b: dict[str, Any] | None, column: str)
     """Whether both say of each test image whether they were right, and the images are the same."""
     if a is None or b is None or a.get("test") != b.get("test"):
         return False
-    return all("right" in COLUMNS[column][1](record["results"]) for record in (a, b))
+    texts = [COLUMNS[column][1](record["results"]).get("right", "") for record in (a, b)]
+    return all(texts) and texts[0].split(":")[0] == texts[1].split(":")[0]
 
 
 def difference(a: dict[str, Any], b: dict[str, Any], column: str, seed: int) -> dict[str, Any]:
     """Accuracy of b minus that of a in percent, with its paired interval."""
     find = COLUMNS[column][1]
-    count = a["test"]["images"]
-    right = [protocol.unpacked(find(record["results"])["right"], count).astype(int) for record in (a, b)]
+    right = [protocol.unpacked(find(record["results"])["right"]).astype(int) for record in (a, b)]
     delta = right[1] - right[0]
+    count = len(delta)
     # Drawing images with replacement is drawing how many of them gain, lose and stay.
     shares = [np.mean(delta == value) for value in (1, -1, 0)]
     draws = np.random.default_rng(seed).multinomial(count, shares, DRAWS)
@@ -155,6 +157,6 @@ def _departures(found: dict[str, dict[str, Any]], column: str) -> list[str]:
         for name, record in records.items():
             values.setdefault(json.dumps(record.get(key)), []).append(name)
         if len(values) > 1:
-            sides = "; ".join(f"{value} for {', '.join(names)}" for value, names in values.items())
+            sides = "; ".join(f"{value[:200]} for {', '.join(names)}" for value, names in values.items())
             notes.append(f"Not by one ruler, {column}: {key} is {sides}.")
     return notes

@@ -100,15 +100,17 @@ def batches(
     was_training = encoder.training
     encoder.eval()
     seen, began, said = 0, time.perf_counter(), time.perf_counter()
-    for index, images, failed in loader:
-        seen += len(index) + failed
-        if len(index):
-            yield index, normalize(images.to(device, non_blocking=True).float() / 255)
-        if time.perf_counter() - said > SAY_EVERY:
-            said = time.perf_counter()
-            done = min(seen * world_size(), len(source))
-            say(f"features of {done} of {len(source)} images, {done / (said - began):.0f} images/s")
-    encoder.train(was_training)
+    try:
+        for index, images, failed in loader:
+            seen += len(index) + failed
+            if len(index):
+                yield index, normalize(images.to(device, non_blocking=True).float() / 255)
+            if time.perf_counter() - said > SAY_EVERY:
+                said = time.perf_counter()
+                done = min(seen * world_size(), len(source))
+                say(f"features of {done} of {len(source)} images, {done / (said - began):.0f} images/s")
+    finally:
+        encoder.train(was_training)
 
 
 def extract(
@@ -130,6 +132,8 @@ def extract(
     total = sum(gather_objects(done))
     if not total:
         raise UserError(f"None of the {len(source)} images can be read, the first is {source.name(0)}.")
+    for value in values.values():
+        check_finite(value[:done], getattr(encoder, "architecture", "the encoder"))
     found = {
         pool: _features(value[:done], numbers[:done], source, len(source) - total) for pool, value in values.items()
     }
@@ -186,11 +190,36 @@ def place_of(encoder: Encoder, source: Source, normalize: Normalize, accelerator
     """What features depend on beside the weights and the pooling."""
     return {
         "images": source.fingerprint(),
+        "where": where(source),
+        "value_range": getattr(source, "value_range", None),
+        "architecture": [getattr(encoder, name, None) for name in ("architecture", "model_args", "in_chans")],
         "image_size": list(encoder.image_size),
         "normalize": [list(normalize.mean), list(normalize.std)],
         "precision": accelerator.mixed_precision,
         "crop_ratio": CROP_RATIO,
     }
+
+
+def where(source: Source) -> str:
+    """The place of the first image: two sets of like files, as training and test images unpacked from one archive, may
+    have one fingerprint."""
+    name = Path(source.name(0))
+    return str(name.resolve()) if name.exists() else str(name)
+
+
+def same_images(a: Source, b: Source) -> bool:
+    return a is b or (len(a) == len(b) and where(a) == where(b) and a.fingerprint() == b.fingerprint())
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """[N, ...]: all processes call it with theirs. Raises UserError on all of them, as a search among numbers that are
+    none finds something all the same."""
+    broken = sum(gather_objects(int((~torch.isfinite(values.flatten(1)).all(dim=1)).sum())))
+    if broken:
+        raise UserError(
+            f"{name} gives {broken} images features that are not finite numbers: its weights are broken, or try "
+            "precision=float32."
+        )
 
 
 def _parts(folder: Path, key: str) -> dict[int, list[Path]]:
@@ -284,6 +313,18 @@ def same_classes(train: Source, test: Source, names: tuple[str, str]) -> Tensor:
         )
     number = {name: i for i, name in enumerate(train.classes)}
     return torch.tensor([number[name] for name in test.classes])
+
+
+def check_read(train: Tensor, test: Tensor, names: tuple[str, str]) -> None:
+    """[N], [M] labels of the images that this process has read: all processes call it. Raises UserError on all of them
+    if too few are left to learn from or to judge by."""
+    classes = set().union(*gather_objects(set(train[train >= 0].tolist())))
+    if len(classes) < 2:
+        raise UserError(
+            f"The labelled images of {names[0]} that can be read are of {len(classes)} classes: two are needed."
+        )
+    if not sum(gather_objects(int((test >= 0).sum()))):
+        raise UserError(f"None of the labelled images of {names[1]} can be read.")
 
 
 def renumbered(labels: Tensor, numbers: Tensor) -> Tensor:

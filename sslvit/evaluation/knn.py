@@ -77,11 +77,6 @@ def run(config: Config) -> dict[str, Any]:
     check_range("", config, 1, None, "shots", "repeats", "probes")
     pictures.check(config.picture)
     alone = not config.data.test
-    if config.data.test and config.data.test == config.data.train:
-        raise UserError(
-            "data.test is data.train, where every image would find itself: leave data.test out, and each image is "
-            "classified by the others."
-        )
     task = protocol.prepare(config, "knn", whole=False, alone=alone)
     bank = labelled(task.train, task.train_labels)
     queries = bank if alone else labelled(task.test, task.test_labels)
@@ -98,7 +93,7 @@ def run(config: Config) -> dict[str, Any]:
         on_first_process(lambda: confusion.picture(matrix, task.classes, config.picture))
     if index is not None:
         k = min(max(ks), 20)
-        results["recall"] = _recall(bank, queries, k, index)
+        results["recall"] = _recall(bank, queries, k, index, alone)
         say(
             f"{config.index} with {index.nprobe} of {index.nlist} cells found {results['recall']:.2f} % of the {k} "
             f"nearest images that an exact search finds, for {min(RECALL_QUERIES, len(queries))} images."
@@ -164,7 +159,7 @@ def _few_shot(config: Config, num_classes: int, bank: Labelled, queries: Labelle
                 found.setdefault(key, []).append(top(judged.place, 1))
         results += [
             {"shots": shots, "k": k, "temperature": t, "top1": round(float(np.mean(values)), 4),
-             "std": round(float(np.std(values)), 4), "repeats": config.repeats}
+             "std": round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else 0.0, "repeats": config.repeats}
             for (k, t), values in found.items()
         ]  # fmt: skip
     rows = [[str(r["shots"]), str(r["k"]), f"{r['temperature']:g}", f"{r['top1']:.2f}", f"{r['std']:.2f}"]
@@ -289,14 +284,15 @@ def classify(
 def _approximate(config: Config, bank: Tensor) -> faiss.Index:
     """An inverted file over this process's share: faiss's own names for it (IVF, product quantisation). Raises
     UserError."""
-    cells = int(4 * len(bank) ** 0.5)
-    if len(bank) < 40 * cells:
+    cells, least, width = int(4 * len(bank) ** 0.5), min(gather_objects(len(bank))), bank.shape[1]
+    if least < 40 * int(4 * least**0.5):
         raise UserError(
-            f"index={config.index} needs more than the {len(bank)} images of a process: use index=exact, which is fast "
+            f"index={config.index} needs more than the {least} images of a process: use index=exact, which is fast "
             "enough for them."
         )
-    width = bank.shape[1]
-    quantiser = f"PQ{width // 4}" if config.index == "ivfpq" and width % 4 == 0 else "Flat"  # a byte for four numbers
+    if config.index == "ivfpq" and width % 4:
+        raise UserError(f"index=ivfpq needs features whose width is a multiple of 4, and these have {width}: use ivf.")
+    quantiser = f"PQ{width // 4}" if config.index == "ivfpq" else "Flat"  # a byte for four numbers
     index = faiss.index_factory(width, f"IVF{cells},{quantiser}", faiss.METRIC_INNER_PRODUCT)
     sample = rng.permutation(rng.fold_in(config.seed, "cells"), len(bank))[: 64 * cells]
     index.train(np.ascontiguousarray(bank[sample].numpy()))
@@ -306,13 +302,16 @@ def _approximate(config: Config, bank: Tensor) -> faiss.Index:
     return index
 
 
-def _recall(bank: Labelled, queries: Labelled, k: int, index: faiss.Index) -> float:
-    """Share of the exact k nearest of the first process's images that its index finds, in percent."""
+def _recall(bank: Labelled, queries: Labelled, k: int, index: faiss.Index, alone: bool = False) -> float:
+    """Share of the exact k nearest of the first process's images that its index finds, in percent. alone: a query is
+    an image of the bank, and finding itself counts for nothing."""
 
     def measure() -> float:
         x = queries.values[:RECALL_QUERIES]
-        exact = neighbours(bank.values, x, min(k, len(bank)))[1]
-        found = torch.from_numpy(index.search(np.ascontiguousarray(x.numpy()), k)[1])
-        return 100 * (exact.unsqueeze(2) == found.unsqueeze(1)).any(dim=2).double().mean().item()
+        exact = neighbours(bank.values, x, min(k + alone, len(bank)))[1]
+        found = torch.from_numpy(index.search(np.ascontiguousarray(x.numpy()), k + alone)[1])
+        hits = (exact.unsqueeze(2) == found.unsqueeze(1)).any(dim=2)
+        own = bank.numbers[exact] == queries.numbers[: len(x)].unsqueeze(1) if alone else torch.zeros_like(hits)
+        return 100 * hits[~own].double().mean().item()
 
     return round(on_first_process(measure), 2)

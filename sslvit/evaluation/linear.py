@@ -7,6 +7,7 @@ training set's mean and deviation, which is what the BatchNorm without affine pa
 al., appendix A.1; its code). `protocol=mae` and `protocol=dino` are the papers' own, see published.py.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -170,8 +171,8 @@ def try_all(
 
 
 def best_of(sweep: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The most accurate on held-out images; of equals, the one with the lower loss there."""
-    return max(sweep, key=lambda row: (row["holdout_top1"], -row["holdout_loss"]))
+    """The most accurate on held-out images; of equals, the one with the lower loss there. Heads that diverged lose."""
+    return max(sweep, key=lambda row: (math.isfinite(row["holdout_loss"]), row["holdout_top1"], -row["holdout_loss"]))
 
 
 def outcome(config: protocol.Config, classes: list[str], told: Tensor, labels: Tensor, how: str) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def outcome(config: protocol.Config, classes: list[str], told: Tensor, labels: T
 def say_sweep(sweep: Sequence[dict[str, Any]], settings: Sequence[Setting]) -> None:
     """The best of each way of pooling, and of the best one all settings."""
     places = list(dict.fromkeys(row["pool"] for row in sweep))
-    best = {pool: max((r for r in sweep if r["pool"] == pool), key=lambda r: r["holdout_top1"]) for pool in places}
+    best = {pool: best_of([row for row in sweep if row["pool"] == pool]) for pool in places}
     names = list(settings[0])
     rows = [[pool, *(f"{row[name]:g}" for name in names), f"{row['holdout_top1']:.2f}"] for pool, row in best.items()]
     say(f"{len(sweep)} heads; the best of each way of pooling:")

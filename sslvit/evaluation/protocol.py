@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from ..hardware import (
     versions,
 )
 from ..pretrained import Pixels, Pretrained
-from .features import Features, extract_cached, renumbered, same_classes
+from .features import Features, check_read, extract_cached, renumbered, same_classes, same_images
 
 
 @dataclass
@@ -111,12 +111,13 @@ def load(config: Subject) -> Frozen:
     """Load the encoder and put it on its device. Raises UserError."""
     check_range("", config, 1, None, "batch_size", "image_size")
     check_range("", config, 0, None, "workers")
+    check_out(config.out)
     subject = pretrained.load(config.run, config.image_size, config.model_args, config.seed)
     encoder = subject.encoder
     pool = encoder.pool if config.pool == "auto" else config.pool
     if pool not in encoder.pools():
         raise UserError(f"pool={pool} is not something that {config.run} has: use {', '.join(encoder.pools())}.")
-    accelerator = start_accelerator(config.precision)
+    accelerator = start_accelerator(config.precision, patient=True)
     precision = resolve_precision(config.precision, accelerator.device)
     encoder.to(accelerator.device)
     choose_attention(encoder, accelerator.device, precision)
@@ -134,6 +135,7 @@ def prepare(
     began = time.perf_counter()
     words = both_sets(config, name, alone)
     frozen = load(config)
+    settings = settings_of(config)
     subject, accelerator, encoder = frozen.subject, frozen.accelerator, frozen.subject.encoder
     for pool in pools or ():
         if pool not in encoder.pools():
@@ -142,6 +144,8 @@ def prepare(
     train_source = frozen.open(words[0], config.data.download_dir)
     test_source = train_source if words[1] == words[0] else frozen.open(words[1], config.data.download_dir)
     numbers = same_classes(train_source, test_source, words)
+    if not (alone and not config.data.test):
+        refuse_same(train_source, test_source, words)
 
     def compute(source: Source) -> dict[Pool, Features]:
         return extract_cached(
@@ -162,9 +166,12 @@ def prepare(
         train, test = without_mean_image(train["pooled"], test["pooled"])
     sets = {pool: (train[pool], test[pool]) for pool in pools}
     first, second = sets[pools[0]]
+    test_labels = renumbered(second.labels, numbers)
+    check_read(first.labels, test_labels, words)
     record = {
         "evaluation": name,
         "run": config.run,
+        "settings": settings,
         **subject.detail,
         "train": {"data": words[0], "images": sum_over_processes(len(first), whole), "unreadable": first.unreadable},
         "test": {"data": words[1], "images": sum_over_processes(len(second), whole), "unreadable": second.unreadable},
@@ -183,7 +190,7 @@ def prepare(
         f"{name} of {config.run}: {record['features']}, {frozen.precision}; {record['train']['images']} training and "
         f"{record['test']['images']} test images in {record['classes']} classes"
     )
-    return Task(frozen, sets, first.labels, renumbered(second.labels, numbers), train_source.classes, record)
+    return Task(frozen, sets, first.labels, test_labels, train_source.classes, record)
 
 
 def both_sets(config: Config, name: str, alone: bool = False) -> tuple[str, str]:
@@ -195,6 +202,38 @@ def both_sets(config: Config, name: str, alone: bool = False) -> tuple[str, str]
                 f"data.{key} is missing: {name} needs labelled images, data.train=<folder> data.test=<folder>."
             )
     return words
+
+
+# What changes how a result is got, but not what it is.
+NOT_SETTINGS = ("run", "data", "out", "cache", "workers", "batch_size", "picture", "download_dir", "seed")
+
+
+def settings_of(config: Subject) -> dict[str, Any]:
+    """The keys of a configuration that a result depends on, for its record."""
+    return {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
+
+
+def refuse_same(train: Source, test: Source, words: tuple[str, str]) -> None:
+    """Raises UserError for test images that are the training images."""
+    if same_images(train, test):
+        raise UserError(f"data.test={words[1]} are the training images: give images that were not learned from.")
+
+
+def check_out(path: str) -> None:
+    """Refuse a file for results that could not be written, or that is somebody else's, before the work. Raises
+    UserError."""
+    file = Path(path).expanduser()
+    if not path:
+        return
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"out={path} must be a file in a folder that exists.")
+    if file.exists():
+        try:
+            ours = {"results", "evaluation"} & set(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            ours = set()
+        if not ours:
+            raise UserError(f"out={path} exists and holds no result of sslvit: give another name.")
 
 
 def sum_over_processes(number: int, whole: bool) -> int:
@@ -221,16 +260,17 @@ def interval(top1: float, num_images: int, seed: int) -> tuple[float, float]:
 
 
 def packed(right: Tensor) -> str:
-    """[N] bool, whether each test image was classified rightly -> hexadecimal, eight images to two digits.
+    """[N] bool, whether each test image was classified rightly -> their number, and hexadecimal, eight to two digits.
 
     With these of two runs on the same images, `sslvit compare` says how far their difference can be believed.
     """
-    return np.packbits(right.cpu().numpy()).tobytes().hex()
+    return f"{len(right)}:{np.packbits(right.cpu().numpy()).tobytes().hex()}"
 
 
-def unpacked(text: str, count: int) -> np.ndarray:
-    """What `packed` was given: [count] bool."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=count).astype(bool)
+def unpacked(text: str) -> np.ndarray:
+    """What `packed` was given: [N] bool."""
+    count, digits = text.split(":")
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), dtype=np.uint8), count=int(count)).astype(bool)
 
 
 def describe_pool(pool: str) -> str:
@@ -252,6 +292,7 @@ def write(config: Subject, task: Task, name: str, results: Any) -> Path | None:
 def file(config: Subject, subject: Pretrained, name: str, record: dict[str, Any]) -> Path | None:
     """Write a record as JSON where the configuration or the run says, on the first process."""
     if not config.out and subject.results is None:
+        say("The result is printed only: out=<file> keeps it.")
         return None
     path = Path(config.out).expanduser() if config.out else subject.results / f"{name}.json"
     if rank() == 0:

@@ -9,11 +9,13 @@ dino  Caron et al., section 4.1, and the released code: class tokens of the last
       0.001 x batch / 256, batch 1024, no weight decay, 100 epochs, half a cosine for each epoch, crops of 0.08 to 1 of
       the area (bilinear), flips. For a ViT-B the code takes `pool=cls+mean`.
 
+BatchNorm sees 512 features at once, as on each of the paper's GPUs, and a shorter run warms up for as large a share.
 Here the last epoch is reported, and the test images are looked at once; both released codes report the best epoch on
 the test images. `epochs=`, `global_batch_size=`, `lr=[...]` (one rate at a batch of 256) and `pool=` change the
 protocol, and the result says so. The encoder runs in the configured precision; theirs in float32.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,16 +27,17 @@ from torch import Tensor, nn
 from .. import rng, schedules
 from ..augment import augment
 from ..data.loader import Layout, make_loader
-from ..distributed import all_reduce_sum, on_first_process, rank, say, world_size
+from ..distributed import gather_objects, on_first_process, rank, say, world_size
 from ..encoder import Pool
-from ..errors import UserError
+from ..errors import UserError, check_range
 from ..hardware import default_workers
 from ..optim import LARS
-from ..views import Crop
+from ..views import Crop, Views
 from . import linear, protocol
-from .features import extract_cached, renumbered, same_classes
+from .features import check_read, extract_cached, renumbered, same_classes
 
 IGNORED = -1  # the label of an image that has none
+NORMED = 512  # features that BatchNorm sees at once
 
 
 @dataclass(frozen=True)
@@ -68,30 +71,34 @@ def run(config: linear.Config) -> dict[str, Any]:
     if config.lr != linear.LEARNING_RATES and len(config.lr) != 1:
         raise UserError(f"lr={list(config.lr)}: protocol={name} has one learning rate, at a batch of 256 images.")
     lr = published.lr if config.lr == linear.LEARNING_RATES else config.lr[0]
+    if lr <= 0 or config.holdout != linear.Config.holdout or config.probe_batch_size != linear.Config.probe_batch_size:
+        raise UserError(f"protocol={name} has a rate above 0, and neither holdout nor probe_batch_size.")
+    check_range("", config, 1, None, "epochs", "global_batch_size")
     words = protocol.both_sets(config, "linear")
     frozen = protocol.load(config)
     encoder, accelerator = frozen.subject.encoder, frozen.accelerator
     pool = published.pool if config.pool == "auto" else config.pool
-    if pool not in encoder.pools():
+    if pool not in encoder.pools() or not encoder.is_vit:
         raise UserError(
             f"protocol={name} reads {protocol.describe_pool(pool)}, which {config.run} has not: give pool= one of "
             f"{', '.join(encoder.pools())}."
         )
     train, test = (frozen.open(word, config.data.download_dir) for word in words)
     numbers = same_classes(train, test, words)
+    protocol.refuse_same(train, test, words)
     wanted = config.global_batch_size or published.global_batch_size
-    layout, total = _layout(config, min(wanted, len(train)))
+    layout = _layout(config, min(wanted, len(train)))
+    total = layout.global_batch_size
     epochs, steps_per_epoch = config.epochs or published.epochs, len(train) // total
+    warmup_steps = round(published.warmup_epochs * epochs / published.epochs * steps_per_epoch)
     asked = "" if total == wanted else f" of {wanted} asked"
     say(
         f"linear probe of {config.run}, protocol {name}: {protocol.describe_pool(pool)}, {frozen.precision}; {epochs} "
-        f"epochs of {steps_per_epoch} steps, batch {total}{asked}, "
-        f"learning rate {lr * total / 256:g}"
+        f"epochs of {steps_per_epoch} steps, batch {total}{asked}, learning rate {lr * total / 256:g}"
     )
     head = Head(encoder.feature_dim(pool), len(train.classes), published.batch_norm, config.seed).to(accelerator.device)
-    parameters = list(head.parameters())
     make = LARS if published.batch_norm else partial(torch.optim.SGD, momentum=0.9)
-    optimizer = make(parameters, lr=0.0, weight_decay=0.0)
+    optimizer = make(list(head.parameters()), lr=0.0, weight_decay=0.0)
     views = {"view": [Crop(encoder.image_size, (0.08, 1.0), **published.crop)]}
     workers = default_workers(accelerator.device) if config.workers is None else config.workers
     steps = epochs * steps_per_epoch
@@ -101,32 +108,21 @@ def run(config: linear.Config) -> dict[str, Any]:
     for step in range(steps):
         epoch, place = divmod(step, steps_per_epoch)
         at = epoch * steps_per_epoch if published.by_epoch else step
-        rate = schedules.warmup_cosine(at, lr * total / 256, 0.0, published.warmup_epochs * steps_per_epoch, steps)
-        optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"] = schedules.warmup_cosine(at, lr * total / 256, 0.0, warmup_steps, steps)
+        features, of = _global_batch(batches, layout, frozen, views, pool, labels, words[0])
         optimizer.zero_grad()
-        for _ in range(layout.accumulate):
-            batch = next(batches)
-            if batch.pop("failed", False):
-                raise UserError(f"Many images in a row of {words[0]} cannot be read.")
-            wanted_labels = labels[batch["index"]]
-            batch.pop("bad")  # other images stand in their places, with labels of their own
-            x = augment(batch, views, frozen.normalize, accelerator.device)["view"][0]
-            with torch.no_grad(), accelerator.autocast():
-                features = encoder.features(x, pool).float()
-            loss = F.cross_entropy(head(features), wanted_labels.to(x.device), ignore_index=IGNORED, reduction="sum")
-            loss = loss / layout.batch_size
-            (loss / layout.accumulate).backward()
-        for parameter in parameters:
-            parameter.grad = all_reduce_sum(parameter.grad) / world_size()
+        loss = head.loss(features.to(accelerator.device), of.to(accelerator.device))
+        loss.backward()
         optimizer.step()
         if place == steps_per_epoch - 1:
-            say(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.4f} in the last micro-batch")
+            say(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.4f} in the last step")
     folder = frozen.kept(config.cache)
     features = extract_cached(
         folder, encoder, test, frozen.normalize, accelerator, (pool,), config.batch_size, config.workers
     )[pool]
     test_labels = renumbered(features.labels, numbers)
     known = test_labels >= 0
+    check_read(labels, test_labels, words)
     head.eval().cpu()
     with torch.no_grad():
         told = head(features.values[known]).argmax(dim=1)
@@ -136,7 +132,8 @@ def run(config: linear.Config) -> dict[str, Any]:
                "lr": (lr, published.lr), "pool": (pool, published.pool)}  # fmt: skip
     departures = {key: {"here": here, "published": theirs} for key, (here, theirs) in changed.items() if here != theirs}
     record = {
-        "evaluation": f"linear_{name}", "run": config.run, **frozen.subject.detail,
+        "evaluation": f"linear_{name}", "run": config.run, "settings": protocol.settings_of(config),
+        **frozen.subject.detail,
         "train": {"data": words[0], "images": len(train)},
         "test": {"data": words[1], "images": len(features), "unreadable": features.unreadable},
         "classes": len(train.classes), "features": protocol.describe_pool(pool), "precision": frozen.precision,
@@ -163,10 +160,45 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x))
 
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """[B, D] features of a global batch, [B] -> mean cross-entropy. BatchNorm sees parts of 512, as on each of the
+        GPUs of the paper, whatever the number of processes and micro-batches."""
+        size = NORMED if len(x) % NORMED != 1 else NORMED + 1
+        logits = torch.cat([self(part) for part in x.split(size)])
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / len(x)
 
-def _layout(config: linear.Config, total: int) -> tuple[Layout, int]:
-    """(how a global batch of at most `total` images is dealt out, its size)."""
+
+def _layout(config: linear.Config, total: int) -> Layout:
+    """How a global batch of at most `total` images is dealt out."""
     size = min(config.batch_size, max(1, total // world_size()))
-    accumulate = max(1, total // (size * world_size()))
-    layout = Layout(size, accumulate, world_size(), rank())
-    return layout, layout.global_batch_size
+    return Layout(size, max(1, total // (size * world_size())), world_size(), rank())
+
+
+def _global_batch(
+    batches: Iterator[dict],
+    layout: Layout,
+    frozen: protocol.Frozen,
+    views: Views,
+    pool: Pool,
+    labels: Tensor,
+    word: str,
+) -> tuple[Tensor, Tensor]:
+    """Frozen features of the crops of a step and their labels, of all processes in the global order. Raises UserError
+    on all of them."""
+    encoder, accelerator = frozen.subject.encoder, frozen.accelerator
+    mine, failed = [], False
+    for _ in range(layout.accumulate):
+        batch = next(batches)
+        batch.pop("bad")  # other images stand in their places, with labels of their own
+        failed |= batch.pop("failed", False)
+        if failed:
+            break
+        of = labels[batch["index"]]
+        x = augment(batch, views, frozen.normalize, accelerator.device)["view"][0]
+        with torch.inference_mode(), accelerator.autocast():
+            mine.append((encoder.features(x, pool).float().cpu(), of))
+    parts = gather_objects((mine, failed))
+    if any(failed for _, failed in parts):
+        raise UserError(f"Many images in a row of {word} cannot be read.")
+    in_order = [parts[process][0][micro] for micro in range(layout.accumulate) for process in range(layout.world_size)]
+    return torch.cat([features for features, _ in in_order]).clone(), torch.cat([of for _, of in in_order])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import Source
-from ..distributed import barrier, gather_objects, rank, say
+from ..distributed import any_process, barrier, gather_objects, rank, say
 from ..encoder import Encoder
 from ..errors import UserError
 from .features import batches, digest, place_of
@@ -53,12 +53,16 @@ def patch_tokens(frozen: Frozen, source: Source, folder: Path | None, batch_size
     if stored is None:
         _create(path, record, shape)
         values = np.memmap(path, np.float16, "r+", shape=shape)
-        done = []
+        done, broken = [], False
         for index, x in batches(encoder, source, frozen.normalize, accelerator, batch_size, workers):
             with torch.inference_mode(), accelerator.autocast():
-                values[index.numpy()] = encoder(x).patches.to(torch.float16).cpu().numpy()
+                found = encoder(x).patches.to(torch.float16).cpu()
+            broken |= not bool(torch.isfinite(found).all())
+            values[index.numpy()] = found.numpy()
             done.append(index)
         values.flush()
+        if any_process(broken):
+            raise UserError(f"{frozen.subject.name} gives tokens that are not finite numbers of half precision.")
         stored = torch.cat(gather_objects(torch.cat([torch.empty(0, dtype=torch.long), *done]))).sort().values.tolist()
         if rank() == 0:
             record.write_text(json.dumps({**content, "read": stored}), encoding="utf-8")
@@ -103,4 +107,4 @@ def _create(path: Path, record: Path, shape: tuple[int, int, int]) -> None:
     problem = gather_objects(problem)[0]
     if problem:
         raise UserError(problem)
-    say(f"patch tokens of {shape[0]} images: {size / 1e9:.2f} GB in {path}")
+    say(f"patch tokens of {shape[0]} images: {size / 2**20:,.0f} MiB in {path}")

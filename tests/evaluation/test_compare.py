@@ -22,7 +22,7 @@ def write(run, name, content):
 
 def test_what_is_packed_is_unpacked():
     right = torch.rand(37, generator=torch.Generator().manual_seed(0)) < 0.5
-    assert protocol.unpacked(protocol.packed(right), 37).tolist() == right.tolist()
+    assert protocol.unpacked(protocol.packed(right)).tolist() == right.tolist()
 
 
 def test_the_interval_of_a_difference_is_that_of_drawing_images_in_pairs():

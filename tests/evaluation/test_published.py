@@ -43,12 +43,12 @@ def test_learning_rates_are_the_published_ones(cli, sets, monkeypatch, tmp_path)
                 return super().step(*arguments, **more)
 
         monkeypatch.setattr(published if name == "LARS" else torch.optim, name, Noted)
-    assert cli("linear", *sets, "protocol=mae", "global_batch_size=18", f"out={tmp_path / 'a'}", "epochs=20")[0] == 0
-    peak = 0.1 * 18 / 256
-    assert rates[:3] == pytest.approx([0, peak / 20, 2 * peak / 20])
-    assert rates[20] == pytest.approx(peak)
-    assert rates[30] == pytest.approx(peak / 2)
-    assert len(rates) == 40
+    assert cli("linear", *sets, "protocol=mae", "global_batch_size=36", f"out={tmp_path / 'a'}")[0] == 0
+    peak = 0.1 * 36 / 256
+    assert rates[:3] == pytest.approx([0, peak / 10, 2 * peak / 10])
+    assert rates[10] == pytest.approx(peak)
+    assert rates[50] == pytest.approx(peak / 2)
+    assert len(rates) == 90
     rates.clear()
     assert cli("linear", *sets, "protocol=dino", "global_batch_size=18", f"out={tmp_path / 'b'}", "epochs=4")[0] == 0
     peak = 0.001 * 18 / 256
@@ -56,15 +56,20 @@ def test_learning_rates_are_the_published_ones(cli, sets, monkeypatch, tmp_path)
     assert rates == pytest.approx([rate for rate in cosine for _ in range(2)])
 
 
-def test_one_and_two_processes_train_the_same_head(sets, tmp_path):
-    words = ["linear", *sets, "protocol=dino", "epochs=3", "global_batch_size=12", "lr=[20]"]
+@pytest.mark.parametrize(("name", "lr"), [("dino", 20), ("mae", 2000)])
+def test_processes_and_micro_batches_do_not_change_the_head(sets, tmp_path, name, lr):
+    """BatchNorm of the one and the loss of the other are of the global batch."""
+    words = ["linear", *sets, f"protocol={name}", "epochs=3", "global_batch_size=12", f"lr={lr}"]
     alone, together = tmp_path / "alone.json", tmp_path / "together.json"
     log = tmp_path / "log"
     first = processes.finish(processes.start([*words, f"out={alone}"], log), log)
-    second = processes.launch([*words, f"out={together}"], tmp_path / "log2", world_size=2)
+    second = processes.launch([*words, f"out={together}", "batch_size=3"], tmp_path / "log2", world_size=2)
     assert "epoch 3/3" in first
     assert "epoch 3/3" in second
-    assert json.loads(alone.read_text())["results"]["right"] == json.loads(together.read_text())["results"]["right"]
+    one, two = (json.loads(path.read_text()) for path in (alone, together))
+    assert one["results"]["right"] == two["results"]["right"]
+    loss = [text.split("epoch 3/3")[1].split()[1] for text in (first, second)]
+    assert float(loss[0]) == pytest.approx(float(loss[1]), abs=2e-3)
 
 
 def test_maes_head_is_a_batch_norm_without_weights_and_a_linear_layer():
@@ -93,6 +98,8 @@ def test_maes_crop_is_one_draw_clamped_to_the_image():
 
 def test_what_the_protocol_has_not_gets_a_sentence(fails, sets):
     assert "one learning rate" in fails("linear", *sets, "protocol=mae", "lr=[1,2]")
+    assert "epochs=0 must be 1 or above" in fails("linear", *sets, "protocol=mae", "epochs=0")
+    assert "neither holdout" in fails("linear", *sets, "protocol=mae", "holdout=0.5")
     assert "belong to protocol=sweep" in fails("linear", *sets, "protocol=dino", "pools=[cls]")
     assert "belongs to protocol=mae" in fails("linear", *sets, "global_batch_size=8")
     pixels = ["run=pixels", "image_size=32", *sets[1:]]
