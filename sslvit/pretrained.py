@@ -182,9 +182,9 @@ def _from_folder(path: Path, name: str) -> Pretrained:
         built = Encoder(model, tuple(size), in_chans, stored["architecture"], args)
         if built.is_vit and model.global_pool == "avg":
             built.pool = "mean"
-        return Pretrained(
-            built.eval(), tuple(cfg["mean"]), tuple(cfg["std"]), name, {"folder": str(path)}, path, path / "eval"
-        )
+        span = tuple(map(float, stored["value_range"])) if stored.get("value_range") else None
+        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+        return Pretrained(built.eval(), mean, std, name, {"folder": str(path)}, path, path / "eval", span)
     except Exception as error:  # whatever timm raises for a configuration that it did not write
         raise UserError(
             f"run={name} is no encoder that timm can load: {type(error).__name__}: {_line(error)}."

@@ -62,6 +62,18 @@ def test_timm_loads_it_elsewhere_with_equal_features(cli, images, tmp_path, meth
     assert (again.mean, again.std) == (subject.mean, subject.std)
 
 
+def test_an_export_reads_deep_images_as_the_run_did_and_anybody_may_load_it(cli, images, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "encoder"
+    assert (
+        cli("pretrain", images, *words("mae", f"out={run}", "epochs=1", "warmup_epochs=0", "value_range=[0,4095]"))[0]
+        == 0
+    )
+    assert cli("export", f"run={run}", "to=timm", f"out={out}")[0] == 0
+    assert pretrained.load(str(out)).data_config.value_range == (0.0, 4095.0)
+    modes = {path.name: path.stat().st_mode for path in out.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_dino_exports_its_teacher(cli, images, tmp_path):
     out = tmp_path / "run"
     assert cli("pretrain", images, *words("dino", f"out={out}", "base_lr=0.01", "momentum=0.5"))[0] == 0

@@ -34,7 +34,9 @@ def timm_config(subject: Pretrained) -> dict:
     args = dict(encoder.model_args)
     if encoder.is_vit:
         args |= {"global_pool": "token"} if encoder.pool == "cls" else {"global_pool": "avg", "fc_norm": False}
-    return timm_folder.record(encoder, args, subject.mean, subject.std, encoder.feature_dim())
+    config = timm_folder.record(encoder, args, subject.mean, subject.std, encoder.feature_dim())
+    # Not timm's: what an evaluation of the folder needs to read deep images as the run did.
+    return config | ({"value_range": list(subject.value_range)} if subject.value_range else {})
 
 
 @torch.inference_mode()
