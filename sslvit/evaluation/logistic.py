@@ -24,7 +24,7 @@ CURVATURE = 0.1  # of cross-entropy along a logit, about p (1 - p)
 
 @dataclass
 class Config(linear.Choice):
-    l2: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # penalty: l2 / 2 * sum of squared weights; one is chosen
+    l2: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # penalty: l2 / 2 * sum of squared weights; one is chosen
     iterations: int = 100  # of L-BFGS at most
 
 
