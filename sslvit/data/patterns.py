@@ -26,7 +26,7 @@ def items(word: str) -> list[str]:
         if read and isinstance(read, list) and all(isinstance(item, str) for item in read):
             return read
     except ValueError:
-        pass
+        pass  # written by hand, without JSON's quotes
     inside, at, found = word[1:-1], 0, []
     while at <= len(inside):
         match = ITEM.match(inside, at)
