@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -25,8 +26,9 @@ from . import config as configuration
 from . import data, objectives, optim, rng
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
-from .data import BadImage, Source
-from .data.loader import Memory, cached, make_loader
+from .data import BadImage, Source, read_smaller
+from .data.cache import Memory, OnDevice, cached, on_device
+from .data.loader import make_loader
 from .distributed import gather_objects, say
 from .errors import UserError
 from .hardware import (
@@ -41,7 +43,7 @@ from .hardware import (
 )
 from .metrics import Window, duration
 from .pretrain import compiled, train_step, update
-from .views import Views, cut
+from .views import Views, cut, reduction
 
 SAMPLE = 64  # images read and cut to measure one core
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,9 +63,10 @@ class Report:
     dtype: torch.dtype
     processes: int
     workers: int  # loader processes of one process
-    cached: bool  # decoded images stay in memory
+    cached: bool  # decoded images stay in memory ...
+    on_device: bool  # ... of the training device, and are cut there
     read: float  # one core
-    cut: float  # one core, all crops of an image
+    cut: float  # one core, all crops of an image; if on_device there, a batch
     colours: float  # and the three below: one process
     forward: float
     backward: float
@@ -116,8 +119,11 @@ def bench(config: RunConfig, settings: Config) -> Report:
     if config.compile:
         say(compiled(config, plan, accelerator, model, optimizer, views))
 
-    read, crops = _one_core(source, views, config.seed)
+    read, crops = _one_core(source, views, config.seed, config.data.jpeg_scaling)
     in_memory = cached(source, config.data.cache, config.seed, Memory())
+    in_memory = on_device(in_memory, config.data.cache, device, workers)
+    resident = isinstance(in_memory, OnDevice)
+    workers = 0 if resident else workers
     batches = _endless(config, plan, in_memory, views, workers, device)
     raw, window = next(batches), Window()
     batch = augment(raw, views, normalize, device)
@@ -135,6 +141,10 @@ def bench(config: RunConfig, settings: Config) -> Report:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     _repeat(parts, settings.seconds, device)
+    if resident:
+        cuts: list[float] = []
+        _repeat(lambda: _timed(cuts, device, lambda: next(batches)), settings.seconds / 4, device)
+        crops = statistics.median(cuts) / plan.layout.batch_size
     b, accumulate = plan.layout.batch_size, plan.layout.accumulate
     each = {name: statistics.median(values) / b for name, values in spent.items()}
     each["update"] /= accumulate
@@ -163,6 +173,7 @@ def bench(config: RunConfig, settings: Config) -> Report:
         processes=accelerator.num_processes,
         workers=workers,
         cached=in_memory is not source,
+        on_device=resident,
         read=read,
         cut=crops,
         **each,
@@ -195,7 +206,7 @@ def lines(report: Report, config: RunConfig) -> list[str]:
         "",
         f"  {'':28s}{'images/s':>10s} {'ms/image':>10s}",
         row("read and decode, one core", r.read, "once: decoded images stay in memory" if r.cached else ""),
-        row("cut the crops, one core", r.cut),
+        row("cut the crops, on the device" if r.on_device else "cut the crops, one core", r.cut),
         row("colours, a batch", r.colours),
         row("forward", r.forward),
         row("backward", r.backward),
@@ -235,7 +246,7 @@ def advice(report: Report, config: RunConfig) -> list[str]:
         else:
             found.append(
                 f"the loader holds training up and the {cores} cores are busy: smaller image files "
-                f"(reading takes {1000 * r.read:.1f} ms of a core, cropping {1000 * r.cut:.1f}), or data.cache=true."
+                f"(reading takes {1000 * r.read:.1f} ms of a core, cropping {1000 * r.cut:.1f}), or data.cache=ram."
             )
     if r.dtype == torch.float32 and bf16_is_fast(torch.device("cuda" if "cuda" in r.device else "cpu")):
         found.append("precision=bf16: this hardware multiplies it several times faster than float32.")
@@ -261,18 +272,22 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def _one_core(source: Source, views: Views, seed: int) -> tuple[float, float]:
+def _one_core(source: Source, views: Views, seed: int, scaling: bool) -> tuple[float, float]:
     """Seconds to read an image, and to cut all its crops, on one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     order = rng.permutation(rng.fold_in(seed, "bench"), len(source))
     spent: dict[str, list[float]] = {"read": [], "cut": []}
+
+    def read(index: int) -> tuple[Tensor, tuple[int, int]]:
+        return read_smaller(source, index, partial(reduction, views, order[:1]) if scaling else lambda *_: 1)
+
     for index in order[: SAMPLE + 1].tolist():
         try:
-            image = _timed(spent["read"], None, lambda index=index: source.read(index))
+            image, size = _timed(spent["read"], None, lambda index=index: read(index))
         except BadImage:
             continue
-        _timed(spent["cut"], None, lambda image=image, index=index: cut([image] * 4, order[:4], views))
+        _timed(spent["cut"], None, lambda image=image, size=size: cut([image] * 4, order[:4], views, [size] * 4))
     torch.set_num_threads(threads)
     if not spent["cut"]:
         raise UserError(f"None of {SAMPLE} images of the source can be read, for example {source.name(int(order[0]))}.")
@@ -282,7 +297,8 @@ def _one_core(source: Source, views: Views, seed: int) -> tuple[float, float]:
 def _endless(
     config: RunConfig, plan: Plan, source: Source, views: Views, workers: int, device: torch.device
 ) -> Iterator[dict]:
-    yield from make_loader(source, views, plan.layout, config.seed, (0, sys.maxsize // 2**20), workers, device)
+    steps, scaling = (0, sys.maxsize // 2**20), config.data.jpeg_scaling
+    yield from make_loader(source, views, plan.layout, config.seed, steps, workers, device, scaling=scaling)
 
 
 def _timed(into: list[float], device: torch.device | None, work: Callable[[], object]) -> object:

@@ -17,7 +17,9 @@ from . import config as configuration
 from . import data, journal, memory, nonfinite, objectives, optim, rng, state
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
-from .data.loader import Memory, cached, make_loader
+from .data import Source
+from .data.cache import Cached, Memory, OnDevice, cached, on_device
+from .data.loader import make_loader
 from .distributed import any_process, others_alive, rank, say, world_size
 from .evaluation.online import OnlineKNN, OnlineRank
 from .hardware import (
@@ -30,7 +32,7 @@ from .hardware import (
     start_accelerator,
     versions,
 )
-from .metrics import Window
+from .metrics import Window, amount
 from .objectives import Objective
 from .run import BadImages, Recorder, check_images, images_record, open_run
 from .saving import Saver, room_missing
@@ -93,15 +95,18 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
     model, optimizer = accelerator.prepare(objective, optimizer)
     if config.compile:
         say(compiled(config, plan, accelerator, model, optimizer, views))
-    source = cached(source, config.data.cache, config.seed, space)
     workers = default_workers(device) if config.data.workers is None else config.data.workers
-    say(*header(config, plan, schedule, objective, len(source), accelerator, workers))
-    batches = iter(make_loader(source, views, plan.layout, config.seed, (run.step, plan.steps), workers, device))
+    source = cached(source, config.data.cache, config.seed, space)
+    images = on_device(source, config.data.cache, device, workers)
+    workers = 0 if isinstance(images, OnDevice) else workers
+    say(*header(config, plan, schedule, objective, images, accelerator, workers))
+    scaling, steps = config.data.jpeg_scaling, (run.step, plan.steps)
+    batches = iter(make_loader(images, views, plan.layout, config.seed, steps, workers, device, scaling=scaling))
     recorder = Recorder(run_dir, config, plan, schedule, run, source, lock, getattr(objective, "alarm", None))
     say(*filter(None, [room_missing(run_dir, config.save, objective, plan.steps - run.step)]))
     if config.log.rank_every_steps:
         directions = OnlineRank(source, objective.exported_encoder(), normalize, config.seed, accelerator)
-    bad, images = BadImages(run_dir, config.data, source), images_record(source)
+    bad, known = BadImages(run_dir, config.data, source), images_record(source)
 
     def micro_batches() -> Iterator[dict[str, Tensor]]:
         for _ in range(plan.layout.accumulate):
@@ -128,7 +133,7 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
         recorder.look(run)
         run.window = recorder.window.state()
         scores = {"knn_before": knn_before, "knn_after": knn_after, "knn_due": knn_due}
-        record = {**scores, "images": images, "encoder": where(objective), "versions": versions()}
+        record = {**scores, "images": known, "encoder": where(objective), "versions": versions()}
         saver.save(objective, optimizer.optimizer, run, record)
 
     evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
@@ -242,7 +247,7 @@ def where(objective: nn.Module) -> dict[str, str]:
 
 
 def header(
-    config: RunConfig, plan: Plan, schedule: optim.Schedule, objective: nn.Module, num_images: int,
+    config: RunConfig, plan: Plan, schedule: optim.Schedule, objective: nn.Module, images: Source,
     accelerator: Accelerator, workers: int,
 ) -> list[str]:  # fmt: skip
     """What is about to happen, with the derived values."""
@@ -250,12 +255,14 @@ def header(
     weights = sum(p.numel() for p in encoder.parameters()) / 1e6
     heads = sum(p.numel() for p in objective.parameters() if p.requires_grad) / 1e6
     size = "x".join(map(str, data.image_size(config.data)))
+    kept = "images stay in memory, " if isinstance(images, Cached) else ""
+    kept = f"images on the device ({amount(images.pixels.numel())}), " if isinstance(images, OnDevice) else kept
     return [
         f"{config.method}: {config.model.name} ({weights:.1f}M parameters, {heads:.1f}M trained), {size} pixels, "
-        f"{num_images} images of {config.data.train}",
+        f"{len(images)} images of {config.data.train}",
         f"{plan.steps} steps = {plan.steps / plan.steps_per_epoch:g} epochs of {plan.steps_per_epoch} steps, "
         f"global batch {layout.global_batch_size} = {layout.batch_size} x {layout.accumulate} micro-batches x "
         f"{layout.world_size} processes, learning rate {schedule.peak_lr:.3g} after {plan.warmup_steps} steps",
         f"{accelerator.device}, {resolve_precision(config.precision, accelerator.device)}, {workers} loader processes, "
-        f"writing to {config.out}",
+        f"{kept}writing to {config.out}",
     ]

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from . import rng
 from .errors import UserError
+from .resample import resample
 
+REDUCING_GAP = 2.0  # PIL's name for it (Image.thumbnail), and its default
 TRIES = 10  # torchvision's RandomResizedCrop draws up to ten boxes and then takes the centre
 
 
@@ -93,14 +95,19 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic")
     return resized if image.ndim == 4 else resized.squeeze(0)
 
 
-def cut(images: Sequence[Tensor], key: Tensor, views: Views) -> dict[str, Tensor]:
+def cut(
+    images: Sequence[Tensor], key: Tensor, views: Views, sizes: Sequence[tuple[int, int]] | None = None
+) -> dict[str, Tensor]:
     """B images [C, H, W] of any sizes, uint8 or float in [0, 255] -> {name: [V, B, C, h, w]}, view after view.
 
     Crops of images that lie pixel by pixel in memory (channels last, as decoders give them and as torch resamples
     colours) do so too: nothing is put into another order here.
+
+    sizes: (height, width) of each image as its file has it, for images that were read at a smaller scale; the crops
+    are those of the whole image, to half a pixel of the smaller one.
     """
-    height = torch.tensor([image.shape[-2] for image in images])
-    width = torch.tensor([image.shape[-1] for image in images])
+    sizes = sizes or [(image.shape[-2], image.shape[-1]) for image in images]
+    height, width = (torch.tensor(lengths) for lengths in zip(*sizes, strict=True))
     deep = any(image.is_floating_point() for image in images)
     pixels = [image.permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2) for image in images]  # or torch overlooks it
     batch = {}
@@ -109,12 +116,56 @@ def cut(images: Sequence[Tensor], key: Tensor, views: Views) -> dict[str, Tensor
         cuts = [torch.empty(0)] * (len(crops) * len(images))
         for b, image in enumerate(pixels):  # image after image: it stays in the cache of the processor
             for v, crop in enumerate(crops):
-                top, left, h, w = boxes[v][b]
+                top, left, h, w = _at_scale(boxes[v][b], sizes[b], image.shape[-2:])
                 cuts[v * len(images) + b] = resize(
                     image[:, :, top : top + h, left : left + w], crop.size, crop.interpolation
                 )
         batch[name] = torch.cat([cut.float() for cut in cuts] if deep else cuts).unflatten(0, (len(crops), -1))
     return batch
+
+
+def cut_at_once(pixels: Tensor, key: Tensor, views: Views) -> dict[str, Tensor]:
+    """`cut` of images of one size that lie on one device, all crops of a name by a few matrix products there.
+
+    pixels: [B, C, H, W] uint8 on any device; key: [B] on the CPU. The result is on the device, and equals `cut` but for
+    rounding: a level of 255 here and there, two at most.
+    """
+    height, width = (torch.full((len(key),), length) for length in pixels.shape[-2:])
+    batch = {}
+    for name, crops in views.items():
+        boxes = _boxes_of(crops, key, name, height, width)
+        cuts = [resample(pixels, torch.tensor(boxes[v]), crop.size, crop.interpolation) for v, crop in enumerate(crops)]
+        batch[name] = torch.stack(cuts)
+    return batch
+
+
+def reduction(views: Views, key: Tensor, height: int, width: int) -> int:
+    """How many times smaller (1, 2, 4 or 8) an image may be read for all its crops to be cut from at least REDUCING_GAP
+    times the pixels, along each side, that they become.
+
+    key: [1], the image's; height, width: of the whole image, in pixels.
+    """
+    sizes = [crop.size for crops in views.values() for crop in crops]
+    if min(min(height / h, width / w) for h, w in sizes) < 2 * REDUCING_GAP:
+        return 1  # as most images: nothing is drawn for them
+    least = math.inf
+    for name, crops in views.items():
+        boxes = _boxes_of(crops, key, name, torch.tensor([height]), torch.tensor([width]))
+        for crop, ((_, _, h, w),) in zip(crops, boxes, strict=True):
+            least = min(least, h / crop.size[0], w / crop.size[1])
+    return next((scale for scale in (8, 4, 2) if least >= scale * REDUCING_GAP), 1)
+
+
+def _at_scale(box: list[int], whole: tuple[int, int], shape: Sequence[int]) -> list[int]:
+    """A box of the whole image -> of the smaller one of that shape; never empty."""
+    if tuple(shape) == tuple(whole):
+        return box
+    start, length = [], []
+    for at, extent, full, size in zip(box[:2], box[2:], whole, shape, strict=True):
+        first = min(round(at * size / full), size - 1)
+        start.append(first)
+        length.append(max(1, min(round((at + extent) * size / full), size) - first))
+    return start + length
 
 
 def _boxes_of(crops: list[Crop], key: Tensor, name: str, height: Tensor, width: Tensor) -> list[list[list[int]]]:

@@ -89,3 +89,11 @@ def test_a_model_without_blocks_is_not_compiled_and_nothing_is_written(fails, im
     given = [word for word in words("dino", *resnet) if not word.startswith("model.args=")]
     assert "this one has none" in fails(command, images, *given, f"out={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
+
+
+def test_images_on_the_device_are_cut_there_without_loader_processes(images):
+    run = config.load([str(images), *words("mae", "batch_size=4", "data.cache=device")])
+    found = bench.bench(run, bench.Config(seconds=0.05))
+    assert found.on_device
+    assert found.workers == 0
+    assert re.search(r"cut the crops, on the device +[0-9,]+ +[0-9.]+", "\n".join(bench.lines(found, run)))

@@ -28,7 +28,7 @@ def test_the_input_benchmark_makes_its_images_and_its_pipelines_give_the_same_cr
     folder = pipelines.make_small(tmp_path / "small", count=4)
     pipelines.compare("small", folder, sizes, method, images=4, rounds=1, cache=True)
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 5
+    assert len(printed) == 6
     assert all(float(line.split()[-1]) > 0 for line in printed)
     path = next(folder.iterdir())
     assert torch.equal(transforms.functional.pil_to_tensor(pipelines.pil_image(path)), pipelines.tensor_image(path))
@@ -41,3 +41,5 @@ def test_the_input_benchmark_makes_its_images_and_its_pipelines_give_the_same_cr
 def test_the_input_benchmark_makes_photos(tmp_path):
     folder = pipelines.make_photos(tmp_path / "photos", count=1)
     assert pipelines.tensor_image(next(folder.iterdir())).shape == (3, 375, 500)
+    large = pipelines.make_large(folder, tmp_path / "large", count=1)
+    assert pipelines.tensor_image(next(large.iterdir())).shape == (3, 2250, 3000)

@@ -69,6 +69,22 @@ def test_a_line_of_the_log_that_a_kill_interrupts_is_the_same_line(cli, images, 
     assert_same_run(whole, resumed)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_where_images_are_kept_does_not_change_a_run(cli, images, tmp_path, method):
+    """But for the rounding of crops, by a level of 255; and a run goes on with them elsewhere."""
+    arguments = ["pretrain", images, *words(method, "precision=float32", "save.every_steps=4", "workers=1")]
+    status, printed, _ = cli(*arguments, f"out={tmp_path / 'ram'}")
+    assert "1 loader processes, images stay in memory, writing" in printed
+    status, printed, _ = cli(*arguments, f"out={tmp_path / 'device'}", "cache=device")
+    assert "0 loader processes, images on the device (156 KiB), writing" in printed
+    assert status == 0
+    assert torch.allclose(losses(tmp_path / "ram"), losses(tmp_path / "device"), rtol=2e-3)
+    shutil.copytree(tmp_path / "device", tmp_path / "both")
+    shutil.rmtree(state.folder_of(tmp_path / "both", 8))
+    assert cli(*arguments, f"out={tmp_path / 'both'}", "cache=ram")[0] == 0
+    assert torch.allclose(losses(tmp_path / "both"), losses(tmp_path / "device"), rtol=2e-3)
+
+
 def losses(run_dir: Path) -> torch.Tensor:
     return torch.tensor([line["loss"] for line in processes.lines(run_dir) if "loss" in line])
 

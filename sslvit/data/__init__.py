@@ -13,14 +13,17 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import UserError
-from .decode import BadImage
+from .decode import BadImage, Reduction
 from .patterns import is_list, is_pattern
 
-__all__ = ["BadImage", "Config", "Source", "image_size", "kind_of", "normalization", "open_source", "split_part"]
+__all__ = [
+    "BadImage", "Config", "Source", "image_size", "kind_of", "normalization", "open_source", "read_smaller",
+    "split_part",
+]  # fmt: skip
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-Cache = bool | Literal["ram"] | None
+Cache = bool | Literal["ram", "device"] | None
 
 
 @dataclass
@@ -33,7 +36,8 @@ class Config:
     download_dir: str = "~/.cache/sslvit"  # where what is downloaded or unpacked is or will be
     value_range: tuple[float, float] | None = None  # deeper than 8 bits: what is black, white; null: [0,65535] or [0,1]
     workers: int | None = None  # processes that load images, for each training process; null: by the number of cores
-    cache: Cache = None  # decoded images in memory, once a machine: ram (or true), false; null: if of one size and fit
+    cache: Cache = None  # decoded images stay in memory: ram (or true), device, false; null: if of one size and fit
+    jpeg_scaling: bool = True  # JPEGs of 2 million pixels and more are decoded at 1/2 .. 1/8 if all crops are smaller
     bad_ratio: float = 0.01  # the run stops when more than this share of the images cannot be read
 
 
@@ -42,7 +46,8 @@ class Source(Protocol):
 
     classes: list[str]  # names of the labels; empty without labels
     labels: np.ndarray | None  # [N] int64, -1 where an image has none
-    # May also have `texts: Names`, the labels as they were written, which `labels.py` reads in other ways.
+    # May also have `texts: Names`, the labels as they were written, which `labels.py` reads in other ways, and
+    # `read_smaller(index, reduction)`, see below.
 
     def __len__(self) -> int: ...
 
@@ -70,6 +75,15 @@ def open_source(word: str, config: Config) -> Source:
         raise UserError(_unknown(word))
     module, function = KINDS[kind].split(":")
     return getattr(import_module(f".{module}", __package__), function)(word, config)
+
+
+def read_smaller(source: Source, index: int, reduction: Reduction) -> tuple[Tensor, tuple[int, int]]:
+    """(image, its whole height and width): as `read`, where sources that can may give it `reduction(height, width)`
+    times smaller."""
+    if hasattr(source, "read_smaller"):
+        return source.read_smaller(index, reduction)
+    image = source.read(index)
+    return image, (image.shape[-2], image.shape[-1])
 
 
 # What a word can stand for, and which function(word, config) -> Source opens it. A new kind of source is a line here,

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ JPEG, PNG, NPY, DICOM = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY", b"D
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 MAX_PIXELS = 178_956_970  # beyond it PIL takes a file for a decompression bomb, and so do we
+SMALLER_FROM = 2_000_000  # pixels of a JPEG from which reading it at a smaller scale, by PIL, is faster than all of it
 MAX_UNPACKED = 2**30  # bytes of an image of more than 8 bits or 4 channels, before it becomes float32
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL
 ValueRange = tuple[float, float] | None
+Reduction = Callable[[int, int], int]  # (height, width) of a whole image -> 1, 2, 4 or 8 times smaller will do
 
 
 class BadImage(Exception):
@@ -45,6 +48,35 @@ def decode(data: bytes, in_chans: int, value_range: ValueRange = None) -> Tensor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of read-only buffers, of a deprecation, of all that is odd in a file
         return _decode(data, in_chans, value_range)
+
+
+def decode_smaller(
+    data: bytes, in_chans: int, value_range: ValueRange, reduction: Reduction
+) -> tuple[Tensor, tuple[int, int]]:
+    """(image, its whole height and width): as `decode`, but a large JPEG may come at half, a quarter or an eighth of
+    its scale, as libjpeg can leave out the frequencies that would be lost: 12 million pixels take a core 27, 20 or 16
+    ms instead of 44. (The rest is unpacking, which cannot be left out.)
+
+    reduction: told the whole height and width, how many times smaller the image may be: 1, 2, 4 or 8.
+    """
+    scale = 1
+    if data.startswith(JPEG) and in_chans in TORCHVISION_MODES:
+        try:
+            width, height = _jpeg_size(data)
+        except (BadImage, IndexError):
+            width = height = 0  # `decode` says what is wrong
+        if SMALLER_FROM <= width * height <= MAX_PIXELS:
+            scale = reduction(height, width)
+    if scale == 1:
+        image = decode(data, in_chans, value_range)
+        return image, (image.shape[-2], image.shape[-1])
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")
+            image.draft("L" if in_chans == 1 else image.mode, (width // scale, height // scale))
+            return _convert(image, in_chans, value_range), (height, width)
+    except Exception as error:
+        raise BadImage(_first_line(error)) from error
 
 
 def _decode(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:

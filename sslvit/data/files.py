@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import UserError, need
-from .decode import MODES, BadImage, decode
+from .decode import MODES, BadImage, Reduction, decode, decode_smaller
 from .names import Names
 
 EXTENSIONS = frozenset([
@@ -50,6 +50,10 @@ class Encoded:
 
     def read(self, index: int) -> Tensor:
         return decode(self.bytes_of(index), self.in_chans, self.value_range)
+
+    def read_smaller(self, index: int, reduction: Reduction) -> tuple[Tensor, tuple[int, int]]:
+        """(image, its whole height and width), where it may be `reduction(height, width)` times smaller."""
+        return decode_smaller(self.bytes_of(index), self.in_chans, self.value_range, reduction)
 
     def identity(self) -> str:
         return self.names.digest()

@@ -5,7 +5,8 @@ import hashlib
 import numpy as np
 from torch import Tensor
 
-from . import Config, Source, open_source
+from . import Config, Source, open_source, read_smaller
+from .decode import Reduction
 from .names import Names
 from .patterns import items
 
@@ -36,6 +37,10 @@ class Several:
     def read(self, index: int) -> Tensor:
         part, place = self.place(index)
         return part.read(place)
+
+    def read_smaller(self, index: int, reduction: Reduction) -> tuple[Tensor, tuple[int, int]]:
+        part, place = self.place(index)
+        return read_smaller(part, place, reduction)
 
     def name(self, index: int) -> str:
         part, place = self.place(index)

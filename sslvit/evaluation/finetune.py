@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .. import optim, pretrained, rng, timm_folder
 from ..data import BadImage, Source
-from ..data.loader import Memory, cached, make_layout
+from ..data.cache import Memory, cached
+from ..data.loader import make_layout
 from ..distributed import on_first_process, rank, say, world_size
 from ..errors import UserError, check_range, check_share
 from ..hardware import choose_attention, versions

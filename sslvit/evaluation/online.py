@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from .. import data, rng
 from ..augment import Normalize
 from ..data import Source, open_source
-from ..data.loader import Memory, cached
+from ..data.cache import Memory, cached
 from ..distributed import gather_objects
 from ..encoder import Encoder
 from ..errors import UserError

@@ -6,8 +6,10 @@ Without folders it makes both from the fractals: JPEG files of the size of Image
 Published: each image opened by PIL once and then augmented crop by crop in the loader, by torchvision's transforms for
 PIL images. v2: decoded by torchvision, the same steps on uint8 tensors by torchvision.transforms.v2. Ours: what a
 worker does (`loader.Cropped`: read, decode, cut), and beside it what the training device does for all images of a batch
-at once (`augment`), here on the same core; with `data.cache`, images are decoded once. DINO's crops are 2 x 224 and 8 x
-96 pixels of photos, 2 x 32 and 6 x 16 of the small images. Rounds alternate; ratios are medians over rounds.
+at once (`augment`), here on the same core; with `data.cache=ram`, images are decoded once, and with `data.cache=device`
+they are cut a batch at a time. DINO's crops are 2 x 224 and 8 x 96 pixels of photos, 2 x 32 and 6 x 16 of the small
+images. Large photos are those photos enlarged to 3,000 pixels, with grain, and read whole or, with `data.jpeg_scaling`,
+no larger than needed. Rounds alternate; ratios are medians over rounds.
 Times are those of the core, so that others who work on the machine count less; files come from the page cache.
 """
 
@@ -36,9 +38,10 @@ from torchvision.transforms import v2
 
 from sslvit import data, rng
 from sslvit.augment import Normalize, augment
+from sslvit.data.cache import Cached, on_device
 from sslvit.data.folder import Folder
 from sslvit.data.fractals import Fractals
-from sslvit.data.loader import Cached, Cropped, Layout, make_loader
+from sslvit.data.loader import Cropped, CroppedOnDevice, Layout, make_loader
 from sslvit.data.names import Names
 from sslvit.hardware import peak_memory
 from sslvit.objectives import dino, mae
@@ -152,7 +155,10 @@ def our_views(method: str, sizes: Sizes) -> Views:
     return dino.views(dino.Config(local_crops=sizes.locals_, local_crop_size=sizes.local), config)
 
 
-def compare(title: str, folder: Path, sizes: Sizes, method: str, images: int, rounds: int, cache: bool) -> None:
+def compare(
+    title: str, folder: Path, sizes: Sizes, method: str, images: int, rounds: int, cache: bool = False,
+    large: bool = False,
+) -> None:  # fmt: skip
     """Print a line for each pipeline: images/s, and how many times the published one's."""
     source = Folder(folder)
     order = rng.permutation(rng.fold_in(0, "benchmark"), len(source))
@@ -171,8 +177,13 @@ def compare(title: str, folder: Path, sizes: Sizes, method: str, images: int, ro
         "ours, the device's half, here": lambda: [augment(batch, views, normalize, CPU) for batch in cut],
     }
     if cache:
-        kept = Cropped(Cached(source, tuple(source.read(0).shape)), views, 0)
-        variants["ours, workers, data.cache"] = lambda: [kept[0, index] for index in order.split(BATCH)]
+        ram = Cached(source, tuple(source.read(0).shape))
+        kept, resident = Cropped(ram, views, 0), CroppedOnDevice(on_device(ram, "device", CPU, 0), views, 0)
+        variants["ours, data.cache=ram"] = lambda: [kept[0, index] for index in order.split(BATCH)]
+        variants["ours, data.cache=device, here"] = lambda: [resident[0, index] for index in order.split(BATCH)]
+    if large:
+        scaled = Cropped(source, views, 0, scaling=True)
+        variants["ours, data.jpeg_scaling"] = lambda: [scaled[0, index] for index in order.split(BATCH)]
     spent: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(rounds + 1):  # the first, in which files are read and caches filled, does not count
         for name, work in variants.items():
@@ -230,6 +241,19 @@ def make_photos(folder: Path, count: int = 48) -> Path:
     return folder
 
 
+def make_large(photos: Path, folder: Path, count: int = 8) -> Path:
+    """JPEG files of 3,000 pixels on the longer side: photos enlarged, with grain, so that decoding them is work."""
+    folder.mkdir(parents=True)
+    source, noise = Folder(photos), np.random.default_rng(0)
+    for i in range(min(count, len(source))):
+        with Image.open(source.name(i)) as image:
+            factor = 3000 / max(image.size)
+            pixels = np.asarray(image.convert("RGB").resize([round(side * factor) for side in image.size]), np.float32)
+        pixels = (pixels + noise.normal(0, 4, pixels.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:04d}.jpg", quality=90)
+    return folder
+
+
 def make_small(folder: Path, count: int = 512) -> Path:
     """PNG files of 32 x 32 pixels."""
     folder.mkdir(parents=True)
@@ -258,8 +282,11 @@ def main() -> None:
         small = args.small or make_small(Path(temporary) / "small")
         print(f"one core; torch {torch.__version__}; images/s, and times the published pipeline's")
         for method in ("dino", "mae"):
-            compare("photos", photos, PHOTOS, method, args.images, args.rounds, cache=False)
+            compare("photos", photos, PHOTOS, method, args.images, args.rounds)
             compare("32 x 32 pixels", small, SMALL, method, 8 * args.images, args.rounds, cache=True)
+        large = make_large(photos, Path(temporary) / "large")
+        for method in ("dino", "mae"):
+            compare("large photos", large, PHOTOS, method, max(1, args.images // 8), args.rounds, large=True)
         here = [sys.executable, "-m", "tests.benchmarks.input", "--part"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         parts = [["worker", str(photos), str(PHOTOS.whole)], ["worker", str(small), str(SMALL.whole)]]

@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 
 from sslvit import rng
-from sslvit.data import BadImage, Config, loader, open_source
-from sslvit.data.loader import Cached, Layout, Memory, Order, cached, make_loader
+from sslvit.data import BadImage, Config, cache, loader, open_source
+from sslvit.data.cache import Cached, Memory, cached, on_device
+from sslvit.data.loader import Layout, Order, make_loader
+from sslvit.errors import UserError
 from sslvit.views import Crop
 
 VIEWS = {"image": [Crop((16, 16), (0.2, 1.0))]}
@@ -39,6 +41,12 @@ class Broken:
         if index in self.bad:
             raise BadImage("broken on purpose")
         return torch.full((3, 20, 20), index, dtype=torch.uint8)
+
+
+class Textured(Broken):
+    def read(self, index: int) -> torch.Tensor:
+        super().read(index)
+        return torch.randint(0, 256, (3, 20, 20), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
 
 
 def order(layout: Layout, first: int = 0, last: int = 9, n: int = 37) -> list[tuple[int, list[int]]]:
@@ -139,7 +147,7 @@ def test_the_cache_is_chosen_when_sizes_agree_and_can_be_refused(images, capsys)
 def test_all_caches_of_a_machine_share_one_memory(images, monkeypatch):
     source = open_source(str(images), Config())
     size = 37 * (3 * 40 * 36 + 1)
-    monkeypatch.setattr(loader, "free_memory", lambda: int(2.5 * size / loader.CACHE_SHARE))
+    monkeypatch.setattr(cache, "free_memory", lambda: int(2.5 * size / cache.CACHE_SHARE))
     memory = Memory()
     assert [isinstance(cached(source, None, 0, memory), Cached) for _ in range(3)] == [True, True, False]
     assert isinstance(cached(source, True, 0, memory), Cached)  # who asks for it gets it
@@ -203,3 +211,77 @@ def test_keys_are_those_of_seed_epoch_and_image():
     expected = [int(rng.fold_in(5, "image", 1, int(i))) for i in batch["index"]]
     assert batch["key"].tolist() == expected
     assert np.all(batch["index"].numpy() < 37)
+
+
+def on_the_device(source: Broken, workers: int = 2) -> cache.OnDevice:
+    """On the CPU here, where it has to be asked for."""
+    found = on_device(cached(source, "device", 0, Memory()), "device", CPU, workers)
+    assert isinstance(found, cache.OnDevice)
+    return found
+
+
+@pytest.mark.parametrize("bad", [set(), {3, 5, 30}])
+def test_batches_cut_on_the_device_are_those_of_loader_processes(bad):
+    source = Textured(bad)
+    views = {"image": [Crop((16, 16), (0.2, 1.0))] * 2}
+    plain = list(make_loader(source, views, Layout(4, 2), 0, (0, 9), 0, CPU))
+    resident = list(make_loader(on_the_device(source), views, Layout(4, 2), 0, (0, 9), 0, CPU))
+    resumed = list(make_loader(on_the_device(source), views, Layout(4, 2), 0, (5, 9), 0, CPU))
+    assert len(resident) == 18
+    for a, b in zip(plain + plain[10:], resident + resumed, strict=True):
+        assert torch.equal(a["key"], b["key"])
+        assert torch.equal(a["index"], b["index"])
+        assert [tuple(found) for found in a["bad"]] == b["bad"]
+        assert a["image"].shape == b["image"].shape
+        assert (a["image"].int() - b["image"].int()).abs().max() <= 2
+
+
+def test_a_source_of_broken_images_fails_on_the_device_too():
+    batch = next(iter(make_loader(on_the_device(Broken(set(range(1, 37)))), VIEWS, Layout(8), 0, (0, 1), 0, CPU)))
+    assert batch.get("failed") or set(batch["index"].tolist()) == {0}
+
+
+def test_the_device_keeps_images_only_if_it_has_room_and_they_are_alike(monkeypatch, capsys):
+    class Mixed(Broken):
+        def read(self, index: int) -> torch.Tensor:
+            return torch.zeros(3, 20, 21 if index == odd else 20, dtype=torch.uint8)
+
+    sampled = set(rng.permutation(rng.fold_in(0, "sample"), 37)[:16].tolist())
+    odd = min(set(range(37)) - sampled)
+    kept = cached(Mixed(set()), "device", 0, Memory())
+    assert on_device(kept, "device", CPU, 0) is kept
+    assert "1 of 37 images are not of 3x20x20" in capsys.readouterr().out
+    kept = cached(Broken(set()), "device", 0, Memory())
+    assert on_device(kept, None, CPU, 0) is kept  # on a CPU only who asks for it
+    assert on_device(kept, "ram", CPU, 0) is kept
+    monkeypatch.setattr(cache, "free_memory", lambda: 37 * 20 * 20 * 3 - 1)
+    with pytest.raises(UserError, match=r"cache=device: the 37 images take .* use data\.cache=ram"):
+        on_device(kept, "device", CPU, 0)
+
+
+def _device_of_two(rank: int, port: int, say: Connection) -> None:
+    """Reads its share of the images, and says how many it read and whether it has them all."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    source = Broken({4})
+    kept = cached(source, "device", 0, Memory())
+    source.reads = 0
+    resident = on_device(kept, "device", CPU, 0)
+    right = all(int(resident.read(i)[0, 0, 0]) == i for i in range(37) if i != 4)
+    say.send((right, resident.broken, source.reads))
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
+def test_processes_of_a_machine_read_each_image_once_for_the_device():
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    both = [context.Process(target=_device_of_two, args=(rank, port, pipes[rank][1])) for rank in range(2)]
+    for process in both:
+        process.start()
+    told = [heard.recv() if heard.poll(60) else None for heard, _ in pipes]
+    for process in both:
+        process.join(30)
+    assert [(right, broken) for right, broken, _ in told] == [(True, {4: "broken on purpose"})] * 2
+    assert sum(reads for _, _, reads in told) <= 37
