@@ -114,6 +114,23 @@ def test_micro_batches_and_processes_do_not_change_a_run(tmp_path, images, metho
                 assert torch.allclose(value, weights[key], atol=1e-5), (name, key)
 
 
+def test_a_run_may_go_on_with_two_processes_and_then_with_one_again(cli, tmp_path, images):
+    """1 -> 2 -> 1: losses of every step within 1e-5 of the uninterrupted run's."""
+    own = ["precision=float32", "base_lr=1e-3", "batch_size=2", "epochs=3", "save.every_steps=4", "keep_last=9"]
+    arguments = ["pretrain", images, *words("dino", *own)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli(*arguments, f"out={whole}")[0] == 0
+    shutil.copytree(whole, parts)
+    for step in (8, 12):
+        shutil.rmtree(state.folder_of(parts, step))
+    assert "at step 4 of 12" in processes.launch([*arguments, f"out={parts}"], tmp_path / "log", world_size=2)
+    assert state.steps_saved(parts) == [4, 8, 12]
+    shutil.rmtree(state.folder_of(parts, 12))
+    assert "at step 8 of 12" in cli(*arguments, f"out={parts}")[1]
+    assert [line["step"] for line in learned(parts)] == list(range(1, 13))
+    assert torch.allclose(losses(parts), losses(whole), atol=1e-5)
+
+
 def test_a_finished_run_is_extended(cli, images, tmp_path):
     out = tmp_path / "run"
     assert cli("pretrain", images, *words("mae", f"out={out}"))[0] == 0
