@@ -2,9 +2,10 @@
 
 The grid is learning rates x weight decays x ways of pooling the tokens (class token, mean of patches, both, the last
 four blocks), as in DINOv2 (Oquab et al., 2023, appendix B.3; 52 heads there). One is chosen on a held-out part of the
-training images, trained again on all of them, and the test images are looked at once. Features are standardised by the
-training set's mean and deviation, which is what the BatchNorm without affine parameters of MAE's protocol does (He et
-al., appendix A.1; its code). `protocol=mae` and `protocol=dino` are the papers' own, see published.py.
+training images, the same share of each class (at least one image where it has two or more), trained again on all of
+them, and the test images are looked at once. Features are standardised by the training set's mean and deviation, which
+is what the BatchNorm without affine parameters of MAE's protocol does (He et al., appendix A.1; its code).
+`protocol=mae` and `protocol=dino` are the papers' own, see published.py.
 """
 
 import math
@@ -21,6 +22,7 @@ from .. import rng, schedules
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from . import confusion, pictures, protocol, scores
+from .strata import hold_out
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 CHUNK = 2**24  # logits at once
@@ -34,7 +36,7 @@ class Choice(protocol.Config):
     """What every probe that chooses its settings on held-out images shares."""
 
     pools: tuple[str, ...] = ()  # ways of pooling to choose from; empty: all that the encoder has, or pool= alone
-    holdout: float = 0.1  # share of the training images on which the choice is made
+    holdout: float = 0.1  # share of the training images of each class on which the choice is made
     seeds: tuple[int, ...] = ()  # one training of the heads after another, with mean and deviation; empty: seed
     picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
@@ -138,7 +140,7 @@ def choose(config: Choice, task: protocol.Task, settings: Sequence[Setting], tra
     test it; prints tables. `train(x, labels, settings)` gives [H, D + 1, C] heads. Raises UserError."""
     known = task.train_labels >= 0
     labels, test_known = task.train_labels[known], task.test_labels >= 0
-    held_out, sweep = holdout(config, len(labels)), []
+    held_out, sweep = hold_out(labels, config.holdout, config.seed), []
     for pool, (train_set, _) in task.sets.items():
         sweep += [{"pool": pool, **row} for row in try_all(train_set.values[known], labels, held_out, settings, train)]
     best = best_of(sweep)
@@ -153,7 +155,7 @@ def choose(config: Choice, task: protocol.Task, settings: Sequence[Setting], tra
     words = ", ".join(f"{name} {value:g}" for name, value in setting.items())
     results = outcome(config, task.classes, told[0], asked, f"with {words} on {protocol.describe_pool(best['pool'])}")
     return {**results, "pool": best["pool"], "setting": setting, "test_loss": round(loss.item(), 5),
-            "holdout_top1": best["holdout_top1"], "sweep": sweep}  # fmt: skip
+            "holdout_images": int(held_out.sum()), "holdout_top1": best["holdout_top1"], "sweep": sweep}  # fmt: skip
 
 
 def try_all(
@@ -202,16 +204,6 @@ def say_sweep(sweep: Sequence[dict[str, Any]], settings: Sequence[Setting]) -> N
     rows = [[pool, *(f"{row[name]:g}" for name in names), f"{row['holdout_top1']:.2f}"] for pool, row in best.items()]
     say(f"{len(sweep)} heads; the best of each way of pooling:")
     say(*protocol.table(["pool", *names, "held-out top-1 %"], rows))
-
-
-def holdout(config: Any, count: int) -> Tensor:
-    """[count] bool, true for the held-out images: a share of `config.holdout` by `config.seed`. Raises UserError."""
-    held_out = rng.permutation(rng.fold_in(config.seed, "holdout"), count) < round(config.holdout * count)
-    if not 0 < held_out.sum() < count:
-        raise UserError(
-            f"holdout={config.holdout} of {count} training images leaves none on one side: use more images."
-        )
-    return held_out
 
 
 def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:

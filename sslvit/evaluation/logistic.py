@@ -1,8 +1,9 @@
 """Logistic regression on frozen features, solved to its optimum by L-BFGS: no learning rate and no number of epochs.
 
-The strength of the L2 penalty and the way of pooling are chosen on a held-out part of the training images; then one
-regression is solved on all of them, and the test images are looked at once. Features are standardised by the training
-set's mean and deviation. So do CLIP (Radford et al., 2021, appendix A.3) and DINOv2 (Oquab et al., 2023).
+The strength of the L2 penalty and the way of pooling are chosen on a held-out part of the training images, the same
+share of each class (at least one image where it has two or more); then one regression is solved on all of them, and the
+test images are looked at once. Features are standardised by the training set's mean and deviation. So do CLIP (Radford
+et al., 2021, appendix A.3) and DINOv2 (Oquab et al., 2023).
 """
 
 from collections.abc import Sequence

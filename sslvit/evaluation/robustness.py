@@ -34,6 +34,7 @@ from ..errors import UserError, check_range
 from ..views import centre
 from . import corruptions, linear, pictures, protocol, sets
 from .features import CROP_RATIO, Centred, Features, extract, renumbered, same_classes
+from .strata import hold_out
 
 
 @dataclass
@@ -131,7 +132,8 @@ def check(config: Config) -> None:
 def fit(config: linear.Config, x: Tensor, labels: Tensor, num_classes: int) -> tuple[Classifier, dict[str, float]]:
     """The classifier of `sslvit linear` on one way of pooling, and its settings. Raises UserError."""
     train, settings = linear.trainer(config, num_classes, torch.device("cpu")), linear.grid(config)
-    best = linear.best_of(linear.try_all(x, labels, linear.holdout(config, len(labels)), settings, train))
+    held_out = hold_out(labels, config.holdout, config.seed)
+    best = linear.best_of(linear.try_all(x, labels, held_out, settings, train))
     setting = {name: best[name] for name in settings[0]}
     mean, std = linear.standardisation(x)
     return Classifier(mean, std, train((x - mean) / std, labels, [setting])[0]), setting
