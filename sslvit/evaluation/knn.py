@@ -19,7 +19,7 @@ from .. import rng
 from ..distributed import gather_objects, on_first_process, say, world_size
 from ..errors import UserError, check_range
 from ..hardware import evaluation_threads
-from . import confusion, pictures, protocol
+from . import confusion, pictures, protocol, scores
 from .features import Features
 
 KS = (10, 20, 100, 200)
@@ -84,7 +84,7 @@ def run(config: Config) -> dict[str, Any]:
     index = None if config.index == "exact" else _approximate(config, bank.values)
     votes = classify(bank, queries, len(task.classes), ks, config.temperature, alone, index)
     results: dict[str, Any] = {"protocol": "leave-one-out" if alone else "train and test"}
-    results["neighbours"] = [_row(key, judged.place, config.seed) for key, judged in votes.items()]
+    results["neighbours"] = [_row(key, judged.place) for key, judged in votes.items()]
     say(*_table(results["neighbours"]))
     if config.picture:
         shown = (20, TEMPERATURE) if (20, TEMPERATURE) in votes else next(iter(votes))
@@ -119,11 +119,11 @@ def _check(ks: Sequence[int], most: int) -> None:
         raise UserError(f"k={max(ks)} is larger than the {most} labelled training images: use a k of at most that.")
 
 
-def _row(key: tuple[int, float], places: Tensor, seed: int) -> dict[str, Any]:
+def _row(key: tuple[int, float], places: Tensor) -> dict[str, Any]:
     top1, top5 = top(places, 1), top(places, min(5, key[0]))
     return {
         "k": key[0], "temperature": key[1], "top1": round(top1, 4), "top5": round(top5, 4),
-        "top1_interval": protocol.interval(top1, len(places), seed), "right": protocol.packed(places == 0),
+        "top1_interval": scores.interval(int((places == 0).sum()), len(places)), "right": protocol.packed(places == 0),
     }  # fmt: skip
 
 

@@ -182,7 +182,7 @@ def outcome(config: protocol.Config, classes: list[str], told: Tensor, labels: T
     drawn if the configuration asks for a picture."""
     right = told == labels
     top1 = 100 * right.double().mean().item()
-    low, high = protocol.interval(top1, len(right), config.seed)
+    low, high = scores.interval(int(right.sum()), len(right))
     matrix = confusion.confusion(told, labels, len(classes))
     by_class = {row["class"]: row["accuracy"] for row in confusion.per_class(matrix, classes) if row["images"]}
     worst, best = min(by_class, key=by_class.get), max(by_class, key=by_class.get)

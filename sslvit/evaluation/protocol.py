@@ -248,17 +248,6 @@ def without_mean_image(train: Features, test: Features) -> tuple[dict[Pool, Feat
     return {"pooled": train}, {"pooled": test}
 
 
-def interval(top1: float, num_images: int, seed: int) -> tuple[float, float]:
-    """The bootstrap's 95 % interval of an accuracy in percent, over the test images that it was measured on.
-
-    Drawing n images with replacement from n of which a share p is right gives a binomial number of right ones, so that
-    is what is drawn, 10,000 times. It says nothing about other seeds of the training.
-    """
-    draws = np.random.default_rng(seed).binomial(num_images, min(1.0, top1 / 100), 10_000) / num_images
-    low, high = np.percentile(100 * draws, [2.5, 97.5])
-    return round(float(low), 2), round(float(high), 2)
-
-
 def packed(right: Tensor) -> str:
     """[N] bool, whether each test image was classified rightly -> their number, and hexadecimal, eight to two digits.
 

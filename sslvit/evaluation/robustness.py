@@ -32,7 +32,7 @@ from ..data import BadImage, Source
 from ..distributed import all_reduce_sum, on_first_process, say
 from ..errors import UserError, check_range
 from ..views import centre
-from . import corruptions, linear, pictures, protocol, sets
+from . import corruptions, linear, pictures, protocol, scores, sets
 from .features import CROP_RATIO, Centred, Features, extract, renumbered, same_classes
 from .strata import hold_out
 
@@ -90,7 +90,7 @@ def run(config: Config) -> dict[str, Any]:
         f"{len(classes)} classes"
     )
     results: dict[str, Any] = {"setting": setting, "images": images, "clean": round(accuracy(clean), 4)}
-    results["clean_interval"] = protocol.interval(results["clean"], images, config.seed)
+    results["clean_interval"] = scores.interval(round(results["clean"] * images / 100), images)
     say("clean top-1 {:.2f} % (95 % interval {:.1f} - {:.1f})".format(results["clean"], *results["clean_interval"]))
     if config.corruptions:
         results["corruptions"] = corrupted(config, frozen, source, accuracy, results["clean"])
