@@ -62,10 +62,10 @@ class Judged(NamedTuple):
     told: Tensor  # [Q] int64: the class with most votes, of equals the smaller number
 
 
-def labelled(features: Features, labels: Tensor) -> Labelled:
+def labelled(features: Features) -> Labelled:
     """Features brought to unit length in place, without the images that have no label."""
-    found = Labelled(features.normalize().values, labels, features.index)
-    return found if (labels >= 0).all() else found[labels >= 0]
+    found, known = Labelled(features.normalize().values, features.labels, features.index), features.labels >= 0
+    return found if known.all() else found[known]
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -77,9 +77,9 @@ def run(config: Config) -> dict[str, Any]:
     check_range("", config, 1, None, "shots", "repeats", "probes")
     pictures.check(config.picture)
     alone = not config.data.test
-    task = protocol.prepare(config, "knn", whole=False, alone=alone)
-    bank = labelled(task.train, task.train_labels)
-    queries = bank if alone else labelled(task.test, task.test_labels)
+    task = protocol.prepare(config, "knn", alone=alone)
+    bank = labelled(task.train)
+    queries = bank if alone else labelled(task.test)
     ks = _possible(tuple(config.k), sum(gather_objects(len(bank))) - alone)
     index = None if config.index == "exact" else _approximate(config, bank.values)
     votes = classify(bank, queries, len(task.classes), ks, config.temperature, alone, index)
@@ -267,7 +267,8 @@ def classify(
     order, block = [], max(1, QUERIES // world_size())
     for start in range(0, max(gather_objects(len(queries))), block):
         asked = queries[slice(start, start + block)]
-        parts = gather_objects((asked.values, asked.labels, asked.numbers))
+        # Copies, as pickling a part of a tensor takes all of it along.
+        parts = gather_objects([part.clone() for part in (asked.values, asked.labels, asked.numbers)])
         x, labels, numbers = (torch.cat([part[i] for part in parts]) for i in range(3))
         similarity, voters = search(bank, x, numbers, max(ks), alone, index)
         for (k, temperature), judged in found.items():

@@ -34,7 +34,6 @@ from ..errors import UserError, check_range
 from ..views import centre
 from . import corruptions, linear, pictures, protocol, scores, sets
 from .features import CROP_RATIO, Centred, Features, extract, renumbered, same_classes
-from .strata import hold_out
 
 
 @dataclass
@@ -73,9 +72,8 @@ def run(config: Config) -> dict[str, Any]:
     source = sets.choose(whole, config.images, config.seed, "robustness")
     train = sets.features(frozen, train_source, config, config.cache, centred=False)
     clean = extracted(config, frozen, source)
-    train_labels, labels = train.labels, renumbered(clean.labels, numbers)
-    known = train_labels >= 0
-    classifier, setting = on_first_process(lambda: fit(config, train.values[known], train_labels[known], len(classes)))
+    labels = renumbered(clean.labels, numbers)
+    classifier, setting = on_first_process(lambda: fit(config, train, len(classes)))
     aligned = torch.full((len(source),), -1)
     aligned[clean.index] = labels  # by the number of the image in the source
 
@@ -129,14 +127,14 @@ def check(config: Config) -> None:
     pictures.check(config.picture)
 
 
-def fit(config: linear.Config, x: Tensor, labels: Tensor, num_classes: int) -> tuple[Classifier, dict[str, float]]:
+def fit(config: linear.Config, features: Features, num_classes: int) -> tuple[Classifier, dict[str, float]]:
     """The classifier of `sslvit linear` on one way of pooling, and its settings. Raises UserError."""
     train, settings = linear.trainer(config, num_classes, torch.device("cpu")), linear.grid(config)
-    held_out = hold_out(labels, config.holdout, config.seed)
-    best = linear.best_of(linear.try_all(x, labels, held_out, settings, train))
+    best = linear.best_of(linear.try_all(config, features, settings, train))
     setting = {name: best[name] for name in settings[0]}
-    mean, std = linear.standardisation(x)
-    return Classifier(mean, std, train((x - mean) / std, labels, [setting])[0]), setting
+    known, *_ = linear.split(config, features.labels)
+    heads, mean, std = linear.fit(features, known, [setting], train)
+    return Classifier(mean, std, heads[0]), setting
 
 
 def extracted(config: Config, frozen: protocol.Frozen, source: Source) -> Features:

@@ -1,12 +1,11 @@
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sslvit import rng, schedules
-from sslvit.evaluation import linear
+from sslvit.evaluation import linear, protocol
 from sslvit.evaluation.features import Features
 
 
@@ -86,7 +85,7 @@ def test_what_a_head_reads_and_how_it_is_trained_is_chosen_on_held_out_images_on
         return Features(values, labels, list("abcd"), torch.arange(400))
 
     sets = {"mean": (features(noise), features(x)), "cls": (features(x), features(noise))}
-    task = SimpleNamespace(sets=sets, train_labels=labels, test_labels=labels, classes=list("abcd"))
+    task = protocol.Task(None, sets, list("abcd"), {})
     config = linear.Config(holdout=0.25)
 
     def train(x, labels, settings):
