@@ -3,8 +3,8 @@
 The fair probe for encoders that were not trained to put what they know into one token or mean, as MAE (El-Nouby et al.,
 AIM, 2024, section 4; the head is that of CAPI, Darcet et al., 2025: one query, keys and values by linear layers, heads
 of 64 channels). Tokens are standardised by the training set's mean and deviation, which is AIM's BatchNorm without
-affine parameters. Settings are chosen on a held-out part of the training images, one head is trained again on all of
-them, and the test images are looked at once.
+affine parameters. Settings are chosen on a held-out part of the training images (the same share of each class), one
+head is trained again on all of them, and the test images are looked at once.
 
 One query makes the keys a detour: q . (K x) = (K' q) . x, so a head never computes them, nor the values of single
 tokens: it averages tokens and multiplies once. The same function and gradients, for a hundredth of the products.
@@ -25,6 +25,7 @@ from ..errors import UserError, check_range
 from . import linear, pictures, protocol
 from .features import check_read, renumbered, same_classes
 from .linear import Setting
+from .strata import hold_out
 from .tokens import Tokens, patch_tokens
 
 HEAD_WIDTH = 64  # channels of an attention head
@@ -36,7 +37,7 @@ class Config(protocol.Config):
     weight_decay: tuple[float, ...] = (1e-4, 1e-1)  # one is chosen
     epochs: int = 20  # of the heads; the first tenth warms the learning rate up
     probe_batch_size: int = 512  # images in a step of the heads
-    holdout: float = 0.1  # share of the training images on which the choice is made
+    holdout: float = 0.1  # share of the training images of each class on which the choice is made
     seeds: tuple[int, ...] = ()  # one training of the heads after another, with mean and deviation; empty: seed
     picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
@@ -98,7 +99,7 @@ def run(config: Config) -> dict[str, Any]:
 def choose(config: Config, train: Set, test: Set, classes: list[str], device: torch.device) -> dict[str, Any]:
     """Train heads of all settings, choose on the held-out part, train the chosen one on everything, test it."""
     settings = [{"lr": lr, "weight_decay": decay} for lr in config.lr for decay in config.weight_decay]
-    held_out = linear.holdout(config, len(train.labels))
+    held_out = hold_out(train.labels, config.holdout, config.seed)
     fit, valid = train[~held_out], train[held_out]
     told, loss = judge(train_heads(config, fit, len(classes), settings, device), valid, device)
     right = (told == valid.labels).double().mean(dim=1)

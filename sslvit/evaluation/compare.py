@@ -4,10 +4,12 @@ Reads what the evaluations wrote (<run>/eval/*.json). Where two runs were judged
 of their accuracies has a paired bootstrap interval of 95 %: images are drawn with replacement, each with what both runs
 made of it (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 16). An interval that holds 0 means
 that other test images could have turned the order round. It says nothing about other seeds of the training.
+
+k-NN is that of k = 20 and T = 0.07, or of the first k and T that all runs have. Runs that have none in common are in
+columns of their own, and no difference is taken between them.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 
 from ..distributed import say
 from ..errors import UserError
-from . import protocol
+from . import protocol, scores
 
 DRAWS = 10_000
 
@@ -27,62 +29,78 @@ class Config:
     out: str = ""  # file for the table, as JSON; empty: it is only printed
 
 
-def _knn(results: dict[str, Any]) -> dict[str, Any]:
-    """k = 20 and T = 0.07 if they were asked for, else the first."""
-    rows = results["neighbours"]
-    usual = [row for row in rows if (row["k"], row["temperature"]) == (20, 0.07)]
-    return (usual or rows)[0]
-
-
-# {evaluation: (name of the column, where its number is, the number's key)}
-COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = {
-    "knn": ("k-NN %", _knn, "top1"),
-    "linear": ("linear %", lambda results: results, "top1"),
-    "linear_mae": ("linear (mae) %", lambda results: results, "top1"),
-    "linear_dino": ("linear (dino) %", lambda results: results, "top1"),
-    "logistic": ("logistic %", lambda results: results, "top1"),
-    "attentive": ("attentive %", lambda results: results, "top1"),
-    "finetune": ("fine-tuned %", lambda results: results, "top1"),
-    "retrieval": ("retrieval mAP %", lambda results: results, "map"),
-    "cluster": ("clusters %", lambda results: results, "accuracy"),
-    "quality": ("RankMe", lambda results: results, "rankme"),
+# {evaluation: (name of the column, the number's key)}
+COLUMNS = {
+    "knn": ("k-NN", "top1"),
+    "linear": ("linear", "top1"),
+    "linear_mae": ("linear (mae)", "top1"),
+    "linear_dino": ("linear (dino)", "top1"),
+    "logistic": ("logistic", "top1"),
+    "attentive": ("attentive", "top1"),
+    "finetune": ("fine-tuned", "top1"),
+    "retrieval": ("retrieval mAP", "map"),
+    "cluster": ("clusters", "accuracy"),
+    "quality": ("RankMe", "rankme"),
 }
-# What has to agree for two numbers to be compared.
-SAME = ("train", "test", "classes", "precision", "image_size", "features", "seed", "data", "settings", "departures")
+USUAL = (20, 0.07)  # k and T of k-NN
+# What has to agree for two numbers to be compared, and every setting.
+SAME = ("train", "test", "classes", "precision", "image_size", "features", "seed", "data", "departures")
+
+
+@dataclass
+class Cell:
+    """One number of one run."""
+
+    evaluation: str
+    kind: str  # what beside the evaluation has to be the same in a column, such as k=20 T=0.07
+    number: float
+    right: str  # which test images were right, packed; empty if that is not known
+    record: dict[str, Any]  # that it is from
+
+    @property
+    def name(self) -> str:
+        """Of its column in the file."""
+        return f"{self.evaluation} {self.kind}".strip()
+
+    @property
+    def title(self) -> str:
+        """Of its column in the table."""
+        return f"{COLUMNS[self.evaluation][0]} {self.kind}".strip()
 
 
 def compare(runs: list[str], config: Config) -> dict[str, Any]:
     """Print a table of runs and results, differences to the first run, and where protocols differ. Raises UserError."""
     if not runs:
         raise UserError("compare needs runs: sslvit compare runs/a runs/b untrained:runs/a.")
-    found = {name: _results(name) for name in dict.fromkeys(runs)}
-    present = [name for name in COLUMNS if any(name in records for records in found.values())]
-    if not present:
+    records = {name: _results(name) for name in dict.fromkeys(runs)}
+    found = _cells(records)
+    columns = {cell.name: cell for evaluation in COLUMNS for cells in found.values() for cell in cells.values()
+               if cell.evaluation == evaluation}  # fmt: skip
+    if not columns:
         raise UserError(f"None of {', '.join(found)} has results of {', '.join(COLUMNS)}: evaluate them first.")
-    rows = [[name, *(_cell(records.get(column), column) for column in present)] for name, records in found.items()]
-    say(*protocol.table(["run", *(COLUMNS[name][0] for name in present)], rows))
+    header = [
+        cell.title + " %" * (cell.evaluation != "quality" and "mae" not in cell.kind) for cell in columns.values()
+    ]
+    rows = [[run, *(f"{cells[c].number:.2f}" if c in cells else "" for c in columns)] for run, cells in found.items()]
+    say(*protocol.table(["run", *header], rows))
     first, *others = found
     differences = []
     for other in others:
-        for column in present:
-            a, b = found[first].get(column), found[other].get(column)
-            if not _comparable(a, b, column):
+        for name, column in columns.items():
+            a, b = found[first].get(name), found[other].get(name)
+            if not _comparable(a, b):
                 continue
-            row = {"run": other, "evaluation": column, **difference(a, b, column, config.seed)}
+            row = {"run": other, "evaluation": name, **difference(a.right, b.right, config.seed)}
             differences.append(row)
             low, high = row["interval"]
             verdict = "" if low * high > 0 or low == high else ": other test images could turn it round"
-            title = COLUMNS[column][0].removesuffix(" %")
             say(
-                f"{title}: {other} {row['difference']:+.2f} against {first} (95 % interval {low:+.2f} to {high:+.2f})"
-                f"{verdict}"
+                f"{column.title}: {other} {row['difference']:+.2f} against {first} (95 % interval {low:+.2f} to "
+                f"{high:+.2f}){verdict}"
             )
-    notes = [note for column in present for note in _departures(found, column)]
+    notes = [note for evaluation in COLUMNS for note in _departures(records, evaluation)]
     say(*notes)
-    table = {
-        name: {column: _number(records[column], column) for column in present if column in records}
-        for name, records in found.items()
-    }
+    table = {run: {name: cell.number for name, cell in cells.items()} for run, cells in found.items()}
     report = {"results": table, "differences": differences, "notes": notes}
     if config.out:
         protocol.check_out(config.out)
@@ -110,34 +128,55 @@ def _results(name: str) -> dict[str, dict[str, Any]]:
         path = folder / f"{column}.json"
         if path.is_file():
             try:
-                records[column] = json.loads(path.read_text(encoding="utf-8"))
-                _number(records[column], column)
+                record = json.loads(path.read_text(encoding="utf-8"))
+                _cell(column, record)
             except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
                 raise UserError(f"{path} is no result of this version: evaluate again.") from error
+            records[column] = record
     return records
 
 
-def _number(record: dict[str, Any], column: str) -> float:
-    _, find, key = COLUMNS[column]
-    return float(find(record["results"])[key])
+def _all_votes(record: dict[str, Any]) -> list[tuple[int, float]]:
+    return [(row["k"], row["temperature"]) for row in record["results"]["neighbours"]]
 
 
-def _cell(record: dict[str, Any] | None, column: str) -> str:
-    return "" if record is None else f"{_number(record, column):.2f}"
+def _cell(evaluation: str, record: dict[str, Any], votes: tuple[int, float] | None = None) -> Cell:
+    """votes: k and T of k-NN; null: the first. Raises KeyError, TypeError, ValueError or IndexError for what is no
+    result of the evaluation."""
+    row, kind, key = record["results"], "", COLUMNS[evaluation][1]
+    if evaluation == "knn":
+        votes = votes or _all_votes(record)[0]
+        row, kind = row["neighbours"][_all_votes(record).index(votes)], f"k={votes[0]} T={votes[1]:g}"
+    elif evaluation == "finetune" and record.get("task", "single") != "single":
+        key = scores.FIRST[record["task"]]
+        kind = f"{record['task']} {key}"
+    return Cell(evaluation, kind, float(row[key]), row.get("right", ""), record)
 
 
-def _comparable(a: dict[str, Any] | None, b: dict[str, Any] | None, column: str) -> bool:
+def _cells(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Cell]]:
+    """{run: {name of a column: what stands there}}."""
+    votes = {run: _all_votes(of_run["knn"]) for run, of_run in records.items() if "knn" in of_run}
+    shared = [key for key in next(iter(votes.values()), []) if all(key in keys for keys in votes.values())]
+    found = {}
+    for run, of_run in records.items():
+        asked = shared or votes.get(run, [])
+        usual = USUAL if USUAL in asked else next(iter(asked), None)
+        cells = [_cell(name, record, usual if name == "knn" else None) for name, record in of_run.items()]
+        found[run] = {cell.name: cell for cell in cells}
+    return found
+
+
+def _comparable(a: Cell | None, b: Cell | None) -> bool:
     """Whether both say of each test image whether they were right, and the images are the same."""
-    if a is None or b is None or a.get("test") != b.get("test"):
+    if a is None or b is None or a.record.get("test") != b.record.get("test"):
         return False
-    texts = [COLUMNS[column][1](record["results"]).get("right", "") for record in (a, b)]
-    return all(texts) and texts[0].split(":")[0] == texts[1].split(":")[0]
+    return bool(a.right) and bool(b.right) and a.right.split(":")[0] == b.right.split(":")[0]
 
 
-def difference(a: dict[str, Any], b: dict[str, Any], column: str, seed: int) -> dict[str, Any]:
-    """Accuracy of b minus that of a in percent, with its paired interval."""
-    find = COLUMNS[column][1]
-    right = [protocol.unpacked(find(record["results"])["right"]).astype(int) for record in (a, b)]
+def difference(a: str, b: str, seed: int) -> dict[str, Any]:
+    """Which test images two runs had right, packed -> accuracy of b minus that of a in percent, with its paired
+    interval."""
+    right = [protocol.unpacked(packed).astype(int) for packed in (a, b)]
     delta = right[1] - right[0]
     count = len(delta)
     # Drawing images with replacement is drawing how many of them gain, lose and stay.
@@ -148,15 +187,23 @@ def difference(a: dict[str, Any], b: dict[str, Any], column: str, seed: int) -> 
     return {"difference": round(100 * float(delta.mean()), 3), "interval": interval}
 
 
-def _departures(found: dict[str, dict[str, Any]], column: str) -> list[str]:
-    """A sentence for each way in which the protocols of one column differ between runs."""
-    records = {name: of_run[column] for name, of_run in found.items() if column in of_run}
+def _departures(found: dict[str, dict[str, Any]], evaluation: str) -> list[str]:
+    """A sentence for each way in which the protocols of one evaluation differ between runs."""
+    rulers = {run: _ruler(of_run[evaluation], evaluation) for run, of_run in found.items() if evaluation in of_run}
     notes = []
-    for key in SAME:
+    for key in dict.fromkeys(key for ruler in rulers.values() for key in ruler):
         values: dict[str, list[str]] = {}
-        for name, record in records.items():
-            values.setdefault(json.dumps(record.get(key)), []).append(name)
+        for run, ruler in rulers.items():
+            values.setdefault(json.dumps(ruler.get(key)), []).append(run)
         if len(values) > 1:
             sides = "; ".join(f"{value[:200]} for {', '.join(names)}" for value, names in values.items())
-            notes.append(f"Not by one ruler, {column}: {key} is {sides}.")
+            notes.append(f"Not by one ruler, {evaluation}: {key} is {sides}.")
     return notes
+
+
+def _ruler(record: dict[str, Any], evaluation: str) -> dict[str, Any]:
+    """What of a record has to agree, setting by setting."""
+    in_column = ("k", "temperature") if evaluation == "knn" else ()
+    settings = {f"settings.{name}": value for name, value in (record.get("settings") or {}).items()
+                if name not in in_column}  # fmt: skip
+    return {key: record.get(key) for key in SAME} | settings

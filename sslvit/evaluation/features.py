@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ..views import centre
 
 CROP_RATIO = 224 / 256  # the published evaluation resizes to 256 and cuts the central 224
 SAY_EVERY = 20  # seconds between lines of progress
+BLOCK = 2**14  # features of a process that are passed to the others at once
 
 
 @dataclass
@@ -115,12 +117,15 @@ def batches(
 
 def extract(
     encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator, pools: Sequence[Pool],
-    batch_size: int = 256, workers: int | None = None, whole: bool = True,
+    batch_size: int = 256, workers: int | None = None, whole: bool = True, scratch: Path | None = None,
 ) -> dict[Pool, Features]:  # fmt: skip
     """Features of all images of a source, by each way of pooling, from one pass. Every process computes its share and
-    gets the whole, or with `whole=False` keeps its share: images rank, rank + world size, ... Raises UserError."""
+    gets the whole, or with `whole=False` keeps its share: images rank, rank + world size, ... Raises UserError.
+
+    scratch: a folder for what would else be in memory until it is whole.
+    """
     mine = share(source)
-    values = {pool: torch.empty(len(mine), encoder.feature_dim(pool)) for pool in pools}
+    values = {pool: room_for(len(mine), encoder.feature_dim(pool), scratch) for pool in pools}
     numbers, done = torch.empty_like(mine), 0
     for index, x in batches(encoder, source, normalize, accelerator, batch_size, workers):
         # Blocks that were compiled for training are not compiled again for these shapes.
@@ -137,7 +142,21 @@ def extract(
     found = {
         pool: _features(value[:done], numbers[:done], source, len(source) - total) for pool, value in values.items()
     }
-    return {pool: gathered(part, source) for pool, part in found.items()} if whole else found
+    return {pool: gathered(part) for pool, part in found.items()} if whole else found
+
+
+def room_for(rows: int, width: int, folder: Path | None) -> Tensor:
+    """[rows, width] float32 to be filled: in a nameless file of the folder, which the system takes out of memory when
+    that is short; or in memory, if there is no folder or no room in it."""
+    if folder is not None and rows and hasattr(os, "posix_fallocate"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                os.posix_fallocate(file.fileno(), 0, 4 * rows * width)  # now: a full disk would kill the process later
+                return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(rows, width)))
+        except OSError:
+            pass
+    return torch.empty(rows, width)
 
 
 def _features(values: Tensor, index: Tensor, source: Source, unreadable: int) -> Features:
@@ -145,14 +164,23 @@ def _features(values: Tensor, index: Tensor, source: Source, unreadable: int) ->
     return Features(values, labels, source.classes, index, unreadable)
 
 
-def gathered(part: Features, source: Source) -> Features:
-    """The whole on every process, from each one's share."""
+def gathered(part: Features, everywhere: bool = True) -> Features | None:
+    """The whole from each process's share, on every process, or on the first alone and None on the others. All call it,
+    and it passes them in blocks, so that nobody holds much more than the whole once."""
     if world_size() == 1:
         return part
-    parts = gather_objects((part.values, part.index))
-    index = torch.cat([part[1] for part in parts])
-    order = index.argsort()
-    return _features(torch.cat([part[0] for part in parts])[order], index[order], source, part.unreadable)
+    wanted = everywhere or rank() == 0
+    index = torch.cat(gather_objects(part.index)).sort().values
+    values = torch.empty(len(index), part.values.shape[1]) if wanted else None
+    labels = torch.empty_like(index)
+    for start in range(0, max(gather_objects(len(part))), BLOCK):
+        rows = slice(start, start + BLOCK)
+        # Copies, as pickling a part of a tensor takes all of it along.
+        parts = gather_objects([of_part[rows].clone() for of_part in (part.index, part.labels, part.values)])
+        for numbers, its_labels, its_values in parts if wanted else ():
+            places = torch.searchsorted(index, numbers)
+            values[places], labels[places] = its_values, its_labels
+    return replace(part, values=values, labels=labels, index=index) if wanted else None
 
 
 def extract_cached(
@@ -174,16 +202,18 @@ def extract_cached(
         keys[pool] = hashlib.sha256(json.dumps(place | {"pool": pool}).encode()).hexdigest()[:16]
         stored = _read(folder, keys[pool], common | {"pool": pool}, source)
         if not any_process(stored is None):
-            found[pool] = gathered(stored, source) if whole else stored
+            found[pool] = stored
     missing = [pool for pool in pools if pool not in found]
-    if not missing:
+    if missing:
+        fresh = extract(encoder, source, normalize, accelerator, missing, batch_size, workers, False, folder)
+    else:
         say(f"features of {source.name(0)} ... as computed before for these weights, {folder}")
-        return found
-    fresh = extract(encoder, source, normalize, accelerator, missing, batch_size, workers, whole=False)
-    for pool, part in fresh.items():
-        _write(folder, keys[pool], common | {"pool": pool}, part)
-        found[pool] = gathered(part, source) if whole else part
-    return {pool: found[pool] for pool in pools}
+    for pool in missing:
+        content, part = common | {"pool": pool}, fresh.pop(pool)
+        _write(folder, keys[pool], content, part)
+        stored = _read(folder, keys[pool], content, source)  # read as they are used, and not in memory until then
+        found[pool] = part if any_process(stored is None) else stored
+    return {pool: gathered(found[pool]) if whole else found[pool] for pool in pools}
 
 
 def place_of(encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator) -> dict[str, Any]:
@@ -238,22 +268,30 @@ def _read(folder: Path, key: str, content: dict[str, str], source: Source) -> Fe
         if len(paths) != count:
             continue
         try:
-            values, index = [], []
+            parts = []
             for path in paths:
                 with safe_open(path, "pt") as file:
                     if file.metadata() != content | {"images_read": file.metadata().get("images_read", "")}:
                         return None
                     total, numbers = int(file.metadata()["images_read"]), file.get_tensor("index")
-                    mine = numbers % world_size() == rank()
-                    stored = file.get_tensor("values")
-                    values.append(stored if mine.all() else stored[mine])
-                    index.append(numbers[mine])
+                    mine, stored = numbers % world_size() == rank(), file.get_tensor("values")
+                    parts.append((stored, numbers) if mine.all() else (stored[mine], numbers[mine]))
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
-        order = torch.cat(index).argsort()
-        joined = values[0] if len(values) == 1 else torch.cat(values)[order]
-        return _features(joined, torch.cat(index)[order], source, len(source) - total)
+        return _features(*_joined(parts), source, len(source) - total)
     return None
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """([n, D] values, [n] numbers of images) of several files -> of all, in the order of the numbers; of one file where
+    they lie in it, which the system reads as they are used."""
+    if len(parts) == 1:
+        return parts[0]
+    index = torch.cat([numbers for _, numbers in parts]).sort().values
+    joined = torch.empty(len(index), parts[0][0].shape[1])
+    for values, numbers in parts:
+        joined[torch.searchsorted(index, numbers)] = values
+    return joined, index
 
 
 def _write(folder: Path, key: str, content: dict[str, str], features: Features) -> None:
@@ -263,8 +301,12 @@ def _write(folder: Path, key: str, content: dict[str, str], features: Features) 
     total, problem = sum(gather_objects(len(features))), None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+        part.touch()
+        mode = part.stat().st_mode  # of other files: safetensors' own is for the owner only
         tensors = {"values": features.values.contiguous(), "index": features.index.contiguous()}
         save_file(tensors, part, content | {"images_read": str(total)})
+        part.chmod(mode)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         problem = f"The features are not kept for next time: {path}: {error}."

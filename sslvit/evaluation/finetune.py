@@ -34,6 +34,7 @@ from . import protocol, scores
 from .classifier import Classifier, average_statistics
 from .features import digest, extract, renumbered, same_classes
 from .sets import Chosen
+from .strata import hold_out, stratified
 from .supervised import Part, Recipe, Training
 
 NOUN = {"single": "classes", "multilabel": "labels", "regression": "numbers"}
@@ -64,7 +65,7 @@ class Config(protocol.Subject):
     image_size: int | tuple[int, int] | None = None  # pixels; null: the encoder's own. Positions are resampled
     labels_share: float = 1.0  # of the labelled training images, of each class the same, at least one; by the seed
     seeds: tuple[int, ...] | None = None  # a training for each, with mean and deviation; null: seed
-    holdout: float = 0.0  # share of the training images left out to show their accuracy after each epoch
+    holdout: float = 0.0  # share of each class (or of all images without one) left out to show its score by epoch
     save: str = ""  # a folder for checkpoints: the same command goes on where it stopped; empty: none
     out_model: str = ""  # a folder for the trained model with its head, for timm; empty: none
     global_batch_size: int | None = None  # images for one optimizer step, over all processes
@@ -263,28 +264,17 @@ def read_targets(task: str, sources: list[Source], words: tuple[str, str]) -> Ta
     return Targets(task, torch.as_tensor(train), test, list(names))
 
 
-def stratified(labels: Tensor, share: float, key: Tensor) -> Tensor:
-    """Row numbers of a share of the rows, in order: the same of each class and at least one, chosen by the key.
-
-    labels: [N] int64, or [N, K] where a share of all rows is taken. A smaller share is part of a larger one.
-    """
-    order = rng.permutation(key, len(labels))
-    groups = [order[labels[order] == c] for c in labels.unique()] if labels.ndim == 1 else [order]
-    return torch.cat([group[: max(1, round(share * len(group)))] for group in groups]).sort().values
-
-
 def split(config: Config, targets: Targets, seed: int) -> tuple[Tensor, Tensor]:
-    """Numbers of the training images that are learned from, and of those that are held out. Raises UserError."""
+    """Numbers of the training images that are learned from, and of those that are held out. Raises UserError.
+
+    Of each class its share; where images have several labels, or numbers, a random part of them.
+    """
     known = targets.known[0]
     chosen = known[stratified(targets.train[known], config.labels_share, rng.fold_in(seed, "labels_share"))]
     if not config.holdout:
         return chosen, chosen[:0]
-    held_out = torch.zeros(len(chosen), dtype=torch.bool)
-    held_out[stratified(targets.train[chosen], config.holdout, rng.fold_in(seed, "holdout"))] = True
-    learned = chosen[~held_out]
-    if targets.task == "single" and len(targets.train[learned].unique()) < len(targets.train[known].unique()):
-        raise UserError(f"holdout={config.holdout:g} leaves a class without training images: use less, or more images.")
-    return learned, chosen[held_out]
+    held_out = hold_out(targets.train[chosen], config.holdout, seed)
+    return chosen[~held_out], chosen[held_out]
 
 
 def train_and_test(

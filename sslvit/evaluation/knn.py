@@ -19,7 +19,7 @@ from .. import rng
 from ..distributed import gather_objects, on_first_process, say, world_size
 from ..errors import UserError, check_range
 from ..hardware import evaluation_threads
-from . import confusion, pictures, protocol
+from . import confusion, pictures, protocol, scores
 from .features import Features
 
 KS = (10, 20, 100, 200)
@@ -62,10 +62,10 @@ class Judged(NamedTuple):
     told: Tensor  # [Q] int64: the class with most votes, of equals the smaller number
 
 
-def labelled(features: Features, labels: Tensor) -> Labelled:
+def labelled(features: Features) -> Labelled:
     """Features brought to unit length in place, without the images that have no label."""
-    found = Labelled(features.normalize().values, labels, features.index)
-    return found if (labels >= 0).all() else found[labels >= 0]
+    found, known = Labelled(features.normalize().values, features.labels, features.index), features.labels >= 0
+    return found if known.all() else found[known]
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -77,14 +77,14 @@ def run(config: Config) -> dict[str, Any]:
     check_range("", config, 1, None, "shots", "repeats", "probes")
     pictures.check(config.picture)
     alone = not config.data.test
-    task = protocol.prepare(config, "knn", whole=False, alone=alone)
-    bank = labelled(task.train, task.train_labels)
-    queries = bank if alone else labelled(task.test, task.test_labels)
+    task = protocol.prepare(config, "knn", alone=alone)
+    bank = labelled(task.train)
+    queries = bank if alone else labelled(task.test)
     ks = _possible(tuple(config.k), sum(gather_objects(len(bank))) - alone)
     index = None if config.index == "exact" else _approximate(config, bank.values)
     votes = classify(bank, queries, len(task.classes), ks, config.temperature, alone, index)
     results: dict[str, Any] = {"protocol": "leave-one-out" if alone else "train and test"}
-    results["neighbours"] = [_row(key, judged.place, config.seed) for key, judged in votes.items()]
+    results["neighbours"] = [_row(key, judged.place) for key, judged in votes.items()]
     say(*_table(results["neighbours"]))
     if config.picture:
         shown = (20, TEMPERATURE) if (20, TEMPERATURE) in votes else next(iter(votes))
@@ -119,11 +119,11 @@ def _check(ks: Sequence[int], most: int) -> None:
         raise UserError(f"k={max(ks)} is larger than the {most} labelled training images: use a k of at most that.")
 
 
-def _row(key: tuple[int, float], places: Tensor, seed: int) -> dict[str, Any]:
+def _row(key: tuple[int, float], places: Tensor) -> dict[str, Any]:
     top1, top5 = top(places, 1), top(places, min(5, key[0]))
     return {
         "k": key[0], "temperature": key[1], "top1": round(top1, 4), "top5": round(top5, 4),
-        "top1_interval": protocol.interval(top1, len(places), seed), "right": protocol.packed(places == 0),
+        "top1_interval": scores.interval(int((places == 0).sum()), len(places)), "right": protocol.packed(places == 0),
     }  # fmt: skip
 
 
@@ -267,7 +267,8 @@ def classify(
     order, block = [], max(1, QUERIES // world_size())
     for start in range(0, max(gather_objects(len(queries))), block):
         asked = queries[slice(start, start + block)]
-        parts = gather_objects((asked.values, asked.labels, asked.numbers))
+        # Copies, as pickling a part of a tensor takes all of it along.
+        parts = gather_objects([part.clone() for part in (asked.values, asked.labels, asked.numbers)])
         x, labels, numbers = (torch.cat([part[i] for part in parts]) for i in range(3))
         similarity, voters = search(bank, x, numbers, max(ks), alone, index)
         for (k, temperature), judged in found.items():

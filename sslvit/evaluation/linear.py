@@ -2,9 +2,10 @@
 
 The grid is learning rates x weight decays x ways of pooling the tokens (class token, mean of patches, both, the last
 four blocks), as in DINOv2 (Oquab et al., 2023, appendix B.3; 52 heads there). One is chosen on a held-out part of the
-training images, trained again on all of them, and the test images are looked at once. Features are standardised by the
-training set's mean and deviation, which is what the BatchNorm without affine parameters of MAE's protocol does (He et
-al., appendix A.1; its code). `protocol=mae` and `protocol=dino` are the papers' own, see published.py.
+training images, the same share of each class (at least one image where it has two or more), trained again on all of
+them, and the test images are looked at once. Features are standardised by the training set's mean and deviation, which
+is what the BatchNorm without affine parameters of MAE's protocol does (He et al., appendix A.1; its code).
+`protocol=mae` and `protocol=dino` are the papers' own, see published.py.
 """
 
 import math
@@ -19,8 +20,11 @@ from torch import Tensor
 
 from .. import rng, schedules
 from ..distributed import on_first_process, say
+from ..encoder import Pool
 from ..errors import UserError, check_range
 from . import confusion, pictures, protocol, scores
+from .features import Features
+from .strata import hold_out
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 CHUNK = 2**24  # logits at once
@@ -34,7 +38,7 @@ class Choice(protocol.Config):
     """What every probe that chooses its settings on held-out images shares."""
 
     pools: tuple[str, ...] = ()  # ways of pooling to choose from; empty: all that the encoder has, or pool= alone
-    holdout: float = 0.1  # share of the training images on which the choice is made
+    holdout: float = 0.1  # share of the training images of each class on which the choice is made
     seeds: tuple[int, ...] = ()  # one training of the heads after another, with mean and deviation; empty: seed
     picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
@@ -63,7 +67,7 @@ def run(config: Config) -> dict[str, Any]:
     def probe(one: Config) -> dict[str, Any]:
         return choose(one, task, grid(one), trainer(one, len(task.classes), device))
 
-    results = on_first_process(lambda: repeated(config, probe))
+    results = repeated(config, probe)
     ends, chosen = (min(config.lr), max(config.lr)), results.get("seeds", [results])
     if any(one["setting"]["lr"] in ends for one in chosen) and len(config.lr) > 1:
         say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
@@ -135,39 +139,68 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 def choose(config: Choice, task: protocol.Task, settings: Sequence[Setting], train: Train) -> dict[str, Any]:
     """Train heads of all settings on all ways of pooling, choose one on the held-out part, train it on everything and
-    test it; prints tables. `train(x, labels, settings)` gives [H, D + 1, C] heads. Raises UserError."""
-    known = task.train_labels >= 0
-    labels, test_known = task.train_labels[known], task.test_labels >= 0
-    held_out, sweep = holdout(config, len(labels)), []
-    for pool, (train_set, _) in task.sets.items():
-        sweep += [{"pool": pool, **row} for row in try_all(train_set.values[known], labels, held_out, settings, train)]
+    test it; prints tables. `train(x, labels, settings)` gives [H, D + 1, C] heads. Raises UserError.
+
+    All processes call it. The first does the work, with the features of one way of pooling at a time.
+    """
+
+    def attempt(pool: Pool) -> list[dict[str, Any]]:
+        whole = task.whole(pool)
+        return on_first_process(lambda: [{"pool": pool, **row} for row in try_all(config, whole[0], settings, train)])
+
+    sweep = [row for pool in task.sets for row in attempt(pool)]
     best = best_of(sweep)
-    setting = {name: best[name] for name in settings[0]}
-    train_set, test_set = task.sets[best["pool"]]
-    x = train_set.values[known]
-    mean, std = standardisation(x)
-    head = train((x - mean) / std, labels, [setting])
-    asked = task.test_labels[test_known]
-    told, loss = judge(head, (test_set.values[test_known] - mean) / std, asked)
-    say_sweep(sweep, settings)
-    words = ", ".join(f"{name} {value:g}" for name, value in setting.items())
-    results = outcome(config, task.classes, told[0], asked, f"with {words} on {protocol.describe_pool(best['pool'])}")
-    return {**results, "pool": best["pool"], "setting": setting, "test_loss": round(loss.item(), 5),
-            "holdout_top1": best["holdout_top1"], "sweep": sweep}  # fmt: skip
+    whole = task.whole(best["pool"])
+    return on_first_process(lambda: test_best(config, task.classes, *whole, sweep, settings, train))
 
 
-def try_all(
-    x: Tensor, labels: Tensor, held_out: Tensor, settings: Sequence[Setting], train: Train
-) -> list[dict[str, float]]:
+def split(config: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[N] labels, -1 for none -> numbers of all that have one, of those to learn from while choosing, and of those held
+    out. Raises UserError."""
+    known = (labels >= 0).nonzero()[:, 0]
+    held_out = hold_out(labels[known], config.holdout, config.seed)
+    return known, known[~held_out], known[held_out]
+
+
+def try_all(config: Any, features: Features, settings: Sequence[Setting], train: Train) -> list[dict[str, float]]:
     """Train heads of all settings on what is not held out: each setting with what its head makes of the rest."""
-    mean, std = standardisation(x[~held_out])
-    heads = train((x[~held_out] - mean) / std, labels[~held_out], settings)
-    told, loss = judge(heads, (x[held_out] - mean) / std, labels[held_out])
-    right = (told == labels[held_out]).double().mean(dim=1)
+    _, learned, held_out = split(config, features.labels)
+    heads, mean, std = fit(features, learned, settings, train)
+    asked = features.labels[held_out]
+    told, loss = judge(heads, features.values[held_out].sub_(mean).div_(std), asked)
+    right = (told == asked).double().mean(dim=1)
     return [
         {**setting, "holdout_top1": round(100 * r.item(), 4), "holdout_loss": round(v.item(), 5)}
         for setting, r, v in zip(settings, right, loss, strict=True)
     ]
+
+
+def fit(features: Features, rows: Tensor, settings: Sequence[Setting], train: Train) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads of all settings from some of the images, with the mean and deviation of their features, of which there is
+    one copy: it is standardised in its place."""
+    x = features.values[rows]
+    mean, std = standardisation(x)
+    return train(x.sub_(mean).div_(std), features.labels[rows], settings), mean, std
+
+
+def test_best(
+    config: Choice, classes: list[str], train_set: Features, test_set: Features, sweep: Sequence[dict[str, Any]],
+    settings: Sequence[Setting], train: Train,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the chosen head on everything and test it; prints tables."""
+    best = best_of(sweep)
+    setting = {name: best[name] for name in settings[0]}
+    known, _, held_out = split(config, train_set.labels)
+    heads, mean, std = fit(train_set, known, [setting], train)
+    rows = (test_set.labels >= 0).nonzero()[:, 0]
+    asked = test_set.labels[rows]
+    told, loss = judge(heads, test_set.values[rows].sub_(mean).div_(std), asked)
+    say_sweep(sweep, settings)
+    words = ", ".join(f"{name} {value:g}" for name, value in setting.items())
+    how = f"with {words} on {protocol.describe_pool(best['pool'])}"
+    results = outcome(config, classes, told[0], asked, how)
+    return {**results, "pool": best["pool"], "setting": setting, "test_loss": round(loss.item(), 5),
+            "holdout_images": len(held_out), "holdout_top1": best["holdout_top1"], "sweep": sweep}  # fmt: skip
 
 
 def best_of(sweep: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -180,7 +213,7 @@ def outcome(config: protocol.Config, classes: list[str], told: Tensor, labels: T
     drawn if the configuration asks for a picture."""
     right = told == labels
     top1 = 100 * right.double().mean().item()
-    low, high = protocol.interval(top1, len(right), config.seed)
+    low, high = scores.interval(int(right.sum()), len(right))
     matrix = confusion.confusion(told, labels, len(classes))
     by_class = {row["class"]: row["accuracy"] for row in confusion.per_class(matrix, classes) if row["images"]}
     worst, best = min(by_class, key=by_class.get), max(by_class, key=by_class.get)
@@ -204,16 +237,6 @@ def say_sweep(sweep: Sequence[dict[str, Any]], settings: Sequence[Setting]) -> N
     say(*protocol.table(["pool", *names, "held-out top-1 %"], rows))
 
 
-def holdout(config: Any, count: int) -> Tensor:
-    """[count] bool, true for the held-out images: a share of `config.holdout` by `config.seed`. Raises UserError."""
-    held_out = rng.permutation(rng.fold_in(config.seed, "holdout"), count) < round(config.holdout * count)
-    if not 0 < held_out.sum() < count:
-        raise UserError(
-            f"holdout={config.holdout} of {count} training images leaves none on one side: use more images."
-        )
-    return held_out
-
-
 def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each feature, [D] and [D]."""
     return x.mean(dim=0), (x.var(dim=0, unbiased=False) + 1e-6).sqrt()
@@ -229,8 +252,7 @@ def train_heads(
     The heads are independent: SGD with momentum 0.9 on the sum of their losses, each with its own rate and decay, on
     half a cosine. All of them are one matrix product. weight_decay: one for all, or one for each.
     """
-    x = F.pad(x, (0, 1), value=1.0)
-    width, heads = x.shape[1], len(lrs)
+    width, heads = x.shape[1] + 1, len(lrs)
     key = rng.fold_in(seed, "probe")
     start = 0.01 * (rng.uniform(key, width * num_classes).view(width, num_classes, 1) * 2 - 1) * 3**0.5
     start[-1] = 0
@@ -247,7 +269,7 @@ def train_heads(
         if place == 0:
             order = rng.permutation(rng.fold_in(key, epoch), len(x)).to(x.device)
         rows = order[place * batch_size : (place + 1) * batch_size]
-        batch = x[rows]
+        batch = F.pad(x[rows], (0, 1), value=1.0)  # and not once: that would be a second copy of all features
         probabilities = (batch @ weights.flatten(1)).view(batch_size, num_classes, heads).softmax(dim=1)
         probabilities[rows_of_batch, labels[rows]] -= 1
         momentum.mul_(0.9).add_((batch.t() @ probabilities.flatten(1)).view_as(weights), alpha=1 / batch_size)

@@ -1,8 +1,9 @@
 """Logistic regression on frozen features, solved to its optimum by L-BFGS: no learning rate and no number of epochs.
 
-The strength of the L2 penalty and the way of pooling are chosen on a held-out part of the training images; then one
-regression is solved on all of them, and the test images are looked at once. Features are standardised by the training
-set's mean and deviation. So do CLIP (Radford et al., 2021, appendix A.3) and DINOv2 (Oquab et al., 2023).
+The strength of the L2 penalty and the way of pooling are chosen on a held-out part of the training images, the same
+share of each class (at least one image where it has two or more); then one regression is solved on all of them, and the
+test images are looked at once. Features are standardised by the training set's mean and deviation. So do CLIP (Radford
+et al., 2021, appendix A.3) and DINOv2 (Oquab et al., 2023).
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distributed import on_first_process, say
+from ..distributed import say
 from ..errors import UserError, check_range
 from . import linear, pictures, protocol
 from .linear import Setting
@@ -42,7 +43,7 @@ def run(config: Config) -> dict[str, Any]:
         return solve(x.to(device), labels.to(device), len(task.classes), penalties, config.iterations).cpu()
 
     settings = [{"l2": l2} for l2 in config.l2]
-    results = on_first_process(lambda: linear.repeated(config, lambda one: linear.choose(one, task, settings, train)))
+    results = linear.repeated(config, lambda one: linear.choose(one, task, settings, train))
     ends, chosen = (min(config.l2), max(config.l2)), results.get("seeds", [results])
     if any(one["setting"]["l2"] in ends for one in chosen) and len(config.l2) > 1:
         say("The chosen penalty is at the end of the list: a longer list may give a better one.")

@@ -2,7 +2,7 @@
 how many directions its features fill."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -54,9 +54,9 @@ class OnlineKNN:
         pool, banks = encoder.pool, []
         for source, numbers in zip(self.sources, (None, self.numbers), strict=True):
             features = extract(encoder, source, self.normalize, self.accelerator, (pool,), whole=False)[pool]
-            banks.append(
-                labelled(features, features.labels if numbers is None else renumbered(features.labels, numbers))
-            )
+            if numbers is not None:
+                features = replace(features, labels=renumbered(features.labels, numbers))
+            banks.append(labelled(features))
         k, classes = self.config.k, len(self.sources[0].classes)
         return top(classify(*banks, classes, (k,), (TEMPERATURE,))[k, TEMPERATURE].place, 1)
 

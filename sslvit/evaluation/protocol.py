@@ -27,7 +27,7 @@ from ..hardware import (
     versions,
 )
 from ..pretrained import Pixels, Pretrained
-from .features import Features, check_read, extract_cached, renumbered, same_classes, same_images
+from .features import Features, check_read, extract_cached, gathered, renumbered, same_classes, same_images
 
 
 @dataclass
@@ -83,13 +83,10 @@ class Frozen:
 
 @dataclass
 class Task:
-    """Frozen features of both sets, with labels by the training set's class names: the whole, or this process's
-    share."""
+    """Frozen features of both sets, of which each process has its share, with labels by the training set's classes."""
 
     frozen: Frozen
     sets: dict[Pool, tuple[Features, Features]]  # train and test, by each way of pooling
-    train_labels: Tensor
-    test_labels: Tensor
     classes: list[str]
     record: dict[str, Any]  # the protocol, for the result
 
@@ -99,12 +96,17 @@ class Task:
 
     @property
     def train(self) -> Features:
-        """By the first way of pooling."""
+        """This process's share, by the first way of pooling."""
         return next(iter(self.sets.values()))[0]
 
     @property
     def test(self) -> Features:
         return next(iter(self.sets.values()))[1]
+
+    def whole(self, pool: Pool) -> tuple[Features, Features] | None:
+        """Train and test by one way of pooling, of all processes, on the first; None on the others. All call it."""
+        train, test = (gathered(part, everywhere=False) for part in self.sets[pool])
+        return (train, test) if rank() == 0 else None
 
 
 def load(config: Subject) -> Frozen:
@@ -124,13 +126,11 @@ def load(config: Subject) -> Frozen:
     return Frozen(subject, pool, accelerator, precision)
 
 
-def prepare(
-    config: Config, name: str, pools: Sequence[Pool] | None = None, whole: bool = True, alone: bool = False
-) -> Task:
+def prepare(config: Config, name: str, pools: Sequence[Pool] | None = None, alone: bool = False) -> Task:
     """Load the encoder, open the images, compute the features. Raises UserError before the features where it can.
 
-    pools: ways of pooling; null: the configured one, (): all that the encoder has. whole: every process holds all
-    features, or else its share. alone: without data.test the training images are both sets.
+    pools: ways of pooling; null: the configured one, (): all that the encoder has. alone: without data.test the
+    training images are both sets.
     """
     began = time.perf_counter()
     words = both_sets(config, name, alone)
@@ -157,24 +157,26 @@ def prepare(
             pools,
             config.batch_size,
             config.workers,
-            whole,
+            whole=False,
         )
 
     train = compute(train_source)
     test = train if test_source is train_source else compute(test_source)
     if isinstance(encoder, Pixels):  # else the brightness that all images share decides
         train, test = without_mean_image(train["pooled"], test["pooled"])
+    if test is not train:
+        mapped = {"labels": renumbered(test[pools[0]].labels, numbers), "classes": train_source.classes}
+        test = {pool: replace(features, **mapped) for pool, features in test.items()}
     sets = {pool: (train[pool], test[pool]) for pool in pools}
     first, second = sets[pools[0]]
-    test_labels = renumbered(second.labels, numbers)
-    check_read(first.labels, test_labels, words)
+    check_read(first.labels, second.labels, words)
     record = {
         "evaluation": name,
         "run": config.run,
         "settings": settings,
         **subject.detail,
-        "train": {"data": words[0], "images": sum_over_processes(len(first), whole), "unreadable": first.unreadable},
-        "test": {"data": words[1], "images": sum_over_processes(len(second), whole), "unreadable": second.unreadable},
+        "train": {"data": words[0], "images": sum(gather_objects(len(first))), "unreadable": first.unreadable},
+        "test": {"data": words[1], "images": sum(gather_objects(len(second))), "unreadable": second.unreadable},
         "classes": len(train_source.classes),
         "features": "pixels minus the mean training image"
         if isinstance(encoder, Pixels)
@@ -190,7 +192,7 @@ def prepare(
         f"{name} of {config.run}: {record['features']}, {frozen.precision}; {record['train']['images']} training and "
         f"{record['test']['images']} test images in {record['classes']} classes"
     )
-    return Task(frozen, sets, first.labels, test_labels, train_source.classes, record)
+    return Task(frozen, sets, train_source.classes, record)
 
 
 def both_sets(config: Config, name: str, alone: bool = False) -> tuple[str, str]:
@@ -236,27 +238,12 @@ def check_out(path: str) -> None:
             raise UserError(f"out={path} exists and holds no result of sslvit: give another name.")
 
 
-def sum_over_processes(number: int, whole: bool) -> int:
-    return number if whole else sum(gather_objects(number))
-
-
 def without_mean_image(train: Features, test: Features) -> tuple[dict[Pool, Features], dict[Pool, Features]]:
     """Pixels minus the mean of the training images, those of all processes if each holds a share."""
     sums = gather_objects((train.values.double().sum(dim=0), len(train)))
     mean = (sum(total for total, _ in sums) / sum(count for _, count in sums)).float()
     train, test = (replace(features, values=features.values - mean) for features in (train, test))
     return {"pooled": train}, {"pooled": test}
-
-
-def interval(top1: float, num_images: int, seed: int) -> tuple[float, float]:
-    """The bootstrap's 95 % interval of an accuracy in percent, over the test images that it was measured on.
-
-    Drawing n images with replacement from n of which a share p is right gives a binomial number of right ones, so that
-    is what is drawn, 10,000 times. It says nothing about other seeds of the training.
-    """
-    draws = np.random.default_rng(seed).binomial(num_images, min(1.0, top1 / 100), 10_000) / num_images
-    low, high = np.percentile(100 * draws, [2.5, 97.5])
-    return round(float(low), 2), round(float(high), 2)
 
 
 def packed(right: Tensor) -> str:

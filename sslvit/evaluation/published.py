@@ -77,8 +77,10 @@ def run(config: linear.Config) -> dict[str, Any]:
     words = protocol.both_sets(config, "linear")
     frozen = protocol.load(config)
     encoder, accelerator = frozen.subject.encoder, frozen.accelerator
+    if not encoder.is_vit:
+        raise UserError(f"protocol={name} is for plain ViTs, and run={config.run} is none: leave protocol= out.")
     pool = published.pool if config.pool == "auto" else config.pool
-    if pool not in encoder.pools() or not encoder.is_vit:
+    if pool not in encoder.pools():
         raise UserError(
             f"protocol={name} reads {protocol.describe_pool(pool)}, which {config.run} has not: give pool= one of "
             f"{', '.join(encoder.pools())}."

@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import rng
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
-from . import protocol, sets
+from . import protocol, scores, sets
 from .features import renumbered, same_classes
 
 RANKED_AT_ONCE = 2**24  # similarities in memory: 200 MB with their places
@@ -168,7 +168,12 @@ def summarise(found: Ranked, ks: Sequence[int], seed: int) -> dict[str, Any]:
 
 
 def interval(values: Tensor, seed: int) -> tuple[float, float]:
-    """The bootstrap's 95 % interval, in percent, of a mean over queries that are drawn anew, [Q] in 0 .. 1."""
+    """The bootstrap's 95 % interval, in percent, of a mean over queries that are drawn anew, [Q] in 0 .. 1.
+
+    If all are 1 every draw is, and the interval is that of so many right answers.
+    """
+    if (values == 1).all():
+        return scores.interval(len(values), len(values))
     generator, values = np.random.default_rng(seed), values.numpy()
     means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])

@@ -32,7 +32,7 @@ from ..data import BadImage, Source
 from ..distributed import all_reduce_sum, on_first_process, say
 from ..errors import UserError, check_range
 from ..views import centre
-from . import corruptions, linear, pictures, protocol, sets
+from . import corruptions, linear, pictures, protocol, scores, sets
 from .features import CROP_RATIO, Centred, Features, extract, renumbered, same_classes
 
 
@@ -72,9 +72,8 @@ def run(config: Config) -> dict[str, Any]:
     source = sets.choose(whole, config.images, config.seed, "robustness")
     train = sets.features(frozen, train_source, config, config.cache, centred=False)
     clean = extracted(config, frozen, source)
-    train_labels, labels = train.labels, renumbered(clean.labels, numbers)
-    known = train_labels >= 0
-    classifier, setting = on_first_process(lambda: fit(config, train.values[known], train_labels[known], len(classes)))
+    labels = renumbered(clean.labels, numbers)
+    classifier, setting = on_first_process(lambda: fit(config, train, len(classes)))
     aligned = torch.full((len(source),), -1)
     aligned[clean.index] = labels  # by the number of the image in the source
 
@@ -89,7 +88,7 @@ def run(config: Config) -> dict[str, Any]:
         f"{len(classes)} classes"
     )
     results: dict[str, Any] = {"setting": setting, "images": images, "clean": round(accuracy(clean), 4)}
-    results["clean_interval"] = protocol.interval(results["clean"], images, config.seed)
+    results["clean_interval"] = scores.interval(round(results["clean"] * images / 100), images)
     say("clean top-1 {:.2f} % (95 % interval {:.1f} - {:.1f})".format(results["clean"], *results["clean_interval"]))
     if config.corruptions:
         results["corruptions"] = corrupted(config, frozen, source, accuracy, results["clean"])
@@ -128,13 +127,14 @@ def check(config: Config) -> None:
     pictures.check(config.picture)
 
 
-def fit(config: linear.Config, x: Tensor, labels: Tensor, num_classes: int) -> tuple[Classifier, dict[str, float]]:
+def fit(config: linear.Config, features: Features, num_classes: int) -> tuple[Classifier, dict[str, float]]:
     """The classifier of `sslvit linear` on one way of pooling, and its settings. Raises UserError."""
     train, settings = linear.trainer(config, num_classes, torch.device("cpu")), linear.grid(config)
-    best = linear.best_of(linear.try_all(x, labels, linear.holdout(config, len(labels)), settings, train))
+    best = linear.best_of(linear.try_all(config, features, settings, train))
     setting = {name: best[name] for name in settings[0]}
-    mean, std = linear.standardisation(x)
-    return Classifier(mean, std, train((x - mean) / std, labels, [setting])[0]), setting
+    known, *_ = linear.split(config, features.labels)
+    heads, mean, std = linear.fit(features, known, [setting], train)
+    return Classifier(mean, std, heads[0]), setting
 
 
 def extracted(config: Config, frozen: protocol.Frozen, source: Source) -> Features:

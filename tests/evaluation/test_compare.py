@@ -29,7 +29,7 @@ def test_the_interval_of_a_difference_is_that_of_drawing_images_in_pairs():
     generator = np.random.default_rng(0)
     a = generator.random(400) < 0.6
     b = np.where(generator.random(400) < 0.2, ~a, a)
-    found = compare.difference(record(a.tolist()), record(b.tolist()), "linear", seed=1)
+    found = compare.difference(*(protocol.packed(torch.from_numpy(right)) for right in (a, b)), seed=1)
     assert found["difference"] == pytest.approx(100 * (b.mean() - a.mean()), abs=1e-3)
     drawn = generator.integers(0, 400, (4000, 400))
     slow = 100 * (b[drawn].mean(axis=1) - a[drawn].mean(axis=1))
@@ -61,6 +61,46 @@ def test_a_difference_that_other_images_could_turn_round_is_called_so(cli, tmp_p
     assert "other test images could turn it round" in cli("compare", tmp_path / "a", tmp_path / "b")[1]
 
 
+def votes(*rows: tuple[int, float, list]) -> dict:
+    """A result of k-NN."""
+    found = [{"k": k, "temperature": t, **record(right)["results"]} for k, t, right in rows]
+    return {**record(rows[0][2]), "settings": {"k": [k for k, *_ in rows]}, "results": {"neighbours": found}}
+
+
+def test_k_nn_by_other_k_and_t_is_in_columns_of_its_own(cli, tmp_path):
+    a, b, c = (tmp_path / name for name in "abc")
+    good, bad = [True] * 90 + [False] * 10, [True] * 50 + [False] * 50
+    write(a, "knn", votes((10, 0.07, good), (20, 0.07, bad), (5, 0.1, good)))
+    write(b, "knn", votes((5, 0.1, bad)))
+    write(c, "knn", votes((20, 0.07, good)))
+    printed = cli("compare", a, b, f"out={tmp_path / 'out.json'}")[1]  # of those that both have
+    assert "k-NN k=5 T=0.1 %" in printed
+    assert "k=20" not in printed
+    assert "k-NN k=5 T=0.1: " in printed
+    assert "-40.00 against" in printed
+    assert "Not by one ruler" not in printed
+    assert json.loads((tmp_path / "out.json").read_text())["results"][str(a)] == {"knn k=5 T=0.1": 90.0}
+    printed = cli("compare", a, c)[1]
+    assert "k-NN k=20 T=0.07 %" in printed
+    assert "+40.00 against" in printed
+    printed = cli("compare", a, b, c)[1]  # none that all have: no number stands below another that it is no match for
+    table = [line.split() for line in printed.splitlines()[:4]]
+    assert " ".join(table[0]) == "run k-NN k=20 T=0.07 % k-NN k=5 T=0.1 %"
+    assert [row[1:] for row in table[1:]] == [["50.00"], ["50.00"], ["90.00"]]
+    assert printed.splitlines()[2].endswith("50.00")
+    assert not printed.splitlines()[1].endswith("50.00")
+    assert f"{c} +40.00 against {a}" in printed
+    assert f"{b} " not in "".join(printed.splitlines()[4:])
+
+
+def test_results_of_fine_tuning_for_labels_and_numbers_are_columns_of_their_own(cli, tmp_path):
+    write(tmp_path / "a", "finetune", {"task": "multilabel", "results": {"map": 71.25}})
+    write(tmp_path / "b", "finetune", {"task": "regression", "results": {"mae": 1.5}})
+    header, *rows = cli("compare", tmp_path / "a", tmp_path / "b")[1].splitlines()[:3]
+    assert header.split()[1:] == ["fine-tuned", "multilabel", "map", "%", "fine-tuned", "regression", "mae"]
+    assert [row.split()[1:] for row in rows] == [["71.25"], ["1.50"]]
+
+
 def test_real_results_of_a_run_and_of_its_beginning(cli, fails, labelled, colour_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(colour_run, run, ignore=shutil.ignore_patterns("eval"))
@@ -70,7 +110,7 @@ def test_real_results_of_a_run_and_of_its_beginning(cli, fails, labelled, colour
         assert cli("knn", f"run={name}", *sets)[0] == 0
     status, printed, _ = cli("compare", run, f"untrained:{run}")
     assert status == 0
-    assert f"k-NN: untrained:{run}" in printed
+    assert f"k-NN k=3 T=0.07: untrained:{run}" in printed
     checkpoint = next((run / "checkpoints").iterdir())
     assert cli("knn", f"run={checkpoint}", *sets)[0] == 0
     assert f"{checkpoint} +0.00 against {run}" in cli("compare", run, checkpoint)[1]

@@ -9,6 +9,9 @@ from sslvit import rng
 from sslvit.evaluation import published
 from sslvit.views import Crop, draw_boxes
 from tests import processes
+from tests.conftest import TINY_MODEL
+
+MODEL = f"model_args={{{', '.join(f'{k}: {v}' for k, v in TINY_MODEL.items())}}}"
 
 
 @pytest.fixture
@@ -103,4 +106,9 @@ def test_what_the_protocol_has_not_gets_a_sentence(fails, sets):
     assert "belong to protocol=sweep" in fails("linear", *sets, "protocol=dino", "pools=[cls]")
     assert "belongs to protocol=mae" in fails("linear", *sets, "global_batch_size=8")
     pixels = ["run=pixels", "image_size=32", *sets[1:]]
-    assert "reads class token" in fails("linear", *pixels, "protocol=mae")
+    for name in ("mae", "dino"):
+        assert f"protocol={name} is for plain ViTs, and run=pixels is none" in fails(
+            "linear", *pixels, f"protocol={name}"
+        )
+    headless = ["run=random:vit_tiny_patch16_224", f"{MODEL.removesuffix('}')}, class_token: false, global_pool: avg}}"]
+    assert "reads class token" in fails("linear", *headless, "image_size=32", *sets[1:], "protocol=mae")

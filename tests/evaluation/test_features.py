@@ -1,0 +1,154 @@
+"""Features are kept in files that others may read too, and are read from there without a copy in memory."""
+
+import json
+import os
+import shutil
+import stat
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sslvit.evaluation import features, linear, protocol
+from sslvit.evaluation.features import Features
+from tests import processes
+
+
+class Labels:
+    """What is asked of a source of which nothing is read."""
+
+    def __init__(self, part: Features) -> None:
+        self.labels, self.classes = part.labels.numpy(), part.classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def random_features(count: int, width: int) -> Features:
+    generator = torch.Generator().manual_seed(0)
+    values, labels = torch.randn(count, width, generator=generator), torch.arange(count) % 4
+    return Features(values, labels, list("abcd"), torch.arange(count))
+
+
+def kept(folder: Path, name: str, part: Features) -> Features:
+    """What is read from the file that it was written to."""
+    features._write(folder, name, {}, part)
+    return features._read(folder, name, {}, Labels(part))
+
+
+def test_kept_features_are_what_was_computed_and_have_the_mode_of_other_files(tmp_path):
+    part = random_features(37, 5)
+    before = os.umask(0o027)
+    try:
+        again = kept(tmp_path / "features", "x", part)
+    finally:
+        os.umask(before)
+    assert torch.equal(again.values, part.values)
+    assert torch.equal(again.labels, part.labels)
+    (path,) = (tmp_path / "features").iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("folder", ["there", None])
+def test_room_for_features_is_in_a_nameless_file_or_in_memory(tmp_path, folder):
+    folder = folder and tmp_path / folder
+    room = features.room_for(7, 3, folder)
+    room.copy_(torch.arange(21.0).view(7, 3))
+    assert torch.equal(room[5:], torch.arange(15.0, 21.0).view(2, 3))
+    assert not folder or not list(folder.iterdir())
+    assert features.room_for(0, 3, folder).shape == (0, 3)
+    assert features.room_for(2, 3, Path("/dev/null/x")).shape == (2, 3)  # where nothing can be written: in memory
+
+
+class Peak:
+    """The most memory that no file backs, in bytes above that at the start."""
+
+    def __enter__(self) -> "Peak":
+        self.process = psutil.Process()
+        self.first = self.most = self.now()
+        self.running, self.thread = True, threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def now(self) -> int:
+        memory = self.process.memory_info()
+        return memory.rss - memory.shared
+
+    def watch(self) -> None:
+        while self.running:
+            self.most = max(self.most, self.now())
+            time.sleep(0.0002)
+
+    def __exit__(self, *_: object) -> None:
+        self.running = False
+        self.thread.join()
+        self.bytes = self.most - self.first
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at what Linux says of memory")
+def test_a_probe_has_one_copy_of_one_way_of_pooling_in_memory(tmp_path):
+    """Of three, 32 MB each: the copy that it standardises. Training is left out: it looks at a batch at once."""
+    count, width = 40_000, 200
+    sets = {}
+    for pool in ("cls", "mean", "last4"):
+        train = kept(tmp_path, pool, random_features(count, width))
+        sets[pool] = (train, replace(random_features(100, width), classes=train.classes))
+    task = protocol.Task(None, sets, list("abcd"), {})
+    settings = [{"lr": 0.1}]
+    with Peak() as peak:
+        linear.choose(linear.Config(), task, settings, untrained)
+    assert 0.8 * 4 * count * width < peak.bytes < 1.3 * 4 * count * width
+
+
+def untrained(x: torch.Tensor, labels: torch.Tensor, settings: list) -> torch.Tensor:
+    return torch.zeros(len(settings), x.shape[1] + 1, 4)
+
+
+def test_features_of_two_processes_serve_one(cli, labelled, colour_run, tmp_path, monkeypatch):
+    """Which reads them from the files of both, and computes the same."""
+    run = tmp_path / "run"
+    shutil.copytree(colour_run, run, ignore=shutil.ignore_patterns("eval"))
+    words = [
+        "linear", f"run={run}", f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}", "holdout=0.3",
+        "pools=[mean,last4]", "workers=0", "precision=float32", "epochs=5", "probe_batch_size=8", "lr=[0.1,1]",
+    ]  # fmt: skip
+    processes.launch([*words, f"out={tmp_path / 'two.json'}"], tmp_path / "log", world_size=2)
+    assert len(list((run / "eval" / "features").iterdir())) == 8  # two sets, two ways of pooling, two processes
+    for more in ([], ["cache=false"]):
+        status, printed, _ = cli(*words, *more, f"out={tmp_path / 'one.json'}")
+        assert status == 0
+        assert printed.count("as computed before") == (0 if more else 2)
+        one, two = (json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("one", "two"))
+        assert one == two
+
+
+def gather(rank: int, folder: Path) -> None:
+    """In a process of its own: the even images, of which one is missing, or the odd ones, passed on five at a time."""
+    torch.distributed.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    whole, features.BLOCK = random_features(23, 3), 5
+    rows = torch.arange(23)[rank::2]
+    rows = rows[rows != 4]
+    part = Features(whole.values[rows], whole.labels[rows], whole.classes, whole.index[rows], 1)
+    for everywhere in (True, False):
+        found = features.gathered(part, everywhere)
+        if not everywhere and rank:
+            assert found is None
+            continue
+        others = torch.arange(23) != 4
+        for name in ("values", "labels", "index"):
+            assert torch.equal(getattr(found, name), getattr(whole, name)[others])
+        assert found.unreadable == 1
+
+
+def test_the_shares_of_two_processes_are_put_together_in_the_order_of_the_images(tmp_path):
+    both = [processes.CONTEXT.Process(target=gather, args=(rank, tmp_path)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]

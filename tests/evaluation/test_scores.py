@@ -1,0 +1,62 @@
+"""Scores by their definitions, and intervals that say what they should."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sslvit.evaluation import retrieval, scores
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "expected"),
+    [(81, 263, (25.53, 36.62)), (15, 148, (6.24, 16.05)), (0, 20, (0.0, 16.11)), (1, 29, (0.61, 17.18))],
+)
+def test_the_interval_of_an_accuracy_is_that_of_published_tables(right, count, expected):
+    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3: Wilson's score interval."""
+    assert scores.interval(right, count) == pytest.approx(expected)
+    low, high = scores.interval(count - right, count)
+    assert (100 - high, 100 - low) == pytest.approx(expected)
+
+
+def test_for_many_images_the_interval_is_that_of_drawing_them_anew():
+    correct = np.arange(10_000) < 5200
+    generator = np.random.default_rng(1)
+    means = [100 * correct[generator.integers(0, 10_000, 10_000)].mean() for _ in range(2000)]
+    assert scores.interval(5200, 10_000) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.1)
+
+
+def test_it_holds_the_true_accuracy_in_95_of_100_test_sets_and_has_a_width_at_both_ends():
+    """Over all true accuracies, of 20 images: every number of right answers by its binomial probability."""
+    ends = [scores.interval(right, 20) for right in range(21)]
+    covered = [
+        sum(
+            math.comb(20, k) * p**k * (1 - p) ** (20 - k)
+            for k, (low, high) in enumerate(ends)
+            if low <= 100 * p <= high
+        )
+        for p in np.linspace(0.01, 0.99, 99)
+    ]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.01)
+    assert min(covered) > 0.8
+    assert ends[0] == pytest.approx((0, 16.11))
+    assert ends[20] == pytest.approx((83.89, 100))
+
+
+def test_nothing_wrong_is_no_proof_that_nothing_could_be():
+    """Of perfect retrieval and perfect labels every draw is perfect: the interval is that of as many right answers."""
+    assert retrieval.interval(torch.ones(20, dtype=torch.float64), seed=0) == pytest.approx((83.89, 100))
+    truth = (torch.arange(20) % 2).float().unsqueeze(1)
+    found = scores.measure("multilabel", 4 * truth, truth, ["a"], 0)
+    assert found["map_interval"] == found["auroc_interval"] == pytest.approx((83.89, 100))
+
+
+def test_the_interval_of_a_share_does_not_leave_its_range():
+    outputs = torch.arange(40.0).unsqueeze(1)
+    truth = (outputs > 20).float()
+    truth[19] = 1
+    found = scores.measure("multilabel", outputs, truth, ["a"], 0)
+    for name in ("map", "auroc"):
+        low, high = found[f"{name}_interval"]
+        assert low < found[name] < high <= 100
