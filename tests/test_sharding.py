@@ -125,7 +125,10 @@ def test_a_step_of_a_sharded_objective_is_that_of_a_whole_one_with_half_of_its_b
 
 
 def assert_close(a: Path, b: Path) -> None:
-    ours, theirs = processes.learned(a), processes.learned(b)
+    ours, theirs = (
+        [{key: line[key] for key in line if key != "teacher_mean_entropy"} for line in processes.learned(run)]
+        for run in (a, b)  # that of too few images at once is not logged
+    )
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
@@ -160,7 +163,7 @@ def test_a_run_goes_on_sharded_or_not_whatever_it_was_before(cli, labelled, tmp_
     for process in started:
         process.kill()
         process.join()
-    keep_up_to(out, 6)  # which the run that was killed has written; what came after, if anything, may be whole as well
+    keep_up_to(out, 6)
     assert state.steps_saved(out)[-1] in (3, 6)
     status, printed, _ = cli(*arguments, f"out={out}")
     assert status == 0
@@ -173,7 +176,7 @@ def test_a_run_goes_on_sharded_or_not_whatever_it_was_before(cli, labelled, tmp_
 
 
 def test_one_process_says_that_there_is_nothing_to_split(cli, images, tmp_path):
-    status, printed, _ = cli("pretrain", images, *words("mae", f"out={tmp_path}/run", "steps=2"), "shard=true")
+    status, printed, _ = cli("pretrain", images, *words("mae", f"out={tmp_path}/run"), "shard=true")
     assert status == 0
     assert "it has no effect" in printed
 
