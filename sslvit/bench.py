@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import config as configuration
-from . import data, objectives, optim, rng
+from . import data, objectives, optim, rng, sharding
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
 from .data import BadImage, Source, read_smaller
@@ -108,12 +108,13 @@ def bench(config: RunConfig, settings: Config) -> Report:
     source = first_on_each_machine(accelerator, lambda: data.open_source(config.data.train, config.data))
     plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
     views, normalize = method.views(config.objective, config.data), Normalize(*data.normalization(config.data))
-    objective = objectives.start(config, plan.steps_per_epoch, plan.steps).to(device)
+    objective = objectives.start(config, plan.steps_per_epoch, plan.steps)
     choose_attention(objective, device, accelerator.mixed_precision)
+    sharding.place(objective, device, config.shard)
     if config.compile:
         blocks_of(objective)
     optimizer = optim.make_optimizer(config.optim, objective)
-    model, optimizer = accelerator.prepare(objective, optimizer)
+    model, optimizer = sharding.prepare(accelerator, objective, optimizer)
     workers = default_workers(device) if config.data.workers is None else config.data.workers
     objective.train()
     if config.compile:

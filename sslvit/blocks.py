@@ -5,6 +5,8 @@ decoder has to predict. Keys and values need all tokens; queries, the projection
 a block, need those alone.
 """
 
+from types import MethodType
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
@@ -48,10 +50,27 @@ def run(block: nn.Module, x: Tensor, rows: slice | None = None) -> Tensor:
     Not here: leaving out the images whose branch stochastic depth drops. At DINO's rate of 0.1, picking them costs what
     it saves (measured on a CPU; on a GPU it would also have to wait for the draws).
     """
+    if getattr(block, "takes_rows", False):
+        return block(x, rows)
     compiled = getattr(block, "_compiled_call_impl", None) is not None
     if not _known(block) or (rows is None and (compiled or block.attn.fused_attn)):
         x = block(x)
         return x if rows is None else x[:, rows]
+    return _run_known(block, x, rows)
+
+
+def let_take_rows(block: nn.Module) -> None:
+    """Make `block(x, rows)` what `run(block, x, rows)` is, for a block that `run` would take to pieces: one that is to
+    be sharded, which has its weights within its call only."""
+    if _known(block):
+        block.forward, block.takes_rows = MethodType(_call, block), True
+
+
+def _call(block: Block, x: Tensor, rows: slice | None = None) -> Tensor:
+    return Block.forward(block, x) if rows is None and block.attn.fused_attn else _run_known(block, x, rows)
+
+
+def _run_known(block: nn.Module, x: Tensor, rows: slice | None) -> Tensor:
     base = x if rows is None else x[:, rows]
     x = base + block.drop_path1(block.ls1(_attention(block.attn, block.norm1(x), rows)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

@@ -41,6 +41,7 @@ class RunConfig:
     batch_size: int | Literal["auto"] | None = None  # images at once on a process; null: its share; auto: what fits
     precision: Precision = "auto"  # auto: bf16 where the hardware is fast at it, else float32
     compile: bool = False  # torch.compile every transformer block: for GPUs and long runs; a minute at the start
+    shard: bool = False  # split weights and moments among the processes (FSDP): for models too large for one GPU
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: Any = None  # the method's Config
@@ -162,6 +163,13 @@ def check(config: RunConfig) -> None:
     value_range = config.data.value_range
     if value_range is not None and not value_range[0] < value_range[1]:
         raise UserError(f"data.value_range={list(value_range)} must be [low,high] with low below high.")
+    if config.shard and config.precision == "fp16":
+        raise UserError("shard=true has no scaler of gradients, which precision=fp16 needs: use bf16 or float32.")
+    if config.shard and config.batch_size == "auto":
+        raise UserError(
+            "batch_size=auto tries sizes on each process by itself, and with shard=true none runs without the others: "
+            "give a number."
+        )
     optim.check(config.optim)
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UserError
 
@@ -31,6 +31,41 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     if active():
         dist.all_reduce(x)
     return x
+
+
+def shard(modules: list[nn.Module], device: torch.device) -> None:
+    """Split the parameters of each module among all processes, in place, and move them to the device; those of a module
+    that comes before are left out. Raises UserError."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in modules:
+        fully_shard(module, mesh=mesh)
+
+
+def is_part(x: Tensor) -> bool:
+    """Whether a tensor is sharded."""
+    return hasattr(x, "to_local")
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, in the same memory; any other tensor as it is. Call it in no_grad."""
+    return x.to_local() if is_part(x) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a sharded tensor, on all processes, which call this together; any other tensor as it is."""
+    return x.detach().full_tensor() if is_part(x) else x
+
+
+def part(x: Tensor, like: Tensor | None) -> Tensor:
+    """A whole tensor, which all processes have, sharded like another; as it is if that is not sharded."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if like is None or not is_part(like):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def gather_objects(value: Any) -> list[Any]:

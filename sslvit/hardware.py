@@ -18,6 +18,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from .distributed import is_part
 from .errors import UserError
 
 T = TypeVar("T")
@@ -25,11 +26,18 @@ Precision = Literal["auto", "float32", "bf16", "fp16"]
 
 
 def start_accelerator(wanted: Precision, patient: bool = False) -> Accelerator:
-    """The device, the processes and the precision. Raises UserError if the processes that were started do not meet.
+    """The device, the processes and the precision. Raises UserError if the processes that were started do not meet, or
+    if accelerate is configured to do what is done here by other means.
 
     patient: processes may wait for one another for a day, as evaluations do whose heads are trained by the first one;
     else as long as torch has it, which is how a process that hangs is noticed.
     """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise UserError(
+                f"accelerate is configured to use {name}: choose plain processes (accelerate config, or accelerate "
+                "launch --multi_gpu), and give shard=true to split a model among them."
+            )
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # accelerate joins CPU processes that torchrun started only if it is told that there is nothing but CPUs.
     cpu = asked or not torch.accelerator.is_available()
@@ -121,7 +129,10 @@ def compile_blocks(objective: nn.Module, work: Callable[[], None], device: torch
     seconds()
     before = min(seconds() for _ in range(3))
     for block in blocks:
-        block.compile(dynamic=False)
+        if any(map(is_part, block.parameters())):  # what fetches its weights stays outside
+            block.forward = torch.compile(block.forward, dynamic=False)
+        else:
+            block.compile(dynamic=False)
     try:
         cost = seconds()
     except Exception as error:  # whatever the compiler raises, a missing C compiler first of all

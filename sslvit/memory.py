@@ -56,6 +56,8 @@ def advice(config: RunConfig) -> str:
         )
     if not config.model.grad_checkpointing:
         choices.append("model.grad_checkpointing=true, which takes a third more time")
+    if world_size() > 1 and not config.shard:
+        choices.append("shard=true, which splits weights and moments among the processes")
     choices = choices or ["take a smaller model or smaller images"]
     return (
         f"The memory of the {'GPU' if device.type == 'cuda' else 'machine'} is not enough for batch_size={size} (the "

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from . import schedules
+from .distributed import all_reduce_sum, is_part, local
 from .errors import UserError
 
 REFERENCE_BATCH = 256  # base_lr is the learning rate at this global batch size
@@ -96,10 +97,14 @@ def set_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int
 def clip_gradients(parameters: list[nn.Parameter], config: Config) -> torch.Tensor:
     """Clip in place and return the norm of all gradients before it, a scalar on the device (nothing waits for it).
 
-    "tensor" scales each gradient by min(1, clip / (norm + 1e-6)) of its own norm, as DINO's released code does.
+    parameters: sharded or not; a norm is that of the whole gradient. "tensor" scales each gradient by
+    min(1, clip / (norm + 1e-6)) of its own norm, as DINO's released code does.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    sharded = any(map(is_part, parameters))
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(gradients)
+    if sharded:
+        norms = list(all_reduce_sum(torch.stack(norms).square()).sqrt())
     total = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
     if config.clip is not None:
         if config.clip_mode == "tensor":

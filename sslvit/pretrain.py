@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import config as configuration
-from . import data, journal, memory, nonfinite, objectives, optim, rng, state
+from . import data, journal, memory, nonfinite, objectives, optim, rng, sharding, state
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
 from .data import Source
@@ -74,8 +74,9 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
     normalize = Normalize(*data.normalization(config.data))
     wanted = bool(config.eval.train or config.eval.test)
     knn = OnlineKNN(config.eval, config.data, config.seed, space, accelerator) if wanted else None
-    objective = objectives.start(config, plan.steps_per_epoch, plan.steps).to(device)
+    objective = objectives.start(config, plan.steps_per_epoch, plan.steps)
     choose_attention(objective, device, accelerator.mixed_precision)
+    shown = sharding.place(objective, device, config.shard)
     if config.batch_size == "auto":
         size = memory.choose_batch_size(config, accelerator, objective, views, Path(config.out))
         config = replace(config, batch_size=size)
@@ -92,7 +93,7 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
         check_images(saved, source, config.data.train)
         say(*complaints, f"Resuming {run_dir} at step {run.step} of {plan.steps}.")
     journal.rewind(run_dir, saved.get("lengths") if saved else {}, run.step)
-    model, optimizer = accelerator.prepare(objective, optimizer)
+    model, optimizer = sharding.prepare(accelerator, objective, optimizer)
     if config.compile:
         say(compiled(config, plan, accelerator, model, optimizer, views))
     workers = default_workers(device) if config.data.workers is None else config.data.workers
@@ -120,8 +121,8 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
         if knn is None:
             return None
         saver.check(wait=True)  # its thread rests while the evaluation forks its loader processes
-        with recorder.watch.pausing():
-            top1 = knn(objective.exported_encoder())
+        with recorder.watch.pausing(), shown() as encoder:
+            top1 = knn(encoder)
         if run.step and top1 > (run.best_knn or 0.0):
             run.best_step, run.best_knn = run.step, top1
         say(f"step {run.step}/{plan.steps}  k-NN {top1:.1f}% (k={config.eval.k}) of {config.eval.test}")
@@ -155,8 +156,8 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
             say(*bad.report(run.images_seen))
             recorder.line(run)
         if config.log.rank_every_steps and run.step % config.log.rank_every_steps == 0:
-            with recorder.watch.pausing():
-                recorder.rank(run, directions(objective.exported_encoder()))
+            with recorder.watch.pausing(), shown() as encoder:
+                recorder.rank(run, directions(encoder))
         if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # agreeing takes time
             save_now |= any_process((clock - last_save) / 60 > config.save.every_minutes)
         stopped = stop.due(run.step) if run.step < plan.steps else None

@@ -42,9 +42,9 @@ class Saver:
         """Copy the state and begin to write it, on the first process; all processes call this. Raises UserError if the
         checkpoint before could not be written."""
         self.check(wait=True)
+        self._copy = state.snapshot(objective, optimizer, self._copy)
         if rank() == 0:
             record = {**state.record(run, extra), "lengths": journal.lengths(self.run_dir)}
-            self._copy = state.snapshot(objective, optimizer, self._copy)
             self._pending = self._thread.submit(self._write, self._copy, record, run.step, run.best_step)
 
     def check(self, wait: bool = False) -> None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .distributed import part, rank, whole
 from .errors import UserError
 
 FORMAT = 1
@@ -57,7 +58,7 @@ class Damaged(Exception):
 
 def snapshot(objective: nn.Module, optimizer: torch.optim.Optimizer, into: Tensors | None = None) -> Tensors:
     """A copy in main memory, which training can go on beside; into the memory of one before where it fits, as fresh
-    memory takes longer to get than to fill."""
+    memory takes longer to get than to fill. All processes call this, and the first one gets the copy."""
     old = into or ({}, {})
     return _copy(objective.state_dict(), old[0]), _copy(optimizer_tensors(objective, optimizer), old[1])
 
@@ -178,7 +179,8 @@ def restore(
 ) -> tuple[RunState, dict[str, Any], list[str]]:
     """Load the newest whole checkpoint into objective and optimizer: (run state, state.json, complaints)."""
     _, record, (weights, moments), complaints = latest(run_dir, MODEL, OPTIMIZER)
-    objective.load_state_dict(weights)
+    own = objective.state_dict()
+    objective.load_state_dict({name: part(value, own.get(name)) for name, value in weights.items()})
     load_optimizer_tensors(objective, optimizer, moments)
     return RunState(**{name: record[name] for name in RunState.__annotations__ if name in record}), record, complaints
 
@@ -194,9 +196,10 @@ def optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 def load_optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     states: dict[str, dict[str, Tensor]] = {}
+    own = dict(objective.named_parameters())
     for path, value in tensors.items():
         name, key = path.rsplit("/", 1)
-        states.setdefault(name, {})[key] = value
+        states.setdefault(name, {})[key] = part(value, own.get(name)) if value.ndim else value  # but the count of steps
     names = {parameter: name for name, parameter in objective.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     current = optimizer.state_dict()
@@ -212,6 +215,9 @@ def size(tensors: dict[str, Tensor]) -> int:
 def _copy(tensors: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
     copies = {}
     for name, tensor in tensors.items():
+        tensor = whole(tensor)
+        if rank() != 0:
+            continue
         copy = into.get(name)
         if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
             copy = torch.empty(tensor.shape, dtype=tensor.dtype)

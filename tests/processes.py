@@ -45,20 +45,24 @@ def finish(process: BaseProcess, output: Path, seconds: float = 120, status: int
     return text
 
 
-def start_several(argv: list[str], output: Path, world_size: int) -> list[BaseProcess]:
-    """Begin `sslvit <argv>` on several processes, as torchrun would start them."""
+def environments(world_size: int) -> list[dict[str, str]]:
+    """What torchrun would give to several processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    processes = []
-    for rank in range(world_size):
-        environment = {
+    return [
+        {
             "RANK": str(rank), "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        processes.append(start(argv, output, environment))
-    return processes
+        }
+        for rank in range(world_size)
+    ]  # fmt: skip
+
+
+def start_several(argv: list[str], output: Path, world_size: int) -> list[BaseProcess]:
+    """Begin `sslvit <argv>` on several processes, as torchrun would start them."""
+    return [start(argv, output, environment) for environment in environments(world_size)]
 
 
 def launch(argv: list[str], output: Path, world_size: int, seconds: float = 120, status: int = 0) -> str:

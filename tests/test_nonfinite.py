@@ -54,9 +54,10 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(cli, images, t
     assert ["loss" in record for record in records] == [True, True, True, False, True, True, True, True]
 
 
-def test_two_processes_skip_together_though_one_alone_is_at_fault(images, tmp_path):
+@pytest.mark.parametrize("more", [[], ["shard=true", "nan_images=true"]], ids=["ddp", "sharded"])
+def test_two_processes_skip_together_though_one_alone_is_at_fault(images, tmp_path, more):
     out = tmp_path / "run"
-    arguments = ["pretrain", images, *SKIPS, f"out={out}", "nan_steps=[1,2]", "nan_rank=1", "log.every_steps=4"]
+    arguments = ["pretrain", images, *SKIPS, f"out={out}", "nan_steps=[1,2]", "nan_rank=1", "log.every_steps=4", *more]
     printed = processes.launch(arguments, tmp_path / "log", world_size=2)
     assert printed.count("2 of the last 4 steps skipped") == 1
     first, second = map(json.loads, (out / "nonfinite.jsonl").read_text().splitlines())

@@ -20,7 +20,7 @@ LAYERS = [
     {"pretrained"},
     {"objectives"},
     {"timm_folder"},
-    {"blocks", "encoder", "heads", "losses", "views", "augment", "data", "optim", "state"},
+    {"blocks", "encoder", "heads", "losses", "views", "augment", "data", "optim", "state", "sharding"},
     {
         "resample",
         "rng",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import data, encoder, masks, schedules
-from ..distributed import all_reduce_sum, world_size
+from ..distributed import all_reduce_sum, local, world_size
 from ..encoder import Encoder
 from ..errors import UserError, check_range, check_share
 from ..heads import DINOHead
@@ -328,7 +328,8 @@ class DINO(nn.Module):
     def after_step(self, step: int) -> None:
         """Move the teacher and the center (algorithm 1). The center of a step is the one before it: equation 4 comes
         after the loss."""
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        # Sharded, both have the same parts on each process.
+        teacher, student = ([local(p) for p in network.parameters()] for network in (self.teacher, self.student))
         torch._foreach_lerp_(teacher, student, 1 - self.momentum(step))  # parameters only: buffers are not averaged
         mean = all_reduce_sum(self.logit_sum) / (self.logit_count * world_size())
         self.center.lerp_(mean, 1 - self.config.center_momentum)

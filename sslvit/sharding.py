@@ -1,0 +1,106 @@
+"""One model split among all processes (FSDP2): each keeps its part of every weight, gradient and moment, and has the
+whole of a block's weights while that block runs.
+
+Through torch's own `fully_shard`, not accelerate's plugin for it, which knows no CPUs: without a GPU nothing of it
+could be tested. What accelerate adds would not serve either: clipping of single tensors, the agreement on skipped steps
+and the teacher's average work on the parts, and checkpoints are the run's own. What it does for autocast is used.
+
+Weights are float32 and travel as such, and autocast casts them where they are used, as with DDP: a run gives the same
+numbers whether it is sharded or not, but for the order of additions.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from .blocks import let_take_rows
+from .distributed import is_part, say, shard, whole, world_size
+from .encoder import Encoder
+from .errors import UserError
+from .heads import DINOHead
+
+
+class Shown:
+    """The exported encoder as evaluations run it: `with shown() as encoder`, on all processes together.
+
+    Of a sharded objective it is a copy that has weights as long as the `with` lasts: a pass through the parts would
+    need all processes for each batch, and they have different numbers of batches.
+    """
+
+    def __init__(self, encoder: Encoder, device: torch.device | None = None) -> None:
+        """device: of the copy; None: show the encoder itself."""
+        self.encoder, self.copy = encoder, None
+        if device is not None:
+            self.copy = copy.deepcopy(encoder)  # now, as torch copies no modules that are sharded
+            self._empty()
+            self.copy.to(device)
+
+    @contextmanager
+    def __call__(self) -> Iterator[Encoder]:
+        if self.copy is None:
+            yield self.encoder
+            return
+        with torch.no_grad():
+            for mine, part in zip(self.copy.parameters(), self.encoder.parameters(), strict=True):
+                mine.data = whole(part)
+            for mine, buffer in zip(self.copy.buffers(), self.encoder.buffers(), strict=True):
+                mine.copy_(buffer)
+        try:
+            yield self.copy
+        finally:
+            self._empty()
+
+    def _empty(self) -> None:
+        for parameter in self.copy.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
+
+def place(objective: nn.Module, device: torch.device, wanted: bool) -> Shown:
+    """Bring an objective to the device, split among the processes if that is wanted and there are several. Raises
+    UserError."""
+    if wanted and world_size() > 1:
+        shown = Shown(objective.exported_encoder(), device)
+        split(objective, device)
+        return shown
+    if wanted:
+        say("shard=true splits the model among processes, and this is the only one: it has no effect.")
+    objective.to(device)
+    return Shown(objective.exported_encoder())
+
+
+def split(objective: nn.Module, device: torch.device) -> None:
+    """Unit by unit, so that what does not fit on the device as a whole never is there as a whole."""
+    for name, parameter in objective.named_parameters():
+        if parameter.ndim == 0:
+            raise UserError(f"shard=true cannot split {name}, which is a single number: leave it out for this model.")
+    parts = units(objective)
+    for module in parts:
+        let_take_rows(module)
+    shard([*parts, objective], device)
+
+
+def units(objective: nn.Module) -> list[nn.Module]:
+    """The modules whose weights come and go together, inner ones first: the blocks of student, teacher and decoder, and
+    the heads. What lies outside of them (embeddings, norms) is whole from a forward to the end of its backward pass."""
+    found = []
+    for name, module in objective.named_modules():
+        listed = name.rpartition(".")[0].endswith("blocks")  # families have blocks of their own
+        if listed or isinstance(module, (Block, DINOHead)):
+            found.append(module)
+    return found[::-1]
+
+
+def prepare(
+    accelerator: Accelerator, objective: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """As accelerate wraps them for training. A sharded objective only gets autocast: it averages its gradients itself,
+    after each micro-batch, as keeping the whole ones until the last would take the memory that sharding saves."""
+    if not any(map(is_part, objective.parameters())):
+        return accelerator.prepare(objective, optimizer)
+    model = accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True)
+    return model, accelerator.prepare_optimizer(optimizer)
