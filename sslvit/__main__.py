@@ -4,6 +4,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +33,7 @@ RECIPE = "[recipe.yaml] [images] [key=value ...]"
 def usage() -> str:
     lines = [
         ("pretrain", RECIPE, "train an encoder on unlabeled images"),
+        ("submit", RECIPE, "the same as a job of a SLURM cluster, queued again until it is done"),
         *((name, words, text) for name, (words, text) in EVALUATIONS.items()),
         ("compare", "<run> <run> ...", "their results side by side, with the intervals of the differences"),
         ("data", RECIPE, "what images are like: sizes, broken ones, duplicates, mean, crops"),
@@ -71,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 def _find(command: str) -> Callable[[list[str]], int | None]:
     commands = {
         "pretrain": _pretrain,
+        "submit": _submit,
         **{name: partial(_evaluate, name) for name in EVALUATIONS},
         "compare": _compare,
         "data": _data,
@@ -90,7 +93,6 @@ def _wants_help(words: list[str]) -> bool:
 
 def _pretrain(words: list[str]) -> int | None:
     from . import config
-    from .metrics import duration
 
     if _wants_help(words):
         method = next((word.split("=", 1)[1] for word in words if word.startswith("method=")), "mae")
@@ -100,7 +102,8 @@ def _pretrain(words: list[str]) -> int | None:
         print(f"Keys with their defaults for {shown}; a key may be given by its last name alone:\n")
         print(config.help_text(method, *presets[-1:]))
         return None
-    from .pretrain import pretrain
+    from .distributed import say
+    from .pretrain import pretrain, summary
 
     result = pretrain(config.load(words))
     if result.stopped:
@@ -110,15 +113,25 @@ def _pretrain(words: list[str]) -> int | None:
                 f"same command to go on (exit status {REQUEUE})."
             )
         return REQUEUE
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"Done: {result.images_seen} images in {duration(result.seconds)}, {result.run_dir}")
-        if result.knn_before is not None and result.knn_after is not None:
-            gain = result.knn_after - result.knn_before
-            print(
-                f"k-NN accuracy on images it never trained on: untrained encoder {result.knn_before:.1f}%, "
-                f"trained encoder {result.knn_after:.1f}% ({gain:+.1f} points)."
-            )
+    say(*summary(result))
     return None
+
+
+def _submit(words: list[str]) -> None:
+    from . import config, submit
+
+    def assigned(word: str) -> str:
+        return word.lstrip("-").partition("=")[0]
+
+    if _wants_help(words):
+        print("sslvit submit [recipe.yaml] [images] [key=value ...] [submit.key=value ...]\n")
+        print(f"{submit.__doc__.strip()}\n\nThe words are those of sslvit pretrain, and these:\n")
+        print("\n".join(help_lines(submit.Config(), "submit.")))
+        return
+    names = {item.name for item in fields(submit.Config)}
+    own = [word for word in words if word.lstrip("-").startswith("submit.") or assigned(word) in names]
+    settings = parse(submit.Config(), [word.lstrip("-").removeprefix("submit.") for word in own], "submit")
+    print("\n".join(submit.submit(config.load([word for word in words if word not in own]), settings)))
 
 
 def _evaluate(name: str, words: list[str]) -> None:

@@ -32,7 +32,7 @@ from .hardware import (
     start_accelerator,
     versions,
 )
-from .metrics import Window, amount
+from .metrics import Window, amount, duration
 from .objectives import Objective
 from .run import BadImages, Recorder, check_images, images_record, open_run
 from .saving import Saver, room_missing
@@ -50,7 +50,19 @@ class Result:
     seconds: float  # of training, over all starts
     knn_before: float | None  # top-1 in percent, of the untrained and of the trained encoder
     knn_after: float | None
-    stopped: str | None = None  # by what, if before its end: SIGTERM, SIGUSR1 or max_hours
+    stopped: str | None = None  # by what, if before its end: a signal's name or max_hours
+
+
+def summary(result: Result) -> list[str]:
+    """What is printed of a run that has reached its end."""
+    lines = [f"Done: {result.images_seen} images in {duration(result.seconds)}, {result.run_dir}"]
+    if result.knn_before is not None and result.knn_after is not None:
+        gain = result.knn_after - result.knn_before
+        lines.append(
+            f"k-NN accuracy on images it never trained on: untrained encoder {result.knn_before:.1f}%, "
+            f"trained encoder {result.knn_after:.1f}% ({gain:+.1f} points)."
+        )
+    return lines
 
 
 def pretrain(config: RunConfig) -> Result:

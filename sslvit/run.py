@@ -37,7 +37,8 @@ FREE = {
     "out", "max_hours", "epochs", "steps", "images", "batch_size", "precision", "compile", "shard",
     "model.grad_checkpointing", "data.train", "data.workers", "data.cache", "data.download_dir", "data.bad_ratio",
 }  # fmt: skip
-BEGUN = {".lock", "starts.jsonl", "config.yaml.tmp"}  # all that a run killed in its first moment has left
+# All that a run killed in its first moment has left, or one that waits in a queue (submit.py).
+BEGUN = {".lock", "starts.jsonl", "config.yaml.tmp", "submit"}
 FREE_SECTIONS = ("save.", "log.", "eval.")
 
 
@@ -47,14 +48,7 @@ def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
 
     Returns what holds the directory's lock until it is closed or the process ends; None on other processes.
     """
-    stored = run_dir / "config.yaml"
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"out={run_dir} is a file: give a directory.")
-    others = {path.name for path in run_dir.iterdir()} - BEGUN if run_dir.exists() else set()
-    if others and not (stored.exists() and (run_dir / "starts.jsonl").exists()):
-        raise UserError(f"out={run_dir} is not empty and holds no run: give a new directory.")
-    if steps_saved(run_dir):
-        _refuse_other_settings(run_dir, configuration.differences(stored, config))
+    check_directory(run_dir, config)
     barrier()  # no process looks at what the first one writes from here on
     lock, problem = None, None
     if rank() == 0:
@@ -65,7 +59,7 @@ def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
             _write_start(run_dir, device)
             fresh = run_dir / "config.yaml.tmp"
             configuration.save(config, fresh)
-            os.replace(fresh, stored)
+            os.replace(fresh, run_dir / "config.yaml")
         except UserError as error:
             problem = str(error)
         except OSError as error:
@@ -74,6 +68,18 @@ def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
     if problem:
         raise UserError(problem)
     return lock
+
+
+def check_directory(run_dir: Path, config: RunConfig) -> None:
+    """Raises UserError for what is no run of these settings, nor a place for a new one. Writes nothing."""
+    stored = run_dir / "config.yaml"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"out={run_dir} is a file: give a directory.")
+    others = {path.name for path in run_dir.iterdir()} - BEGUN if run_dir.exists() else set()
+    if others and not (stored.exists() and (run_dir / "starts.jsonl").exists()):
+        raise UserError(f"out={run_dir} is not empty and holds no run: give a new directory.")
+    if steps_saved(run_dir):
+        _refuse_other_settings(run_dir, configuration.differences(stored, config))
 
 
 def _write_start(run_dir: Path, device: str) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from .distributed import gather_objects, world_size
-
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2")  # schedulers send one of these
 REQUEUE = 75  # exit status, EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again
 AGREE_EVERY = 10  # steps after which several processes ask one another, so that all stop at the same one
 
@@ -26,6 +25,8 @@ class Stop:
 
     def due(self, step: int) -> str | None:
         """Why the run has to stop after this step, the same on all processes; None to go on."""
+        from .distributed import gather_objects, world_size  # torch: seconds, and `sslvit --help` reads this file too
+
         if self.reason is None and self.end is not None and time.monotonic() > self.end:
             self.reason = "max_hours"
         if world_size() == 1:
@@ -37,7 +38,7 @@ class Stop:
 
 @contextmanager
 def listening(max_hours: float | None) -> Iterator[Stop]:
-    """Within it SIGTERM and SIGUSR1 ask the run to stop after the current step.
+    """Within it SIGTERM, SIGUSR1 and SIGUSR2 ask the run to stop after the current step.
 
     A second one changes nothing: a launcher that was signalled sends one of its own, perhaps while the first process
     writes the checkpoint. SIGINT and SIGKILL end a run at once.
@@ -47,7 +48,7 @@ def listening(max_hours: float | None) -> Iterator[Stop]:
     def note(number: int, frame: FrameType | None) -> None:
         stop.reason = signal.Signals(number).name
 
-    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    wanted = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
     if threading.current_thread() is threading.main_thread():  # Python takes handlers nowhere else
         before = {number: signal.signal(number, note) for number in wanted}
     try:
@@ -60,6 +61,6 @@ def listening(max_hours: float | None) -> Iterator[Stop]:
 def ignore_in_worker(worker: int) -> None:
     """For loader processes: a scheduler signals every process, and the step that is running still needs them. They end
     with the process that started them."""
-    for name in ("SIGTERM", "SIGUSR1"):
+    for name in SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

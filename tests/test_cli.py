@@ -16,11 +16,11 @@ from .conftest import words
 def test_help_is_printed_for_every_command(cli):
     status, usage, _ = cli()
     assert status == 0
-    for command in ("pretrain", *EVALUATIONS, "compare", "data", "bench", "export"):
+    for command in ("pretrain", "submit", *EVALUATIONS, "compare", "data", "bench", "export"):
         assert command in usage
         status, text, _ = cli(command, "--help")
         assert status == 0
-        assert "run=" in text or command in ("pretrain", "compare", "data", "bench")
+        assert "run=" in text or command in ("pretrain", "submit", "compare", "data", "bench")
     assert "objective.prototypes=65536" in cli("pretrain", "method=dino", "--help")[1]
 
 
@@ -28,32 +28,32 @@ def test_a_misspelt_command_is_recognised(fails):
     assert "Did you mean pretrain?" in fails("pretrian")
 
 
-@pytest.mark.parametrize(
-    ("more", "expected"),
-    [
-        (["mask_rato=0.7"], "There is no key mask_rato. Did you mean objective.mask_ratio?"),
-        (["mask_ratio=1.5"], "objective.mask_ratio=1.5 must lie between 0 and 1"),
-        (["image_size=30"], "30x30 is not divisible by the patch size 8: use 24 or 32"),
-        (["warmup_epochs=2"], "optim.warmup_epochs=2 is not shorter than the run of 2 epochs"),
-        (["global_batch_size=38"], "global_batch_size=38 is larger than the 37 images"),
-        (["data.train=/no/such/folder"], "/no/such/folder is neither a folder"),
-        (["model.name=vit_tiny_patch16_244"], "Did you mean vit_tiny_patch16_224"),
-        (["model.args.patchsize=4"], "patchsize"),
-        (["in_chans=5"], "data.in_chans=5, but the images of a folder"),
-        (["mean=[0.5]"], "data.mean has 1 numbers for data.in_chans=3"),
-        (["precision=fp16"], "precision=fp16 needs a CUDA GPU"),
-        (["base_lr=0"], "optim.base_lr=0.0 must be above 0"),
-        (["eval.train=fractals"], "eval.test is empty"),
-        (["epochs=0.01"], "less than one step"),
-        (["workers=-1"], "data.workers=-1"),
-        (["decoder_heads=0"], "decoder_heads=0 must be 1 or above"),
-        (["crop_scale=[2,3]"], "two shares of the area"),
-        (["model.args.drop_path_rate=0.1"], "set objective.drop_path"),
-        (["epochs=5", "steps=9"], "not epochs=5 and steps=9 at once"),
-        (["method=.x"], "cannot be imported"),
-        (["log.every_steps=0"], "log.every_steps=0"),
-    ],
-)
+MISTAKES = [
+    (["mask_rato=0.7"], "There is no key mask_rato. Did you mean objective.mask_ratio?"),
+    (["mask_ratio=1.5"], "objective.mask_ratio=1.5 must lie between 0 and 1"),
+    (["image_size=30"], "30x30 is not divisible by the patch size 8: use 24 or 32"),
+    (["warmup_epochs=2"], "optim.warmup_epochs=2 is not shorter than the run of 2 epochs"),
+    (["global_batch_size=38"], "global_batch_size=38 is larger than the 37 images"),
+    (["data.train=/no/such/folder"], "/no/such/folder is neither a folder"),
+    (["model.name=vit_tiny_patch16_244"], "Did you mean vit_tiny_patch16_224"),
+    (["model.args.patchsize=4"], "patchsize"),
+    (["in_chans=5"], "data.in_chans=5, but the images of a folder"),
+    (["mean=[0.5]"], "data.mean has 1 numbers for data.in_chans=3"),
+    (["precision=fp16"], "precision=fp16 needs a CUDA GPU"),
+    (["base_lr=0"], "optim.base_lr=0.0 must be above 0"),
+    (["eval.train=fractals"], "eval.test is empty"),
+    (["epochs=0.01"], "less than one step"),
+    (["workers=-1"], "data.workers=-1"),
+    (["decoder_heads=0"], "decoder_heads=0 must be 1 or above"),
+    (["crop_scale=[2,3]"], "two shares of the area"),
+    (["model.args.drop_path_rate=0.1"], "set objective.drop_path"),
+    (["epochs=5", "steps=9"], "not epochs=5 and steps=9 at once"),
+    (["method=.x"], "cannot be imported"),
+    (["log.every_steps=0"], "log.every_steps=0"),
+]
+
+
+@pytest.mark.parametrize(("more", "expected"), MISTAKES)
 def test_a_mistake_is_one_sentence_before_the_first_step(fails, images, tmp_path, more, expected):
     out = tmp_path / "run"
     assert expected in fails("pretrain", images, *words("mae", f"out={out}", *more))

@@ -13,7 +13,7 @@ ROOT = Path(sslvit.__file__).parent
 # Top to bottom. A module may import from its own layer and from those below; families never import one another.
 LAYERS = [
     {"__main__"},
-    {"bench", "report", "picture"},
+    {"bench", "report", "picture", "submit"},
     {"pretrain"},
     {"run", "config", "saving", "nonfinite", "memory"},
     {"evaluation", "export"},
