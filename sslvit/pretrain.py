@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -65,17 +66,70 @@ def summary(result: Result) -> list[str]:
     return lines
 
 
+@dataclass
+class Training:
+    """A run that is set up: what its loop works with."""
+
+    config: RunConfig
+    plan: Plan
+    accelerator: Accelerator
+    objective: Objective
+    model: nn.Module  # the objective and ...
+    optimizer: torch.optim.Optimizer  # ... its optimizer, as accelerate wrapped them
+    schedule: optim.Schedule
+    batches: Iterator[dict]  # of the loader
+    views: Views
+    normalize: Normalize
+    shown: sharding.Shown  # the encoder as it is evaluated, by
+    knn: OnlineKNN | None
+    directions: OnlineRank | None
+    progress: state.RunState
+    recorder: Recorder
+    bad: BadImages
+    saver: Saver
+    record: dict[str, Any]  # what a checkpoint has beside tensors and progress
+
+    def micro_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Those of one step, augmented, on the device."""
+        for _ in range(self.plan.layout.accumulate):
+            with self.recorder.watch.waiting():
+                batch = next(self.batches)
+            self.bad.note(batch)
+            self.recorder.skipped.note(batch["index"])
+            yield augment(batch, self.views, self.normalize, self.accelerator.device)
+
+    def evaluate(self) -> float | None:
+        """Top-1 of k-NN in percent, if the run was given labelled images."""
+        run, steps = self.progress, self.plan.steps
+        if self.knn is None:
+            return None
+        self.saver.check(wait=True)  # its thread rests while the evaluation forks its loader processes
+        with self.recorder.watch.pausing(), self.shown() as encoder:
+            top1 = self.knn(encoder)
+        if run.step and top1 > (run.best_knn or 0.0):
+            run.best_step, run.best_knn = run.step, top1
+        say(f"step {run.step}/{steps}  k-NN {top1:.1f}% (k={self.config.eval.k}) of {self.config.eval.test}")
+        self.recorder.write({"step": run.step, "images": run.images_seen, "knn/top1": top1})
+        return top1
+
+    def save(self) -> None:
+        say(*self.bad.report(self.progress.images_seen))
+        self.recorder.look(self.progress)
+        self.progress.window = self.recorder.window.state()
+        self.saver.save(self.objective, self.optimizer.optimizer, self.progress, self.record)
+
+
 def pretrain(config: RunConfig) -> Result:
     """Train to the configured end, from the newest checkpoint of the run directory if it has one. Raises UserError."""
     with (
         memory.explained(config), others_alive(),
         listening(config.max_hours) as stop, Saver(Path(config.out), config.save) as saver,
     ):  # fmt: skip
-        return train(config, stop, saver)
+        return train(set_up(config, saver), stop)
 
 
-def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
-    """The run itself, until its end or until `stop` says so."""
+def set_up(config: RunConfig, saver: Saver) -> Training:
+    """Everything before the first step. Raises UserError for what cannot work, before anything is written."""
     configuration.check(config)
     accelerator = start_accelerator(config.precision)
     device = accelerator.device
@@ -94,7 +148,7 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
         config = replace(config, batch_size=size)
         plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
     if config.compile:
-        blocks_of(objective)  # refuses a model without, before anything is written
+        blocks_of(objective)  # refuses a model without
     optimizer = optim.make_optimizer(config.optim, objective)
     schedule = optim.Schedule(config.optim, plan.layout.global_batch_size, plan.warmup_steps, plan.steps)
 
@@ -117,47 +171,32 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
     batches = iter(make_loader(images, views, plan.layout, config.seed, steps, workers, device, scaling=scaling))
     recorder = Recorder(run_dir, config, plan, schedule, run, source, lock, getattr(objective, "alarm", None))
     say(*filter(None, [room_missing(run_dir, config.save, objective, plan.steps - run.step)]))
+    directions = None
     if config.log.rank_every_steps:
         directions = OnlineRank(source, objective.exported_encoder(), normalize, config.seed, accelerator)
-    bad, known = BadImages(run_dir, config.data, source), images_record(source)
+    record = {name: saved.get(name) for name in ("knn_before", "knn_after", "knn_due")}
+    record |= {"images": images_record(source), "encoder": where(objective), "versions": versions()}
+    return Training(
+        config, plan, accelerator, objective, model, optimizer, schedule, batches, views, normalize, shown, knn,
+        directions, run, recorder, BadImages(run_dir, config.data, source), saver, record,
+    )  # fmt: skip
 
-    def micro_batches() -> Iterator[dict[str, Tensor]]:
-        for _ in range(plan.layout.accumulate):
-            with recorder.watch.waiting():
-                batch = next(batches)
-            bad.note(batch)
-            recorder.skipped.note(batch["index"])
-            yield augment(batch, views, normalize, device)
 
-    def evaluate() -> float | None:
-        if knn is None:
-            return None
-        saver.check(wait=True)  # its thread rests while the evaluation forks its loader processes
-        with recorder.watch.pausing(), shown() as encoder:
-            top1 = knn(encoder)
-        if run.step and top1 > (run.best_knn or 0.0):
-            run.best_step, run.best_knn = run.step, top1
-        say(f"step {run.step}/{plan.steps}  k-NN {top1:.1f}% (k={config.eval.k}) of {config.eval.test}")
-        recorder.write({"step": run.step, "images": run.images_seen, "knn/top1": top1})
-        return top1
-
-    def save() -> None:
-        say(*bad.report(run.images_seen))
-        recorder.look(run)
-        run.window = recorder.window.state()
-        scores = {"knn_before": knn_before, "knn_after": knn_after, "knn_due": knn_due}
-        record = {**scores, "images": known, "encoder": where(objective), "versions": versions()}
-        saver.save(objective, optimizer.optimizer, run, record)
-
+def train(training: Training, stop: Stop) -> Result:
+    """The loop, until the run's end or until `stop` says so."""
+    config, plan, run, record = training.config, training.plan, training.progress, training.record
+    recorder, saver, optimizer = training.recorder, training.saver, training.optimizer
     evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
-    knn_before, knn_after = (saved["knn_before"], saved["knn_after"]) if saved else (evaluate(), None)
-    if saved.get("knn_due"):  # the run was asked to stop when it should have evaluated
-        knn_after = evaluate()
-    objective.train()
+    if run.step == 0:
+        record["knn_before"] = training.evaluate()
+    if record["knn_due"]:  # the run was asked to stop when it should have evaluated
+        record["knn_after"] = training.evaluate()
+    training.objective.train()
     stopped, clock, last_save = None, time.perf_counter(), time.perf_counter()
     for step in range(run.step, plan.steps):
-        optim.set_schedule(optimizer, schedule, step)
-        train_step(config, plan, accelerator, model, optimizer, micro_batches(), step, recorder.window)
+        optim.set_schedule(optimizer, training.schedule, step)
+        batches = training.micro_batches()
+        train_step(config, plan, training.accelerator, training.model, optimizer, batches, step, recorder.window)
         run.step, run.images_seen = step + 1, run.images_seen + plan.layout.global_batch_size
         recorder.trace.step()
         run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
@@ -165,20 +204,20 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
         save_now = saver.due(run.step, plan.steps)
         if recorder.due(run.step):
             saver.check()
-            say(*bad.report(run.images_seen))
+            say(*training.bad.report(run.images_seen))
             recorder.line(run)
-        if config.log.rank_every_steps and run.step % config.log.rank_every_steps == 0:
-            with recorder.watch.pausing(), shown() as encoder:
-                recorder.rank(run, directions(encoder))
+        if training.directions and run.step % config.log.rank_every_steps == 0:
+            with recorder.watch.pausing(), training.shown() as encoder:
+                recorder.rank(run, training.directions(encoder))
         if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # agreeing takes time
             save_now |= any_process((clock - last_save) / 60 > config.save.every_minutes)
         stopped = stop.due(run.step) if run.step < plan.steps else None
-        knn_due = run.step % evaluate_every == 0 or run.step == plan.steps
-        if knn_due and not stopped:
-            knn_after, knn_due = evaluate(), False
+        record["knn_due"] = run.step % evaluate_every == 0 or run.step == plan.steps
+        if record["knn_due"] and not stopped:
+            record["knn_after"], record["knn_due"] = training.evaluate(), False
             save_now |= saver.is_best(run)
         if save_now or stopped:  # after the evaluation, so that a run that is killed here does not lose its result
-            save()
+            training.save()
             last_save = time.perf_counter()
         if stopped:
             break
@@ -186,7 +225,8 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
 
     saver.check(wait=True)  # a launcher ends all processes with the first one: none may end before the save is written
     recorder.close()
-    return Result(run_dir, run.step, run.images_seen, run.seconds, knn_before, knn_after, stopped)
+    knn = record["knn_before"], record["knn_after"]
+    return Result(Path(config.out), run.step, run.images_seen, run.seconds, *knn, stopped)
 
 
 def train_step(
