@@ -35,7 +35,7 @@ from .state import RunState, steps_saved, sweep
 # Keys that may change when a run goes on: they say how long, on what and how it is watched, not what is learned.
 FREE = {
     "out", "max_hours", "epochs", "steps", "images", "batch_size", "precision", "compile", "model.grad_checkpointing",
-    "data.train", "data.workers", "data.cache", "data.download_dir", "data.bad_ratio",
+    "objective.pack", "data.train", "data.workers", "data.cache", "data.download_dir", "data.bad_ratio",
 }  # fmt: skip
 BEGUN = {".lock", "starts.jsonl", "config.yaml.tmp"}  # all that a run killed in its first moment has left
 FREE_SECTIONS = ("save.", "log.", "eval.")
