@@ -3,8 +3,13 @@
 The output of a ViT's last block is often wanted for some tokens only: for the class token, or for the patches that a
 decoder has to predict. Keys and values need all tokens; queries, the projection and the MLP, which are ten twelfths of
 a block, need those alone.
+
+Images with other numbers of tokens can pass a block together, packed: all tokens below one another, [T, D]. Only
+attention has to know where an image ends, and is done for each length by itself, which is exact on every device.
 """
 
+import functools
+from collections.abc import Callable
 from types import MethodType
 
 import torch
@@ -14,6 +19,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from . import rng
+
+Shapes = tuple[tuple[int, int], ...]  # of packed images: (how many, tokens of each), one length after another
 
 
 class DropPath(nn.Module):
@@ -44,39 +51,73 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-def run(block: nn.Module, x: Tensor, rows: slice | None = None) -> Tensor:
+def pack(parts: list[Tensor]) -> tuple[Tensor, Shapes]:
+    """Tokens of images of several lengths, [B, N, D] each -> packed [T, D], and what `unpack` needs."""
+    return torch.cat([part.flatten(0, 1) for part in parts]), tuple((part.shape[0], part.shape[1]) for part in parts)
+
+
+def unpack(x: Tensor, shapes: Shapes) -> list[Tensor]:
+    """[T, D] -> [B, N, D] for each length."""
+    return [part.unflatten(0, shape) for part, shape in zip(x.split([b * n for b, n in shapes]), shapes, strict=True)]
+
+
+def token_keys(key: Tensor, shapes: Shapes, rows: slice | None = None) -> Tensor:
+    """Keys of packed images -> of their tokens, or of these rows of each: all tokens of an image have its key, so that
+    drop path draws the same for them."""
+    numbers = [len(range(n)[rows or slice(None)]) for _, n in shapes]
+    parts = key.split([b for b, _ in shapes])
+    return torch.cat([part.repeat_interleave(n) for part, n in zip(parts, numbers, strict=True)])
+
+
+def run(block: nn.Module, x: Tensor, rows: slice | None = None, shapes: Shapes | None = None) -> Tensor:
     """[B, N, D] -> block(x)[:, rows], all rows by default; equal but for the order of float additions.
+
+    With shapes x is packed, [T, D], and so is what is returned; the block has to be one that `known` knows.
 
     Not here: leaving out the images whose branch stochastic depth drops. At DINO's rate of 0.1, picking them costs what
     it saves (measured on a CPU; on a GPU it would also have to wait for the draws).
     """
     if getattr(block, "takes_rows", False):
-        return block(x, rows)
+        return block(x, rows, shapes)
     compiled = getattr(block, "_compiled_call_impl", None) is not None
-    if not _known(block) or (rows is None and (compiled or block.attn.fused_attn)):
+    if shapes is not None:
+        return (_compiled_known() if compiled and rows is None else _run_known)(block, x, rows, shapes)
+    if not known(block) or (rows is None and (compiled or block.attn.fused_attn)):
         x = block(x)
         return x if rows is None else x[:, rows]
-    return _run_known(block, x, rows)
+    return _run_known(block, x, rows, None)
 
 
 def let_take_rows(block: nn.Module) -> None:
-    """Make `block(x, rows)` what `run(block, x, rows)` is, for a block that `run` would take to pieces: one that is to
-    be sharded, which has its weights within its call only."""
-    if _known(block):
+    """Make `block(x, rows, shapes)` what `run` gives, for a block that `run` would take to pieces: one that is to be
+    sharded, which has its weights within its call only."""
+    if known(block):
         block.forward, block.takes_rows = MethodType(_call, block), True
 
 
-def _call(block: Block, x: Tensor, rows: slice | None = None) -> Tensor:
-    return Block.forward(block, x) if rows is None and block.attn.fused_attn else _run_known(block, x, rows)
+def _call(block: Block, x: Tensor, rows: slice | None = None, shapes: Shapes | None = None) -> Tensor:
+    whole = rows is None and shapes is None and block.attn.fused_attn
+    return Block.forward(block, x) if whole else _run_known(block, x, rows, shapes)
 
 
-def _run_known(block: nn.Module, x: Tensor, rows: slice | None) -> Tensor:
-    base = x if rows is None else x[:, rows]
-    x = base + block.drop_path1(block.ls1(_attention(block.attn, block.norm1(x), rows)))
+def _run_known(block: nn.Module, x: Tensor, rows: slice | None, shapes: Shapes | None) -> Tensor:
+    base = x if rows is None else _cut(x, rows, shapes)[0]
+    x = base + block.drop_path1(block.ls1(_attention(block.attn, block.norm1(x), rows, shapes)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
-def _known(block: nn.Module) -> bool:
+@functools.cache
+def _compiled_known() -> Callable[..., Tensor]:
+    """Packed blocks are not called, so compiling them in place (hardware.py) does not reach them."""
+    return torch.compile(_run_known, dynamic=False)
+
+
+def _cut(x: Tensor, rows: slice, shapes: Shapes | None) -> tuple[Tensor, Shapes | None]:
+    """These rows of each image, and their shapes if they are packed."""
+    return (x[:, rows], None) if shapes is None else pack([part[:, rows] for part in unpack(x, shapes)])
+
+
+def known(block: nn.Module) -> bool:
     """Whether `run` says all that a call of this block does."""
     attention = getattr(block, "attn", None)
     return (
@@ -89,24 +130,33 @@ def _known(block: nn.Module) -> bool:
     )
 
 
-def _attention(attention: Attention, x: Tensor, rows: slice | None) -> Tensor:
-    """[B, N, D] -> [B, rows, D], what timm's Attention gives for these rows."""
+def _attention(attention: Attention, x: Tensor, rows: slice | None, shapes: Shapes | None) -> Tensor:
+    """[B, N, D] -> [B, rows, D], or both packed: what timm's Attention gives for these rows."""
     heads, dim = attention.num_heads, attention.head_dim
     weight, bias = attention.qkv.weight, attention.qkv.bias
 
-    def project(x: Tensor, first: int, last: int) -> Tensor:
-        """[last - first, B, heads, N, dim]: q, k and v are 0, 1 and 2."""
+    def project(x: Tensor, shapes: Shapes | None, first: int, last: int) -> list[Tensor]:
+        """[last - first, B, heads, N, dim] for each length: q, k and v are 0, 1 and 2."""
         part = slice(first * heads * dim, last * heads * dim)
         y = F.linear(x, weight[part], None if bias is None else bias[part])
-        return y.unflatten(2, (last - first, heads, dim)).permute(2, 0, 3, 1, 4)
+        parts = [y] if shapes is None else unpack(y, shapes)
+        return [part.unflatten(2, (last - first, heads, dim)).permute(2, 0, 3, 1, 4) for part in parts]
 
-    q, k, v = project(x, 0, 3) if rows is None else (*project(x[:, rows], 0, 1), *project(x, 1, 3))
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    if attention.fused_attn:
-        y = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+    if rows is None:
+        lengths = [tuple(qkv) for qkv in project(x, shapes, 0, 3)]
     else:
-        y = _plain_attention(q, k, v, attention.scale)
-    return attention.proj_drop(attention.proj(attention.norm(y.transpose(1, 2).flatten(2))))
+        queries, pairs = project(*_cut(x, rows, shapes), 0, 1), project(x, shapes, 1, 3)
+        lengths = [(*q, *kv) for q, kv in zip(queries, pairs, strict=True)]
+    done = []
+    for q, k, v in lengths:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        if attention.fused_attn:
+            y = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+        else:
+            y = _plain_attention(q, k, v, attention.scale)
+        done.append(y.transpose(1, 2).flatten(2))
+    y = done[0] if shapes is None else pack(done)[0]
+    return attention.proj_drop(attention.proj(attention.norm(y)))
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -97,6 +97,14 @@ class Encoder(nn.Module):
             return f"its {type(embed).__name__} stem lets neighbouring patches see each other"
         return None
 
+    def why_sizes_cannot_be_packed(self) -> str | None:
+        """None if images of several sizes can pass the blocks together; else the reason, as part of a sentence."""
+        if not self.is_vit:
+            return f"{type(self.model).__name__} is not a plain ViT, which has one list of tokens"
+        if not all(blocks.known(block) for block in self.model.blocks):
+            return "its blocks are others than timm's Block with Attention, or drop attention weights"
+        return None
+
     def forward(
         self, images: Tensor, keep: Tensor | None = None, key: Tensor | None = None, prefix_only: bool = False
     ) -> Tokens:
@@ -106,29 +114,31 @@ class Encoder(nn.Module):
         prefix_only: leave patches empty, which saves most of the last block. Without these, in float32, this equals
         `timm`'s `forward_features` bit for bit.
         """
-        vit = self.model
-        x = vit._pos_embed(vit.patch_embed(images)) if keep is None else self._embed_kept(images, keep)
-        x = vit.norm_pre(vit.patch_drop(x))
-        for block in vit.blocks:
-            rows = slice(0, vit.num_prefix_tokens) if prefix_only and block is vit.blocks[-1] else None
-            if vit.grad_checkpointing and self.training:
-                x = checkpoint(self._run, block, x, key, rows, use_reentrant=False)
-            else:
-                x = self._run(block, x, key, rows)
-        x = vit.norm(x)
-        return Tokens(x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :])
+        return self._tokens(self.model.norm(self._blocks(self._embed(images, keep), key, prefix_only)))
+
+    def packed_features(self, images: list[Tensor], keys: list[Tensor], keep: list[Tensor | None]) -> Tensor:
+        """What `features` gives for images of several sizes, below one another: for each [B, C, H, W], [B] and [B, K]
+        or None -> [sum of B, feature_dim], equal but for the order of float additions.
+
+        Each size is embedded by itself, then all tokens pass the blocks as one list (blocks.py): one call of each layer
+        where `features` needs one for each size. Only where `why_sizes_cannot_be_packed` has no reason.
+        """
+        vit, prefix_only = self.model, self._needs_prefix_only(self.pool)
+        x, shapes = blocks.pack([self._embed(*each) for each in zip(images, keep, strict=True)])
+        x = vit.norm(self._blocks(x, torch.cat(keys), prefix_only, shapes))
+        if prefix_only:
+            shapes = tuple((b, vit.num_prefix_tokens) for b, _ in shapes)
+        return torch.cat([_pooled(self._tokens(part), self.pool) for part in blocks.unpack(x, shapes)])
 
     def last_blocks(self, images: Tensor, count: int) -> list[Tokens]:
         """[B, C, H, W] float -> Tokens after each of the last `count` blocks (all, if there are fewer), each through
         the final norm as in DINO's linear evaluation (section 4.1 and its code). Plain ViTs only."""
         vit = self.model
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        found = []
+        x, found = self._embed(images, None), []
         for place, block in enumerate(vit.blocks):
             x = self._run(block, x, None, None)
             if place >= len(vit.blocks) - count:
-                tokens = vit.norm(x)
-                found.append(Tokens(tokens[:, : vit.num_prefix_tokens], tokens[:, vit.num_prefix_tokens :]))
+                found.append(self._tokens(vit.norm(x)))
         return found
 
     def pooled(self, images: Tensor, pools: Sequence[Pool]) -> dict[Pool, Tensor]:
@@ -159,12 +169,7 @@ class Encoder(nn.Module):
             return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
         if pool in BLOCKS:
             return self.pooled(images, (pool,))[pool]
-        tokens = self(images, keep=keep, key=key, prefix_only=pool == "cls" and self.training)
-        if pool == "cls":
-            return tokens.prefix[:, 0]
-        if pool == "mean":
-            return tokens.patches.mean(dim=1)
-        return torch.cat([tokens.prefix[:, 0], tokens.patches.mean(dim=1)], dim=1)
+        return _pooled(self(images, keep=keep, key=key, prefix_only=self._needs_prefix_only(pool)), pool)
 
     def positions(self, image_size: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
         """Position embeddings of prefix tokens [1, P, D] and of patches [1, N, D] for images of (h, w) pixels."""
@@ -193,6 +198,30 @@ class Encoder(nn.Module):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
 
+    def _needs_prefix_only(self, pool: Pool) -> bool:
+        return pool == "cls" and self.training
+
+    def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
+        """[B, C, H, W] -> [B, P + N, D], or [B, P + K, D] with keep: what the first block gets."""
+        vit = self.model
+        x = vit._pos_embed(vit.patch_embed(images)) if keep is None else self._embed_kept(images, keep)
+        return vit.norm_pre(vit.patch_drop(x))
+
+    def _blocks(self, x: Tensor, key: Tensor | None, prefix_only: bool, shapes: blocks.Shapes | None = None) -> Tensor:
+        """[B, N, D], or packed [T, D] -> the same after all blocks, before the norm."""
+        vit = self.model
+        for block in vit.blocks:
+            rows = slice(0, vit.num_prefix_tokens) if prefix_only and block is vit.blocks[-1] else None
+            if vit.grad_checkpointing and self.training:
+                x = checkpoint(self._run, block, x, key, rows, shapes, use_reentrant=False)
+            else:
+                x = self._run(block, x, key, rows, shapes)
+        return x
+
+    def _tokens(self, x: Tensor) -> Tokens:
+        """[B, P + N, D] -> its prefix and its patches."""
+        return Tokens(x[:, : self.model.num_prefix_tokens], x[:, self.model.num_prefix_tokens :])
+
     def _embed_kept(self, images: Tensor, keep: Tensor) -> Tensor:
         """[B, C, H, W], [B, K] -> [B, P + K, D]: the embedding of `timm`'s ViT for the kept patches only."""
         vit = self.model
@@ -215,11 +244,25 @@ class Encoder(nn.Module):
         return vit.pos_drop(x)
 
     @staticmethod
-    def _run(block: nn.Module, x: Tensor, key: Tensor | None, rows: slice | None) -> Tensor:
-        for module in block.modules():  # here and not once a forward: a recomputed block needs its own crops' keys
-            if isinstance(module, DropPath):
-                module.take(key)
-        return blocks.run(block, x, rows)
+    def _run(
+        block: nn.Module, x: Tensor, key: Tensor | None, rows: slice | None, shapes: blocks.Shapes | None = None
+    ) -> Tensor:
+        # Here and not once a forward: a recomputed block needs its own crops' keys.
+        drop_paths = [module for module in block.modules() if isinstance(module, DropPath)]
+        if drop_paths and shapes is not None and key is not None:
+            key = blocks.token_keys(key, shapes, rows)
+        for module in drop_paths:
+            module.take(key)
+        return blocks.run(block, x, rows, shapes)
+
+
+def _pooled(tokens: Tokens, pool: Pool) -> Tensor:
+    """cls, mean or cls+mean of the tokens of the last block."""
+    if pool == "cls":
+        return tokens.prefix[:, 0]
+    if pool == "mean":
+        return tokens.patches.mean(dim=1)
+    return torch.cat([tokens.prefix[:, 0], tokens.patches.mean(dim=1)], dim=1)
 
 
 def sincos(width: int, grid: tuple[int, int], num_prefix: int) -> Tensor:

@@ -35,7 +35,8 @@ from .state import RunState, steps_saved, sweep
 # Keys that may change when a run goes on: they say how long, on what and how it is watched, not what is learned.
 FREE = {
     "out", "max_hours", "epochs", "steps", "images", "batch_size", "precision", "compile", "shard",
-    "model.grad_checkpointing", "data.train", "data.workers", "data.cache", "data.download_dir", "data.bad_ratio",
+    "model.grad_checkpointing", "objective.pack", "data.train", "data.workers", "data.cache", "data.download_dir",
+    "data.bad_ratio",
 }  # fmt: skip
 # All that a run killed in its first moment has left, or one that waits in a queue (submit.py).
 BEGUN = {".lock", "starts.jsonl", "config.yaml.tmp", "submit"}

@@ -25,7 +25,7 @@ def block(**settings) -> Block:
 def test_some_rows_of_a_block_and_their_gradients_are_timms(rows, fused, settings):
     whole = block(**settings)
     whole.attn.fused_attn = fused
-    assert blocks._known(whole)
+    assert blocks.known(whole)
     assert isinstance(whole.ls1, LayerScale) == ("init_values" in settings)
     gradients = []
     for forward in (lambda x: whole(x)[:, rows or slice(None)], lambda x: blocks.run(whole, x, rows)):
@@ -53,9 +53,9 @@ def test_a_block_that_does_more_than_run_knows_is_called_whole():
     with_dropout, with_hook = block(attn_drop=0.5), block()
     calls = []
     with_hook.register_forward_hook(lambda *_: calls.append(1))
-    assert not blocks._known(with_dropout.train())
-    assert blocks._known(with_dropout.eval())
-    assert not blocks._known(torch.nn.Linear(2, 2))
+    assert not blocks.known(with_dropout.train())
+    assert blocks.known(with_dropout.eval())
+    assert not blocks.known(torch.nn.Linear(2, 2))
     assert blocks.run(with_hook, torch.randn(1, 9, 24), slice(0, 1)).shape == (1, 1, 24)
     assert calls == [1]
 

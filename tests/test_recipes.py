@@ -55,6 +55,7 @@ def test_a_paper_recipe_writes_out_every_value_of_the_method(path):
         "student_keep",
         "koleo_weight",
         "init",
+        "pack",
     }  # options that the papers do not have
     unused = {"optim.clip_mode"} if stored["optim.clip"] is None else set()
     unused |= {f"objective.{key}" for key in later}

@@ -42,6 +42,7 @@ class Config:
     freeze_last_layer_epochs: float = 1.0  # the prototypes do not learn before
     student_keep: float = 1.0  # share of a global crop's patches that the student sees; below 1 is not in the paper
     init: Literal["vit", "mae"] = "vit"  # of the encoder; mae, not in the paper: Xavier weights, sin-cos positions
+    pack: bool = False  # one pass of the student for crops of both sizes: meant for GPUs, not measured there
     koleo_weight: float = 0.0  # of DINOv2's term that spreads features (0.1 there, 0 in DINO); within micro-batches
     drop_path: float = 0.1  # stochastic depth of the student, rising linearly over its blocks
     global_crop_size: int | tuple[int, int] | None = None  # pixels; null: data.image_size
@@ -174,6 +175,13 @@ def build(config: Config, model: encoder.Config, data_config: data.Config, steps
         raise UserError(
             f"objective.student_keep={config.student_keep} drops patches, and {model.name} cannot: {reason}."
         )
+    if config.pack and not config.local_crops:
+        raise UserError(
+            "objective.pack=true packs crops of two resolutions, and objective.local_crops=0 leaves one: leave it out."
+        )
+    reason = student.why_sizes_cannot_be_packed()
+    if config.pack and reason:
+        raise UserError(f"objective.pack=true cannot pack crops for {model.name}: {reason}. Leave it out.")
     if config.init == "mae":
         if not student.takes_sincos_positions():
             raise UserError(
@@ -209,20 +217,21 @@ class Network(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def features(self, resolutions: list[tuple[Tensor, Tensor]], keep: float = 1.0) -> Tensor:
+    def features(self, resolutions: list[tuple[Tensor, Tensor]], keep: float = 1.0, pack: bool = False) -> Tensor:
         """For each resolution crops [R, C, h, w] and their keys [R] -> [sum of R, D] float32 features.
 
-        Crops of one resolution pass the encoder together (section 3.2). keep: share of the patches of the first
-        resolution that the encoder sees, others for each crop.
+        Crops of one resolution pass the encoder together (section 3.2), with pack those of all. keep: share of the
+        patches of the first resolution that the encoder sees, others for each crop.
         """
-        features = []
-        for i, (crops, key) in enumerate(resolutions):
-            kept = None
-            if i == 0 and keep < 1:
-                h, w = self.encoder.grid(tuple(crops.shape[-2:]))
-                kept = masks.random_order(key, h * w)[:, : max(1, round(h * w * keep))]
-            features.append(self.encoder.features(crops, key=key, keep=kept).float())
-        return torch.cat(features)
+        crops, keys = [crops for crops, _ in resolutions], [key for _, key in resolutions]
+        kept: list[Tensor | None] = [None] * len(crops)
+        if keep < 1:
+            h, w = self.encoder.grid(tuple(crops[0].shape[-2:]))
+            kept[0] = masks.random_order(keys[0], h * w)[:, : max(1, round(h * w * keep))]
+        if pack:
+            return self.encoder.packed_features(crops, keys, kept).float()
+        passes = zip(crops, keys, kept, strict=True)
+        return torch.cat([self.encoder.features(c, key=key, keep=keep).float() for c, key, keep in passes])
 
     def forward(self, resolutions: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The same -> [sum of R, K] float32 logits; all crops pass the head together."""
@@ -266,7 +275,7 @@ class DINO(nn.Module):
             teacher_logits = self.teacher(resolutions[:1])
             self.logit_sum += teacher_logits.sum(dim=0, keepdim=True)
             self.logit_count += len(teacher_logits)
-        features = self.student.features(resolutions, self.config.student_keep)
+        features = self.student.features(resolutions, self.config.student_keep, self.config.pack)
         values = self.loss(self.student.head(features), teacher_logits, self.teacher_temp(step))
         if self.config.koleo_weight:
             spread = koleo(features[: len(teacher_logits)].unflatten(0, (2, -1)))
