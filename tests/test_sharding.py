@@ -25,6 +25,7 @@ STEPS = {
     "mae bf16": words("mae", "precision=bf16", "koleo_weight=0.1"),
     "dino": words("dino", "precision=float32", "clip=0.1", "drop_path=0.5"),
     "dino bf16": words("dino", "precision=bf16", "freeze_last_layer_epochs=0", "norm_last_layer=false"),
+    "packed": words("dino", "precision=float32", "pack=true", "drop_path=0.5"),
     "recomputed": words("dino", "precision=float32", "grad_checkpointing=true", "drop_path=0.5", "student_keep=0.5"),
 }
 # Another family, whose blocks are not a ViT's.
@@ -83,7 +84,7 @@ def compare(name: str) -> None:
             assert torch.allclose(whole(mine[key]), value, atol=tolerance), key
     # every parameter and moment is split, those of the teacher as the student's ...
     assert all(is_part(value) for key, value in mine.items() if key.endswith(("weight", "exp_avg", "exp_avg_sq"))), name
-    if name.startswith("dino"):
+    if name.startswith(("dino", "packed")):
         parts = ({key: local(p).shape for key, p in net.named_parameters()} for net in (ours.student, ours.teacher))
         assert next(parts) == next(parts)
     # ... and no process has more than its half, but for rows that do not divide
