@@ -251,12 +251,13 @@ def header(
     weights = sum(p.numel() for p in encoder.parameters()) / 1e6
     heads = sum(p.numel() for p in objective.parameters() if p.requires_grad) / 1e6
     size = "x".join(map(str, data.image_size(config.data)))
+    sharded = f"sharded among {layout.world_size} processes, " if config.shard and layout.world_size > 1 else ""
     return [
         f"{config.method}: {config.model.name} ({weights:.1f}M parameters, {heads:.1f}M trained), {size} pixels, "
         f"{num_images} images of {config.data.train}",
         f"{plan.steps} steps = {plan.steps / plan.steps_per_epoch:g} epochs of {plan.steps_per_epoch} steps, "
         f"global batch {layout.global_batch_size} = {layout.batch_size} x {layout.accumulate} micro-batches x "
         f"{layout.world_size} processes, learning rate {schedule.peak_lr:.3g} after {plan.warmup_steps} steps",
-        f"{accelerator.device}, {resolve_precision(config.precision, accelerator.device)}, {workers} loader processes, "
-        f"writing to {config.out}",
+        f"{accelerator.device}, {resolve_precision(config.precision, accelerator.device)}, {sharded}{workers} loader "
+        f"processes, writing to {config.out}",
     ]
