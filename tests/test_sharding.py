@@ -152,8 +152,8 @@ def test_a_run_goes_on_sharded_or_not_whatever_it_was_before(cli, labelled, tmp_
     """Two sharded processes that are killed, one that is not sharded, two sharded ones again: one run."""
     arguments = [
         "pretrain", labelled / "train", *words(method, "precision=float32", "base_lr=1e-3", "epochs=3"), "keep_last=9",
-        "workers=0", "save.every_steps=4", f"eval.train={labelled / 'train'}", f"eval.test={labelled / 'test'}", "eval.k=3",
-        "rank_every_steps=6",
+        "workers=0", "save.every_steps=4", "rank_every_steps=6", f"eval.train={labelled / 'train'}",
+        f"eval.test={labelled / 'test'}", "eval.k=3",
     ]  # fmt: skip
     expected, out, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
     assert cli(*arguments, f"out={expected}")[0] == 0
