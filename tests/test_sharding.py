@@ -201,4 +201,4 @@ def test_what_cannot_be_sharded_is_refused(fails, images, tmp_path, word, said):
 
 def test_an_accelerate_that_is_configured_for_its_own_sharding_is_refused(fails, images, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert "give shard=true" in fails("pretrain", images, *words("mae", f"out={tmp_path}/run"))
+    assert "pretrain shard=true splits" in fails("pretrain", images, *words("mae", f"out={tmp_path}/run"))
