@@ -35,7 +35,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 def shard(modules: list[nn.Module], device: torch.device) -> None:
     """Split the parameters of each module among all processes, in place, and move them to the device; those of a module
-    that comes before are left out. Raises UserError."""
+    that comes before are left out."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -61,10 +61,10 @@ def whole(x: Tensor) -> Tensor:
 
 def part(x: Tensor, like: Tensor | None) -> Tensor:
     """A whole tensor, which all processes have, sharded like another; as it is if that is not sharded."""
-    from torch.distributed.tensor import distribute_tensor
-
     if like is None or not is_part(like):
         return x
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 

@@ -36,7 +36,7 @@ def start_accelerator(wanted: Precision, patient: bool = False) -> Accelerator:
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise UserError(
                 f"accelerate is configured to use {name}: choose plain processes (accelerate config, or accelerate "
-                "launch --multi_gpu), and give shard=true to split a model among them."
+                "launch --multi_gpu); pretrain shard=true splits a model among them."
             )
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # accelerate joins CPU processes that torchrun started only if it is told that there is nothing but CPUs.

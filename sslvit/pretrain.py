@@ -310,12 +310,13 @@ def header(
     size = "x".join(map(str, data.image_size(config.data)))
     kept = "images stay in memory, " if isinstance(images, Cached) else ""
     kept = f"images on the device ({amount(images.pixels.numel())}), " if isinstance(images, OnDevice) else kept
+    sharded = f"sharded among {layout.world_size} processes, " if config.shard and layout.world_size > 1 else ""
     return [
         f"{config.method}: {config.model.name} ({weights:.1f}M parameters, {heads:.1f}M trained), {size} pixels, "
         f"{len(images)} images of {config.data.train}",
         f"{plan.steps} steps = {plan.steps / plan.steps_per_epoch:g} epochs of {plan.steps_per_epoch} steps, "
         f"global batch {layout.global_batch_size} = {layout.batch_size} x {layout.accumulate} micro-batches x "
         f"{layout.world_size} processes, learning rate {schedule.peak_lr:.3g} after {plan.warmup_steps} steps",
-        f"{accelerator.device}, {resolve_precision(config.precision, accelerator.device)}, {workers} loader processes, "
-        f"{kept}writing to {config.out}",
+        f"{accelerator.device}, {resolve_precision(config.precision, accelerator.device)}, {sharded}{workers} loader "
+        f"processes, {kept}writing to {config.out}",
     ]

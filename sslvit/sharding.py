@@ -6,7 +6,8 @@ could be tested. What accelerate adds would not serve either: clipping of single
 and the teacher's average work on the parts, and checkpoints are the run's own. What it does for autocast is used.
 
 Weights are float32 and travel as such, and autocast casts them where they are used, as with DDP: a run gives the same
-numbers whether it is sharded or not, but for the order of additions.
+numbers whether it is sharded or not, but for the order of additions. In bf16 the casts of the student's weights, two
+bytes each, stay until the backward pass.
 """
 
 import copy
@@ -87,11 +88,14 @@ def split(objective: nn.Module, device: torch.device) -> None:
 def units(objective: nn.Module) -> list[nn.Module]:
     """The modules whose weights come and go together, inner ones first: the blocks of student, teacher and decoder, and
     the heads. What lies outside of them (embeddings, norms) is whole from a forward to the end of its backward pass."""
-    found = []
-    for name, module in objective.named_modules():
-        listed = name.rpartition(".")[0].endswith("blocks")  # families have blocks of their own
-        if listed or isinstance(module, (Block, DINOHead)):
-            found.append(module)
+    lists = [
+        child
+        for module in objective.modules()
+        for name, child in module.named_children()
+        if name.endswith("blocks") and isinstance(child, (nn.ModuleList, nn.Sequential))
+    ]
+    listed = {block for blocks in lists for block in blocks}  # families have blocks of their own
+    found = [module for module in objective.modules() if module in listed or isinstance(module, (Block, DINOHead))]
     return found[::-1]
 
 

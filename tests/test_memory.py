@@ -84,3 +84,11 @@ def test_auto_is_refused_on_a_cpu_and_words_that_are_neither_a_number_nor_auto(f
 def test_the_last_resort_is_named():
     cfg = config.load(words("mae", "batch_size=1", "model.grad_checkpointing=true"))
     assert "smaller model or smaller images" in memory.advice(cfg)
+
+
+def test_several_processes_are_told_that_they_can_share_a_model(monkeypatch):
+    cfg = config.load(words("mae", "batch_size=1", "model.grad_checkpointing=true"))
+    monkeypatch.setattr(memory, "world_size", lambda: 2)
+    assert "shard=true" in memory.advice(cfg)
+    cfg.shard = True
+    assert "shard=true" not in memory.advice(cfg)

@@ -148,32 +148,42 @@ def keep_up_to(run_dir: Path, step: int) -> None:
             shutil.rmtree(state.folder_of(run_dir, saved))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["dino", pytest.param("mae", marks=pytest.mark.slow)])
 def test_a_run_goes_on_sharded_or_not_whatever_it_was_before(cli, labelled, tmp_path, method):
     """Two sharded processes that are killed, one that is not sharded, two sharded ones again: one run."""
     arguments = [
-        "pretrain", labelled / "train", *words(method, "precision=float32", "base_lr=1e-3", "epochs=4"), "keep_last=9",
-        "save.every_steps=3", f"eval.train={labelled / 'train'}", f"eval.test={labelled / 'test'}", "eval.k=3",
-        "rank_every_steps=5",
+        "pretrain", labelled / "train", *words(method, "precision=float32", "base_lr=1e-3", "epochs=3"), "keep_last=9",
+        "workers=0", "save.every_steps=4", "rank_every_steps=6", f"eval.train={labelled / 'train'}",
+        f"eval.test={labelled / 'test'}", "eval.k=3",
     ]  # fmt: skip
     expected, out, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
     assert cli(*arguments, f"out={expected}")[0] == 0
     sharded = [*arguments, f"out={out}", "shard=true", "batch_size=2"]
     started = processes.start_several(sharded, log, 2)
-    processes.wait_for_step(started[0], out, 7)
-    for process in started:
-        process.kill()
-        process.join()
-    keep_up_to(out, 6)
-    assert state.steps_saved(out)[-1] in (3, 6)
+    processes.kill_at(started[1], out, 6)
+    assert "has ended, so process 0 ends too" in processes.finish(started[0], log, status=2)
+    keep_up_to(out, 4)
+    assert state.steps_saved(out) == [4]
     status, printed, _ = cli(*arguments, f"out={out}")
     assert status == 0
     assert "Resuming" in printed
     assert_close(out, expected)
-    keep_up_to(out, 9)
+    keep_up_to(out, 8)
     printed = processes.launch(sharded, log, 2)
-    assert f"Resuming {out} at step 9 of 16" in printed
+    assert f"Resuming {out} at step 8 of 12" in printed
     assert_close(out, expected)
+
+
+@pytest.mark.slow  # the compiler takes most of a minute for each
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_sharded_blocks_train_as_plain_ones(images, tmp_path, method):
+    more = ["precision=float32", "steps=5", "warmup_epochs=0", "batch_size=2", "shard=true"]
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    arguments = ["pretrain", images, *words(method, *more)]
+    processes.launch([*arguments, f"out={plain}"], tmp_path / "log", 2)
+    printed = processes.launch([*arguments, f"out={compiled}", "compile=true"], tmp_path / "log2", 2, seconds=500)
+    assert "Compiled" in printed
+    assert_close(compiled, plain)
 
 
 def test_one_process_says_that_there_is_nothing_to_split(cli, images, tmp_path):
@@ -192,4 +202,4 @@ def test_what_cannot_be_sharded_is_refused(fails, images, tmp_path, word, said):
 
 def test_an_accelerate_that_is_configured_for_its_own_sharding_is_refused(fails, images, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert "give shard=true" in fails("pretrain", images, *words("mae", f"out={tmp_path}/run"))
+    assert "pretrain shard=true splits" in fails("pretrain", images, *words("mae", f"out={tmp_path}/run"))

@@ -20,7 +20,11 @@ from ..errors import UserError
 
 
 class Objective(Protocol):
-    """Student, teacher, heads and decoder in one nn.Module, which is what DDP, FSDP and torch.compile want."""
+    """Student, teacher, heads and decoder in one nn.Module, which is what DDP, FSDP and torch.compile want.
+
+    With shard=true every parameter is this process's part of it (distributed.local), but for those of a block or a head
+    while that is called, and those outside of them within __call__.
+    """
 
     def __call__(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """{"loss": scalar, others to log} of one micro-batch. Writes nothing but sums that `after_step` consumes, so
