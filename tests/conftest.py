@@ -1,7 +1,11 @@
 """What the tests share: a tiny encoder, 37 images (a prime), the published numbers, and the command line in-process."""
 
 import json
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores, so one thread each; read when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
