@@ -83,7 +83,7 @@ def test_an_export_reads_deep_images_as_the_run_did_and_anybody_may_load_it(cli,
     assert modes["model.safetensors"] == modes["config.json"]
 
 
-def test_dino_exports_its_teacher(cli, images, tmp_path):
+def test_dino_exports_its_teacher(cli, images, tmp_path, real_python):
     out = tmp_path / "run"
     assert cli("pretrain", images, *words("dino", f"out={out}", "base_lr=0.01", "momentum=0.5"))[0] == 0
     assert cli("export", f"run={out}")[0] == 0
