@@ -49,7 +49,7 @@ class Config:
     warn_minutes: float = 5.0  # so long before the hours are over the run is told to save
     partition: str | None = None  # null: the cluster's default
     account: str | None = None  # null: the cluster's default
-    sbatch: str = ""  # more options of sbatch, which win: "--qos=high --gpus-per-node=a100:4"
+    sbatch: str = ""  # more options of sbatch, which win: "--qos=high --gres=gpu:a100:4"
     setup: str = ""  # a line of shell before each start: "module load cuda/12"
     check_images: bool = True  # open the images here first; false where only the cluster's machines see them
 
@@ -192,19 +192,21 @@ def _new_folder(run_dir: Path) -> Path:
 def _executor(submitit: Any, folder: Path, name: str, settings: Config, options: dict[str, Any]) -> Any:
     warn_seconds, setup = round(60 * settings.warn_minutes), [settings.setup] if settings.setup else []
     if settings.cluster == "local":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        words = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        visible = [int(word) for word in words] if all(word.isdigit() for word in words) else ()
+        if visible and settings.gpus > len(visible):
+            raise UserError(f"submit.gpus={settings.gpus}, but CUDA_VISIBLE_DEVICES={','.join(words)} names fewer.")
         executor = submitit.LocalExecutor(folder, max_num_timeout=settings.restarts)
         executor.update_parameters(
             timeout_min=60 * settings.hours, signal_delay_s=warn_seconds, gpus_per_node=settings.gpus,
-            visible_gpus=[int(gpu) for gpu in visible] if all(gpu.isdigit() for gpu in visible) else (),
-            tasks_per_node=tasks(settings), stderr_to_stdout=True, setup=setup,
+            visible_gpus=visible, tasks_per_node=tasks(settings), stderr_to_stdout=True, setup=setup,
         )  # fmt: skip
         return executor
     executor = submitit.SlurmExecutor(folder, max_num_timeout=settings.restarts)
     wanted = {
         "partition": settings.partition,
         "account": settings.account,
-        "gpus_per_node": settings.gpus or None,
+        "gpus_per_node": None if options.keys() & {"gres", "gpus", "gpus_per_task"} else settings.gpus or None,
         "mem": None if settings.memory is None else f"{round(1024 * settings.memory)}M",
         "setup": setup or None,
     }

@@ -1,7 +1,12 @@
 """What the tests share: a tiny encoder, 37 images (a prime), the published numbers, and the command line in-process."""
 
 import json
+import os
+import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores, so one thread each; read when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -9,7 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from sslvit import timm_folder
 from sslvit.__main__ import main
+
+from .forked_python import Interpreter
 
 OFFICIAL = Path(__file__).parent / "golden" / "official"
 TINY_MODEL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
@@ -85,6 +93,21 @@ def colour_run(labelled, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "colours"
     assert main(["pretrain", str(labelled / "train"), *words("mae", f"out={out}")]) == 0
     return out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_python():
+    """What is exported is tried in processes that start at once. `real_python` has the real thing."""
+    interpreter = Interpreter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm_folder, "sys", interpreter)
+        yield
+    interpreter.close()
+
+
+@pytest.fixture
+def real_python(monkeypatch):
+    monkeypatch.setattr(timm_folder, "sys", sys)
 
 
 @pytest.fixture

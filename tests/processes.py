@@ -6,35 +6,41 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from sslvit import state
+from sslvit.__main__ import main
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["sslvit.__main__", "sslvit.pretrain", "sslvit.evaluation.knn", "tests.processes"])
 
 
-def _child(argv: list[str], output: str, environment: dict[str, str]) -> None:
+def _child(work: Callable[..., int | None], arguments: tuple, output: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
-    import torch
-
-    from sslvit.__main__ import main
-
     torch.set_num_threads(1)
-    sys.exit(main(argv))
+    sys.exit(work(*arguments))
+
+
+def begin(
+    work: Callable[..., int | None], *arguments: Any, output: Path, environment: dict[str, str] | None = None
+) -> BaseProcess:
+    """Begin a function of a module, which returns the exit status; what it prints is appended to `output`."""
+    process = CONTEXT.Process(target=_child, args=(work, arguments, str(output), environment or {}))
+    process.start()
+    return process
 
 
 def start(argv: list[str], output: Path, environment: dict[str, str] | None = None) -> BaseProcess:
-    """Begin `sslvit <argv>`; what it prints is appended to `output`."""
-    process = CONTEXT.Process(target=_child, args=([str(a) for a in argv], str(output), environment or {}))
-    process.start()
-    return process
+    """Begin `sslvit <argv>`."""
+    return begin(main, [str(word) for word in argv], output=output, environment=environment)
 
 
 def finish(process: BaseProcess, output: Path, seconds: float = 120, status: int = 0) -> str:

@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 import timm
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sslvit import pretrained
+from sslvit.__main__ import main
 from sslvit.errors import UserError
 from sslvit.export import timm_folder
 
@@ -16,40 +19,46 @@ from .conftest import words
 ELSEWHERE = """
 import sys, timm, torch
 from safetensors.torch import load_file, save_file
-model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
-config = timm.data.resolve_model_data_config(model)
+for folder, x, y in zip(*[iter(sys.argv[1:])] * 3):
+    model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(model)
+    with torch.inference_mode():
+        features = model(load_file(x)["x"]).contiguous()
+    head = timm.create_model("local-dir:" + folder, pretrained=True, num_classes=7)
+    logits = head(torch.zeros(1, *config["input_size"])).detach()
+    save_file({"features": features, "mean": torch.tensor(config["mean"]), "logits": logits}, y)
 assert "sslvit" not in sys.modules
-with torch.inference_mode():
-    features = model(load_file(sys.argv[2])["x"]).contiguous()
-head = timm.create_model("local-dir:" + sys.argv[1], pretrained=True, num_classes=7)
-logits = head(torch.zeros(1, *config["input_size"])).detach()
-save_file({"features": features, "mean": torch.tensor(config["mean"]), "logits": logits}, sys.argv[3])
 """
 ODD = ["model.args.reg_tokens=2", "in_chans=1", "image_size=[16,48]", "mean=[0.3]", "std=[0.2]"]
+EXTRA = {"mae": ODD, "dino": []}
 
 
-@pytest.mark.parametrize(("method", "extra"), [("mae", ODD), ("dino", [])])
-def test_timm_loads_it_elsewhere_with_equal_features(cli, images, tmp_path, method, extra):
-    out, folder = tmp_path / "run", tmp_path / "exported"
-    assert cli("pretrain", images, *words(method, f"out={out}", "steps=2", "warmup_epochs=0", *extra))[0] == 0
-    status, printed, _ = cli("export", f"run={out}", "to=timm", f"out={folder}")
-    assert status == 0
-    assert "no missing or unexpected weight, equal features" in printed
+@pytest.fixture(scope="module")
+def elsewhere(images, tmp_path_factory):
+    """{method: (run, exported folder, images, what timm makes of them in one process that has no sslvit)}."""
+    found, command = {}, [sys.executable, "-c", ELSEWHERE]
+    for method, extra in EXTRA.items():
+        root = tmp_path_factory.mktemp(method)
+        out, folder = root / "run", root / "exported"
+        assert main(["pretrain", str(images), *words(method, f"out={out}", "steps=2", "warmup_epochs=0", *extra)]) == 0
+        printed = StringIO()
+        with redirect_stdout(printed):
+            assert main(["export", f"run={out}", "to=timm", f"out={folder}"]) == 0
+        assert "no missing or unexpected weight, equal features" in printed.getvalue()
+        encoder = pretrained.load(str(out)).encoder
+        x = torch.randn(3, encoder.in_chans, *encoder.image_size)
+        save_file({"x": x}, root / "x.safetensors")
+        command += map(str, [folder, root / "x.safetensors", root / "y.safetensors"])
+        found[method] = out, folder, x, root / "y.safetensors"
+    subprocess.run(command, check=True, cwd=root)
+    return found
+
+
+@pytest.mark.parametrize("method", EXTRA)
+def test_timm_loads_it_elsewhere_with_equal_features(elsewhere, method):
+    out, folder, x, made = elsewhere[method]
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
-
-    subject = pretrained.load(str(out))
-    x = torch.randn(3, subject.encoder.in_chans, *subject.encoder.image_size)
-    save_file({"x": x}, tmp_path / "x.safetensors")
-    command = [
-        sys.executable,
-        "-c",
-        ELSEWHERE,
-        str(folder),
-        str(tmp_path / "x.safetensors"),
-        str(tmp_path / "y.safetensors"),
-    ]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    theirs = load_file(tmp_path / "y.safetensors")
+    subject, theirs = pretrained.load(str(out)), load_file(made)
     with torch.inference_mode():
         assert torch.allclose(theirs["features"], subject.encoder.features(x), atol=1e-5)
     assert theirs["mean"].tolist() == pytest.approx(subject.mean)
@@ -74,7 +83,7 @@ def test_an_export_reads_deep_images_as_the_run_did_and_anybody_may_load_it(cli,
     assert modes["model.safetensors"] == modes["config.json"]
 
 
-def test_dino_exports_its_teacher(cli, images, tmp_path):
+def test_dino_exports_its_teacher(cli, images, tmp_path, real_python):
     out = tmp_path / "run"
     assert cli("pretrain", images, *words("dino", f"out={out}", "base_lr=0.01", "momentum=0.5"))[0] == 0
     assert cli("export", f"run={out}")[0] == 0

@@ -1,62 +1,57 @@
 """Running out of memory, for real: in processes whose address space is limited."""
 
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 
-from sslvit import config, memory
+from sslvit import config, memory, objectives
+from sslvit.__main__ import main
 
+from . import processes
 from .conftest import words
 
-ROOT = Path(__file__).parent.parent
-LIMITED = """
-import resource, sys
-import torch, timm, faiss, accelerate, sslvit.pretrain
-from sslvit.__main__ import main
-from sslvit import config, memory, objectives
-torch.set_num_threads(1)
-def limit(more):  # bytes beyond what the process has mapped
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+
+def limit(more: int) -> None:
+    """Bytes beyond what this process has mapped."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + more, used + more))
-"""
 
 
-def python(code: str, *argv: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED + code, *map(str, argv)], capture_output=True, text=True, check=False, cwd=ROOT,
-        timeout=120,
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+def limited_main(argv: list[str]) -> int:
+    limit(600 << 20)
+    return main(argv)
 
 
 def test_a_step_that_does_not_fit_is_one_sentence_with_values_that_keep_the_global_batch(images, tmp_path):
     arguments = words("mae", f"out={tmp_path / 'run'}", "global_batch_size=36", "image_size=1024", "workers=0")
     arguments = [word for word in arguments if word != "global_batch_size=8"] + ["precision=float32", "cache=false"]
-    status, printed = python("limit(600 << 20); sys.exit(main(sys.argv[1:]))", "pretrain", images, *arguments)
-    assert status == 2, printed
+    log = tmp_path / "log"
+    process = processes.begin(limited_main, ["pretrain", str(images), *arguments], output=log)
+    printed = processes.finish(process, log, status=2)
     assert "Traceback" not in printed
     assert "memory of the machine is not enough for batch_size=36 (the peak was " in printed
     assert "give batch_size=18, of which 2 micro-batches on each process make the same global_batch_size=36" in printed
     assert "or model.grad_checkpointing=true" in printed
 
 
-def test_the_largest_batch_that_fits_is_found_by_trying_and_changes_nothing():
-    code = """
-from accelerate import Accelerator
-accelerator, cfg = Accelerator(cpu=True), config.load(sys.argv[1:])
-objective = objectives.start(cfg, 4, 8)
-before = {name: value.clone() for name, value in objective.state_dict().items()}
-views = objectives.find(cfg.method).views(cfg.objective, cfg.data)
-limit(700 << 20)
-print("found", memory.largest_fitting(cfg, accelerator, objective, views))
-assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
-assert all(parameter.grad is None for parameter in objective.parameters())
-"""
+def largest(argv: list[str]) -> None:
+    accelerator, cfg = Accelerator(cpu=True), config.load(argv)
+    objective = objectives.start(cfg, 4, 8)
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    views = objectives.find(cfg.method).views(cfg.objective, cfg.data)
+    limit(700 << 20)
+    print("found", memory.largest_fitting(cfg, accelerator, objective, views))
+    assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
+    assert all(parameter.grad is None for parameter in objective.parameters())
+
+
+def test_the_largest_batch_that_fits_is_found_by_trying_and_changes_nothing(tmp_path):
     big = ["precision=float32", "image_size=256", "global_crop_scale=[0.5,1]"]
-    status, printed = python(code, *words("dino", *big), "global_batch_size=768")
-    assert status == 0, printed
+    process = processes.begin(largest, [*words("dino", *big), "global_batch_size=768"], output=tmp_path / "log")
+    printed = processes.finish(process, tmp_path / "log")
     found = int(printed.split("found ")[1])
     assert 1 < found < 768
     assert found in memory.sizes(768)

@@ -309,7 +309,10 @@ def test_knn_during_the_run_is_logged_and_reported(cli, labelled, tmp_path):
 
 @pytest.mark.parametrize(
     "launcher",
-    [["-m", "accelerate.commands.launch", "--cpu"], ["-m", "torch.distributed.run", "--nproc_per_node", "2"]],
+    [
+        ["-m", "accelerate.commands.launch", "--cpu"],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    ],
 )
 def test_the_launchers_start_it(images, tmp_path, launcher):
     out = tmp_path / "run"

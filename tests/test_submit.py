@@ -11,6 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from submitit.core.submission import process_job
+from submitit.helpers import DelayedSubmission
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from sslvit import config, state, submit
 from sslvit.words import flatten
@@ -23,35 +26,45 @@ from .test_cli import MISTAKES
 LOCAL = ["submit.cluster=local", "submit.gpus=0", "submit.cpus=1"]
 
 
-def queue(cli, *arguments) -> tuple[psutil.Process, Path]:
+@pytest.fixture
+def queue(cli):
     """Submit to this machine: (what stands for the scheduler, the log of the first process)."""
-    status, printed, error = cli("submit", *arguments, *LOCAL)
-    assert status == 0, error
-    number, log = re.search(r"Job (\d+)", printed)[1], re.search(r"tail -F (.*)", printed)[1]
-    return psutil.Process(int(number)), Path(log)
+    started = []
+
+    def submit_local(*arguments) -> tuple[psutil.Process, Path]:
+        status, printed, error = cli("submit", *arguments, *LOCAL)
+        assert status == 0, error
+        number, log = re.search(r"Job (\d+)", printed)[1], re.search(r"tail -F (.*)", printed)[1]
+        started.append(psutil.Process(int(number)))
+        return started[-1], Path(log)
+
+    yield submit_local
+    for process in started:
+        for left in [process, *process.children()] if process.is_running() else ():
+            left.kill()
 
 
-def wait_for_step(run_dir: Path, step: int, seconds: float = 60) -> None:
+def wait_for_step(run_dir: Path, step: int, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not any(line["step"] >= step for line in processes.lines(run_dir)):
         assert time.monotonic() < deadline, "the run did not get there"
         time.sleep(0.002)
 
 
-def test_a_job_that_must_make_room_saves_is_started_again_and_ends_as_if_it_had_not(cli, tmp_path, images):
+def test_a_job_that_must_make_room_saves_is_started_again_and_ends_as_if_it_had_not(queue, tmp_path, images):
     """SIGUSR2 to its process, as SLURM sends it before the time is over; the recipe is edited while the job waits."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 3\n")
-    arguments = [recipe, images, *words("mae", "epochs=40", "workers=0")]
+    arguments = [recipe, images, *words("mae", "epochs=25", "workers=0")]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     reference = processes.start(["pretrain", *arguments, f"out={whole}"], tmp_path / "log")
     processes.wait_for_step(reference, whole, 1)
-    scheduler, log = queue(cli, *arguments, f"out={broken}")
+    scheduler, log = queue(*arguments, f"out={broken}")
     recipe.write_text("seed: 4\n")
     wait_for_step(broken, 4)
     (job,) = scheduler.children()
     job.send_signal(signal.SIGUSR2)
-    assert scheduler.wait(60) == 0
+    assert scheduler.wait(300) == 0
     processes.finish(reference, tmp_path / "log")
     text = log.read_text()
     stopped = re.search(r"Stopped by SIGUSR2 after step (\d+), which is saved in .*: the job is queued again", text)
@@ -64,32 +77,51 @@ def test_a_job_that_must_make_room_saves_is_started_again_and_ends_as_if_it_had_
     assert all(f"sslvit pretrain {broken / 'submit' / '1' / 'config.yaml'}" in start for start in starts)
 
 
-def test_a_job_that_fails_is_not_started_again(cli, tmp_path):
-    folder = tmp_path / "images"
+def unreadable(folder: Path) -> Path:
     folder.mkdir()
     for i in range(37):
         (folder / f"{i}.png").write_bytes(b"no image")
-    scheduler, log = queue(cli, folder, *words("mae", f"out={tmp_path / 'run'}", "workers=0"))
-    assert scheduler.wait(60) == 0
+    return folder
+
+
+@pytest.mark.slow  # starts a process
+def test_a_job_that_fails_is_not_started_again(queue, tmp_path):
+    scheduler, log = queue(unreadable(tmp_path / "images"), *words("mae", f"out={tmp_path / 'run'}", "workers=0"))
+    assert scheduler.wait(300) == 0
     text = log.read_text()
     assert text.count("Starting with") == 1
     assert re.search(r"sslvit pretrain: \d+ images in a row cannot be read", text)
     assert "Traceback" not in text
 
 
+def test_a_mistake_that_shows_in_the_job_ends_it_with_a_sentence_and_a_status_that_starts_nothing(tmp_path):
+    """What submitit calls in the job, with its signal handlers, in a process that has imported everything already."""
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "job"
+    folder.mkdir()
+    arguments = [str(unreadable(tmp_path / "images")), *words("mae", f"out={tmp_path / 'run'}", "workers=0")]
+    config.save(config.load(arguments), recipe)
+    DelayedSubmission(submit.Job(str(recipe), 1)).dump(folder / "1_submitted.pkl")
+    environment = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1"}
+    process = processes.begin(process_job, str(folder), output=tmp_path / "log", environment=environment)
+    text = processes.finish(process, tmp_path / "log", status=2)
+    assert LOCAL_REQUEUE_RETURN_CODE != 2
+    assert re.search(r"sslvit pretrain: \d+ images in a row cannot be read", text)
+    assert "Traceback" not in text
+
+
 @pytest.mark.slow  # starts five processes
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_several_processes_go_on_after_a_warning_and_end_for_good_after_sigterm(cli, tmp_path, images, number):
+def test_several_processes_go_on_after_a_warning_and_end_for_good_after_sigterm(queue, tmp_path, images, number):
     out = tmp_path / "run"
     arguments = [images, *words("mae", f"out={out}", "steps=300", "workers=0")]
-    scheduler, log = queue(cli, *arguments, "processes=2")
+    scheduler, log = queue(*arguments, "processes=2")
     wait_for_step(out, 4)
     both = scheduler.children()
     assert len(both) == 2
     both[1].send_signal(number)
     if number == signal.SIGTERM:
         both[0].send_signal(number)
-    assert scheduler.wait(120) == 0
+    assert scheduler.wait(300) == 0
     text = log.read_text()
     again = number != signal.SIGTERM
     assert text.count("Starting with") == (2 if again else 1)
@@ -209,10 +241,14 @@ def test_the_file_of_a_slurm_job_asks_for_what_was_given(cli, fails, images, tmp
     assert "--cpus-per-task=8 --cpu-bind=none --kill-on-bad-exit=1" in text
     stored = config.load([str(out / "submit" / "1" / "config.yaml")])
     assert stored == config.load([str(images), *words("mae", f"out={out}")])
+    assert cli("submit", images, *words("mae", f"out={out}"), "submit.gpus=4", "sbatch=--gres=gpu:4")[0] == 0
+    text = (out / "submit" / "2" / "4711_submission.sh").read_text()
+    assert "--gres=gpu:4" in text
+    assert "--gpus-per-node" not in text
     monkeypatch.setenv("PATH", fake_slurm(tmp_path, refuse=True))
     message = fails("submit", images, *words("mae", f"out={out}"), "partition=gpu")
     assert "SLURM refused the job: invalid partition specified: gpu." in message
-    assert [folder.name for folder in (out / "submit").iterdir()] == ["1"]
+    assert {folder.name for folder in (out / "submit").iterdir()} == {"1", "2"}
 
 
 def test_no_key_of_a_job_is_one_of_a_run_too():
