@@ -35,6 +35,7 @@ from .hardware import (
     choose_attention,
     default_workers,
     first_on_each_machine,
+    keep_memory,
     peak_memory,
     start_accelerator,
     versions,
@@ -120,6 +121,7 @@ def bench(config: RunConfig, settings: Config) -> Report:
     in_memory = cached(source, config.data.cache, config.seed, Memory())
     batches = _endless(config, plan, in_memory, views, workers, device)
     raw, window = next(batches), Window()
+    keep_memory(device)
     batch = augment(raw, views, normalize, device)
     spent: dict[str, list[float]] = {"colours": [], "forward": [], "backward": [], "update": []}
 

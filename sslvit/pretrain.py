@@ -26,6 +26,7 @@ from .hardware import (
     compile_blocks,
     default_workers,
     first_on_each_machine,
+    keep_memory,
     resolve_precision,
     start_accelerator,
     versions,
@@ -97,6 +98,7 @@ def train(config: RunConfig, stop: Stop, saver: Saver) -> Result:
     workers = default_workers(device) if config.data.workers is None else config.data.workers
     say(*header(config, plan, schedule, objective, len(source), accelerator, workers))
     batches = iter(make_loader(source, views, plan.layout, config.seed, (run.step, plan.steps), workers, device))
+    keep_memory(device)
     recorder = Recorder(run_dir, config, plan, schedule, run, source, lock, getattr(objective, "alarm", None))
     say(*filter(None, [room_missing(run_dir, config.save, objective, plan.steps - run.step)]))
     if config.log.rank_every_steps:
