@@ -37,6 +37,7 @@ from .hardware import (
     choose_attention,
     default_workers,
     first_on_each_machine,
+    keep_memory,
     peak_memory,
     start_accelerator,
     versions,
@@ -127,6 +128,7 @@ def bench(config: RunConfig, settings: Config) -> Report:
     workers = 0 if resident else workers
     batches = _endless(config, plan, in_memory, views, workers, device)
     raw, window = next(batches), Window()
+    keep_memory(device)
     batch = augment(raw, views, normalize, device)
     spent: dict[str, list[float]] = {"colours": [], "forward": [], "backward": [], "update": []}
 

@@ -132,20 +132,11 @@ def known(block: nn.Module) -> bool:
 
 def _attention(attention: Attention, x: Tensor, rows: slice | None, shapes: Shapes | None) -> Tensor:
     """[B, N, D] -> [B, rows, D], or both packed: what timm's Attention gives for these rows."""
-    heads, dim = attention.num_heads, attention.head_dim
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-
-    def project(x: Tensor, shapes: Shapes | None, first: int, last: int) -> list[Tensor]:
-        """[last - first, B, heads, N, dim] for each length: q, k and v are 0, 1 and 2."""
-        part = slice(first * heads * dim, last * heads * dim)
-        y = F.linear(x, weight[part], None if bias is None else bias[part])
-        parts = [y] if shapes is None else unpack(y, shapes)
-        return [part.unflatten(2, (last - first, heads, dim)).permute(2, 0, 3, 1, 4) for part in parts]
-
     if rows is None:
-        lengths = [tuple(qkv) for qkv in project(x, shapes, 0, 3)]
+        lengths = [tuple(qkv) for qkv in _project(attention, x, shapes, 0, 3)]
     else:
-        queries, pairs = project(*_cut(x, rows, shapes), 0, 1), project(x, shapes, 1, 3)
+        queries = _project(attention, *_cut(x, rows, shapes), 0, 1)
+        pairs = _project(attention, x, shapes, 1, 3)
         lengths = [(*q, *kv) for q, kv in zip(queries, pairs, strict=True)]
     done = []
     for q, k, v in lengths:
@@ -157,6 +148,16 @@ def _attention(attention: Attention, x: Tensor, rows: slice | None, shapes: Shap
         done.append(y.transpose(1, 2).flatten(2))
     y = done[0] if shapes is None else pack(done)[0]
     return attention.proj_drop(attention.proj(attention.norm(y)))
+
+
+def _project(attention: Attention, x: Tensor, shapes: Shapes | None, first: int, last: int) -> list[Tensor]:
+    """[B, N, D], or packed -> [last - first, B, heads, N, dim] for each length: q, k and v are 0, 1 and 2."""
+    heads, dim = attention.num_heads, attention.head_dim
+    part = slice(first * heads * dim, last * heads * dim)
+    bias = attention.qkv.bias
+    y = F.linear(x, attention.qkv.weight[part], None if bias is None else bias[part])
+    parts = [y] if shapes is None else unpack(y, shapes)
+    return [part.unflatten(2, (last - first, heads, dim)).permute(2, 0, 3, 1, 4) for part in parts]
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -123,6 +123,7 @@ class Encoder(nn.Module):
         Each size is embedded by itself, then all tokens pass the blocks as one list (blocks.py): one call of each layer
         where `features` needs one for each size. Only where `why_sizes_cannot_be_packed` has no reason.
         """
+        assert self.pool not in BLOCKS, "packed features come from the last block"
         vit, prefix_only = self.model, self._needs_prefix_only(self.pool)
         x, shapes = blocks.pack([self._embed(*each) for each in zip(images, keep, strict=True)])
         x = vit.norm(self._blocks(x, torch.cat(keys), prefix_only, shapes))

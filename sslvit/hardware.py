@@ -1,5 +1,6 @@
 """What this machine has and does fast: versions, precision, attention, number of loader processes."""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -99,6 +100,21 @@ def choose_attention(module: nn.Module, device: torch.device, precision: str) ->
         for attention in module.modules():
             if isinstance(attention, Attention):
                 attention.fused_attn = False
+
+
+def keep_memory(device: torch.device) -> None:
+    """Tell the C library (glibc) to keep what a step on a CPU frees for the next one, as torch does on a GPU.
+
+    By itself it gives most of a step's memory back to the system, which then clears it again page by page: 49,000 times
+    in a step of MAE with 128 images of 32 pixels, a tenth of its time (measured). Call it after loader processes have
+    been started, which would inherit it. What the environment says of malloc stands; other C libraries have no such
+    setting.
+    """
+    said = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc" and not said:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end of the heap, above which it shrinks
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: bytes from which one tensor is a mapping of its own
 
 
 def blocks_of(objective: nn.Module) -> list[nn.Module]:

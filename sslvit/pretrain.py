@@ -29,6 +29,7 @@ from .hardware import (
     compile_blocks,
     default_workers,
     first_on_each_machine,
+    keep_memory,
     resolve_precision,
     start_accelerator,
     versions,
@@ -169,6 +170,7 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     say(*header(config, plan, schedule, objective, images, accelerator, workers))
     scaling, steps = config.data.jpeg_scaling, (run.step, plan.steps)
     batches = iter(make_loader(images, views, plan.layout, config.seed, steps, workers, device, scaling=scaling))
+    keep_memory(device)
     recorder = Recorder(run_dir, config, plan, schedule, run, source, lock, getattr(objective, "alarm", None))
     say(*filter(None, [room_missing(run_dir, config.save, objective, plan.steps - run.step)]))
     directions = None
