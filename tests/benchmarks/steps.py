@@ -3,9 +3,9 @@
     python -m tests.benchmarks.steps                  all cases (ten minutes on two cores)
     python -m tests.benchmarks.steps mae-tiny dino-tiny --rounds 7
 
-Both sides hold the same weights and get the same batches. In each round every variant takes a few steps, one variant
-after another, so that a drift of the machine's clock meets all of them; the ratio is the median over rounds. A fresh
-process measures the memory of each variant, as the growth of its peak over what the model and the optimizer hold.
+Both sides get the same batches, and with --losses begin with the same weights. In each round every variant takes a few
+steps, one variant after another, so that a drift of the machine's clock meets all of them; the ratio is the median over
+rounds. A fresh process measures the memory of each variant: the peak of all that it holds.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sslvit import config as configuration
 from sslvit import masks, objectives, optim
 from sslvit.bench import matmul_rate
-from sslvit.hardware import choose_attention, peak_memory, start_accelerator
+from sslvit.hardware import choose_attention, keep_memory, peak_memory, start_accelerator
 from sslvit.metrics import Window
 from sslvit.pretrain import train_step
 
@@ -106,6 +107,7 @@ def ours(case: Case, precision: str, drop_path: float) -> tuple[Step, dict[str, 
     weights = {name: value.clone() for name, value in objective.state_dict().items()}
     model, optimizer = accelerator.prepare(objective, optimizer)
     objective.train()
+    keep_memory(accelerator.device)
     window = Window()
 
     def step(batch: dict[str, Tensor], number: int) -> Tensor:
@@ -169,24 +171,43 @@ def timed(step: Step, batches: list[dict[str, Tensor]], first: int, count: int) 
     return (time.perf_counter() - start) / count
 
 
+def _serve(case: Case, variant: str, pipe: Connection) -> None:
+    """Take as many steps as is asked for, and answer with the seconds that each took."""
+    step, device = variants(case, 0.1, [variant])[variant], start_accelerator("float32").device
+    batches = [batch(case, i, device) for i in range(3)]
+    timed(step, batches, 0, 1)
+    with FlopCounterMode(display=False) as counter:
+        step(batches[0], 1)
+    pipe.send(counter.get_total_flops())
+    done = 2
+    while count := pipe.recv():
+        pipe.send(timed(step, batches, done, count))
+        done += count
+
+
 def compare(case: Case, rounds: int, seconds: float) -> Iterator[dict]:
+    """Each variant has a process of its own, as what one tells the C library of memory holds for a process; those whose
+    turn it is not wait."""
     device = start_accelerator("float32").device
     names = ["plain float32", "plain bf16", "sslvit float32", "sslvit bf16"]
-    steps = variants(case, 0.1, names)
-    batches = [batch(case, i, device) for i in range(3)]
-    counts, flops = {}, {}
-    for name, step in steps.items():
-        timed(step, batches, 0, 1)
-        counts[name] = max(1, round(seconds / timed(step, batches, 1, 1)))
-        with FlopCounterMode(display=False) as counter:
-            step(batches[0], 2)
-        flops[name] = counter.get_total_flops()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds):
-        for name, step in steps.items():
-            times[name].append(timed(step, batches, 3 + number * counts[name], counts[name]))
+    context = multiprocessing.get_context("spawn")
+    pipes, flops, counts = {}, {}, {}
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=_serve, args=(case, name, theirs), daemon=True).start()
+        flops[name] = pipes[name].recv()
+    for name, pipe in pipes.items():
+        pipe.send(1)
+        counts[name] = max(1, round(seconds / pipe.recv()))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, pipe in pipes.items():
+            pipe.send(counts[name])
+            times[name].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send(0)
     rates = {precision: matmul_rate(device, precision) for precision in (torch.float32, torch.bfloat16)}
-    for name in steps:
+    for name in names:
         median = statistics.median(times[name])
         yield {
             "variant": name,
