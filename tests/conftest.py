@@ -1,4 +1,7 @@
-"""What the tests share: a tiny encoder, 37 images (a prime), the published numbers, and the command line in-process."""
+"""What the tests share: a tiny encoder, 37 images (a prime), the published numbers, and the command line in-process.
+
+Imported by the process that deals out the tests too, which must not wait for torch: fixtures import what needs it.
+"""
 
 import json
 import os
@@ -10,11 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores, so one th
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from sslvit import timm_folder
 from sslvit.__main__ import main
 
 from .forked_python import Interpreter
@@ -49,8 +49,9 @@ def words(method: str, *more: str) -> list[str]:
 @pytest.fixture(scope="session")
 def official():
     """{name: (settings, tensors)} of the published code's numbers."""
+    from safetensors.torch import load_file
 
-    def read(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    def read(name: str) -> tuple[dict, dict]:
         return json.loads((OFFICIAL / f"{name}.json").read_text()), load_file(OFFICIAL / f"{name}.safetensors")
 
     return read
@@ -98,6 +99,8 @@ def colour_run(labelled, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def quick_python():
     """What is exported is tried in processes that start at once. `real_python` has the real thing."""
+    from sslvit import timm_folder
+
     interpreter = Interpreter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timm_folder, "sys", interpreter)
@@ -107,6 +110,8 @@ def quick_python():
 
 @pytest.fixture
 def real_python(monkeypatch):
+    from sslvit import timm_folder
+
     monkeypatch.setattr(timm_folder, "sys", sys)
 
 

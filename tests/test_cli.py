@@ -123,3 +123,9 @@ def test_a_real_process_prints_the_sentence_and_nothing_else(tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith("sslvit pretrain: There is no key mask_rato.")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_list_of_commands_is_printed_without_waiting_for_torch():
+    code = "import sys; from sslvit.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    for word in ("--help", "pretrian"):
+        subprocess.run([sys.executable, "-c", code, word], check=True, capture_output=True)
