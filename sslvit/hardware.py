@@ -98,7 +98,7 @@ def keep_memory(device: torch.device) -> None:
     """Tell the C library (glibc) to keep what a step on a CPU frees for the next one, as torch does on a GPU.
 
     By itself it gives much of a step's memory back to the system, which then clears it again page by page: 14,000 to
-    49,000 times in a step of MAE with 128 images of 32 pixels, 5 to 9 % of the step's time (measured). Call it after
+    49,000 times in a step of MAE with 128 images of 32 pixels, 2 to 9 % of the step's time (measured). Call it after
     loader processes have been started, which would inherit it. What the environment says of malloc stands; other C
     libraries have no such setting.
     """
