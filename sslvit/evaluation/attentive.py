@@ -23,7 +23,7 @@ from .. import rng, schedules
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from . import linear, pictures, protocol
-from .features import check_read, renumbered, same_classes
+from .classes import check_read, renumbered
 from .linear import Setting
 from .strata import hold_out
 from .tokens import Tokens, patch_tokens
@@ -65,9 +65,7 @@ def run(config: Config) -> dict[str, Any]:
     linear.check_seeds(config.seeds)
     words = protocol.both_sets(config, "attentive")
     frozen = protocol.load(config)
-    sources = [frozen.open(word, config.data.download_dir) for word in words]
-    numbers = same_classes(*sources, words)
-    protocol.refuse_same(*sources, words)
+    *sources, numbers = frozen.open_both(config, words)
     folder = frozen.kept(config.cache)
     sets = []
     for source, mapping in zip(sources, (None, numbers), strict=True):

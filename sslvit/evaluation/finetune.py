@@ -30,8 +30,10 @@ from ..hardware import choose_attention, versions
 from ..stopping import Stop, listening
 from . import classifier as building
 from . import protocol, scores
+from .classes import renumbered, same_classes
 from .classifier import Classifier, average_statistics
-from .features import digest, extract, renumbered, same_classes
+from .features import extract
+from .kept import digest
 from .sets import Chosen
 from .strata import hold_out, stratified
 from .supervised import Part, Recipe, Training
@@ -144,11 +146,7 @@ def resolve(config: Config, task: str = "single") -> Recipe:
 
 def check(config: Config, recipe: Recipe, seeds: tuple[int, ...]) -> None:
     """Raises UserError for values without a meaning."""
-    for key in ("train", "test"):
-        if not getattr(config.data, key):
-            raise UserError(
-                f"data.{key} is missing: finetune needs labelled images, data.train=<folder> data.test=<folder>."
-            )
+    protocol.both_sets(config, "finetune")
     check_range("", recipe, 1, None, "epochs", "global_batch_size")
     check_range("", config, 1, None, "image_size", "batch_size")
     check_range(
@@ -196,8 +194,10 @@ def load(config: Config) -> protocol.Frozen:
         )
     if config.recipe == "mae" and config.pool == "auto":
         frozen.pool = "mean"
-    if frozen.pool == "cls+mean":
-        raise UserError("pool=cls+mean is something that timm's models do not have: use pool=cls or pool=mean.")
+    if encoder.is_vit and frozen.pool not in building.POOLING:
+        raise UserError(
+            f"pool={frozen.pool} is something that timm's models do not have: use {' or '.join(building.POOLING)}."
+        )
     encoder.to("cpu")
     size = config.image_size or encoder.image_size
     encoder.image_size = (size, size) if isinstance(size, int) else tuple(size)  # what images are opened for
@@ -210,6 +210,7 @@ def prepare(config: Config) -> tuple[protocol.Frozen, list[Source], Targets]:
     words = (config.data.train, config.data.test)
     sources = [frozen.open(word, config.data.download_dir) for word in words]
     targets = read_targets(config.task, sources, words)
+    protocol.refuse_same(*sources, words)
     for source, known, word in zip(sources, targets.known, words, strict=True):
         if not len(known):
             raise UserError(f"{word} has no image with a label: fine-tuning needs them in both sets.")

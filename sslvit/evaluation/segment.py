@@ -126,7 +126,9 @@ def run(config: Config) -> dict[str, Any]:
     check(config)
     frozen = protocol.load(config)
     size = image_size(frozen, config.size)
-    train, test = (Masked(word, frozen.subject.encoder.in_chans) for word in (config.data.train, config.data.test))
+    words = (config.data.train, config.data.test)
+    train, test = (Masked(word, frozen.subject.encoder.in_chans) for word in words)
+    protocol.refuse_same(train.images, test.images, words)
     results, shown = on_first_process(lambda: probe(config, frozen, train, test, size))
     record = sets.record(
         frozen, config, "segment", train={"data": config.data.train, "images": results.pop("train_images")},

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from sslvit.evaluation import features, linear, protocol
+from sslvit.evaluation import features, kept, linear, protocol
 from sslvit.evaluation.features import Features
 from tests import processes
 
@@ -35,17 +35,17 @@ def random_features(count: int, width: int) -> Features:
     return Features(values, labels, list("abcd"), torch.arange(count))
 
 
-def kept(folder: Path, name: str, part: Features) -> Features:
+def written(folder: Path, name: str, part: Features) -> Features:
     """What is read from the file that it was written to."""
-    features._write(folder, name, {}, part)
-    return features._read(folder, name, {}, Labels(part))
+    kept._write(folder, name, {}, part)
+    return kept._read(folder, name, {}, Labels(part))
 
 
 def test_kept_features_are_what_was_computed_and_have_the_mode_of_other_files(tmp_path):
     part = random_features(37, 5)
     before = os.umask(0o027)
     try:
-        again = kept(tmp_path / "features", "x", part)
+        again = written(tmp_path / "features", "x", part)
     finally:
         os.umask(before)
     assert torch.equal(again.values, part.values)
@@ -96,7 +96,7 @@ def test_a_probe_has_one_copy_of_one_way_of_pooling_in_memory(tmp_path):
     count, width = 40_000, 200
     sets = {}
     for pool in ("cls", "mean", "last4"):
-        train = kept(tmp_path, pool, random_features(count, width))
+        train = written(tmp_path, pool, random_features(count, width))
         sets[pool] = (train, replace(random_features(100, width), classes=train.classes))
     task = protocol.Task(None, sets, list("abcd"), {})
     settings = [{"lr": 0.1}]

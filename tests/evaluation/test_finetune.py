@@ -525,7 +525,8 @@ def test_seeds_are_trainings_of_their_own_with_mean_and_deviation(cli, labelled,
         (["recipe=small", "head_epochs=2"], "leaves none of epochs=2"),
         (["seeds=[1,1]"], "must differ"),
         (["seeds=[0,1]", "out_model=x"], "give one seed"),
-        (["pool=cls+mean"], "pool=cls or pool=mean"),
+        (["pool=cls+mean"], "use cls or mean"),
+        (["recipe=small", "head_epochs=1", "pool=last4"], "pool=last4 is something that timm's models do not have"),
         (["holdout=0.99"], "global_batch_size=12 is larger than the 3 images"),
         (["drop_path=1"], "below 1"),
         (["base_lr=0"], "must be above 0"),
@@ -550,6 +551,7 @@ def test_wrong_labels_get_a_sentence(fails, labelled, images, colour_run, tmp_pa
     train = f"data.train={labelled / 'train'}"
     assert "classes that" in fails("finetune", run, train, f"data.test={tmp_path / 'other'}")
     assert "has no labels" in fails("finetune", run, train, f"data.test={images}")
+    assert "are the training images" in fails("finetune", run, train, train.replace("train=", "test=", 1))
     one = f"{tmp_path / 'one'}"
     assert "one class only" in fails("finetune", run, f"data.train={one}", f"data.test={one}")
 

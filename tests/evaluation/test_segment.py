@@ -160,6 +160,7 @@ def test_bad_input_gets_a_sentence(fails, stripes, images, tmp_path):
     assert "data.test is missing" in fails("segment", *MODEL, f"data.train={stripes / 'train'}")
     assert "size=36 is not divisible by the patch size 8: use 32 or 40" in fails(*words(stripes, "size=36"))
     assert "no folder" in fails(*words(stripes, f"picture={tmp_path / 'no' / 'p.png'}"))
+    assert "are the training images" in fails(*words(stripes)[:-1], f"data.test={stripes / 'train'}")
     assert "holdout=0" in fails(*words(stripes, "holdout=0"))
     assert "epochs=0" in fails(*words(stripes, "epochs=0"))
     pixels = [word for word in words(stripes) if not word.startswith(("run=", "model_args="))]
