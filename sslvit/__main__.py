@@ -173,8 +173,8 @@ def _data(words: list[str]) -> None:
     found = report.examine(run, settings)
     print("\n".join(report.lines(found, run, rest)))
     if settings.picture:
+        print()
         picture.draw(run, Path(settings.picture))
-        print(f"\ndrawn to {settings.picture}")
     if settings.report:
         report.save(found, Path(settings.report))
 

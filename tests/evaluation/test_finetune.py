@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,26 +194,35 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(state.folder_of(folder, state.steps_saved(folder)[-1]) / state.MODEL)
 
 
+STOPPED = ["recipe=mae", "epochs=40", "head_epochs=3", "unfreeze_epochs=2", "image_size=48"]
+
+
+@pytest.fixture(scope="module")
+def whole(labelled, colour_run, tmp_path_factory) -> Path:
+    """A training that nobody stopped: its checkpoints and whole.json."""
+    folder = tmp_path_factory.mktemp("whole")
+    asked = words(colour_run, labelled, *STOPPED, f"save={folder / 'save'}", f"out={folder / 'whole.json'}")
+    processes.finish(processes.start(asked, folder / "log"), folder / "log")
+    return folder
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
-def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(labelled, colour_run, tmp_path, sent):
-    log = tmp_path / "log"
-    base = words(colour_run, labelled, "recipe=mae", "epochs=40", "head_epochs=3", "unfreeze_epochs=2", "image_size=48")
-    whole = [*base, f"save={tmp_path / 'whole'}", f"out={tmp_path / 'whole.json'}"]
-    processes.finish(processes.start(whole, log), log)
-    cut = [*base, f"save={tmp_path / 'cut'}", f"out={tmp_path / 'cut.json'}"]
-    process, folder = processes.start(cut, log), tmp_path / "cut" / "seed_0"
+def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(labelled, colour_run, whole, tmp_path, sent):
+    result = tmp_path / "cut.json"
+    cut = words(colour_run, labelled, *STOPPED, f"save={tmp_path / 'cut'}", f"out={result}")
+    process, folder = processes.start(cut, tmp_path / "log"), tmp_path / "cut" / "seed_0"
     deadline = time.monotonic() + 60
     while not state.steps_saved(folder) and time.monotonic() < deadline:
         time.sleep(0.002)
     os.kill(process.pid, sent)
     process.join(60)
     assert process.exitcode == (75 if sent == signal.SIGTERM else -9)
-    assert not (tmp_path / "cut.json").exists()
+    assert not result.exists()
     printed = processes.finish(processes.start(cut, tmp_path / "log2"), tmp_path / "log2")
     assert re.search(r"Resuming .* at step \d+ of 120", printed)
-    ours, theirs = weights(folder), weights(tmp_path / "whole" / "seed_0")
+    ours, theirs = weights(folder), weights(whole / "save" / "seed_0")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    results = [json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("cut", "whole")]
+    results = [json.loads(path.read_text())["results"] for path in (result, whole / "whole.json")]
     assert {**results[0], "seconds": 0} == {**results[1], "seconds": 0}
 
 
