@@ -33,7 +33,7 @@ from ..distributed import all_reduce_sum, on_first_process, say
 from ..errors import UserError, check_range
 from ..views import centre
 from . import corruptions, linear, pictures, protocol, scores, sets
-from .classes import renumbered
+from .classes import check_read, renumbered
 from .features import CROP_RATIO, Centred, Features, extract
 
 
@@ -73,6 +73,7 @@ def run(config: Config) -> dict[str, Any]:
     train = sets.features(frozen, train_source, config, config.cache, centred=False)
     clean = extracted(config, frozen, source)
     labels = renumbered(clean.labels, numbers)
+    check_read(train.labels, labels, names)
     classifier, setting = on_first_process(lambda: fit(config, train, len(classes)))
     aligned = torch.full((len(source),), -1)
     aligned[clean.index] = labels  # by the number of the image in the source

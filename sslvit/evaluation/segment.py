@@ -39,6 +39,7 @@ from ..views import resize
 from . import linear, pictures, protocol, sets
 from .confusion import confusion
 from .masked import UNKNOWN, Masked, check_classes, check_shape, colours, count_classes, patch_targets
+from .strata import check_holdout
 
 SHOWN = 6  # test images in the picture
 
@@ -92,8 +93,7 @@ def check(config: Config) -> None:
             raise UserError(
                 f"data.{key} is missing: segment needs folders with images/ and masks/, data.train=... data.test=..."
             )
-    if not 0 < config.holdout < 1:
-        raise UserError(f"holdout={config.holdout} must lie between 0 and 1, both excluded.")
+    check_holdout(config.holdout)
     if not config.lr or min(config.lr) <= 0:
         raise UserError("lr must be a list of numbers above 0.")
     check_range("", config, 1, None, "epochs", "probe_batch_size", "images", "size")
@@ -304,8 +304,7 @@ def report(config: Config, results: dict[str, Any], best: int) -> None:
         f"test mean IoU {results['miou']:.2f} %, pixel accuracy {results['pixel_accuracy']:.2f} % on "
         f"{results['test_images']} images, with lr {results['lr']:g}, chosen on the held-out part"
     )
-    if best in (0, len(config.lr) - 1) and len(config.lr) > 1:
-        say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
+    linear.say_ends([config.lr[best]], config.lr, "learning rate")
 
 
 def draw(config: Config, test: Masked, shown: list[Shown], size: tuple[int, int]) -> None:
