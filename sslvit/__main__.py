@@ -151,7 +151,7 @@ def _compare(words: list[str]) -> None:
         print("sslvit compare <run> <run> ... [key=value ...]\n")
         print(f"{compare.__doc__.strip()}\n\n" + "\n".join(help_lines(compare.Config())))
         return
-    own = [word for word in words if word.startswith(("seed=", "out="))]
+    own = [word for word in words if "=" in word and not os.path.lexists(word.removeprefix("untrained:"))]
     compare.compare([word for word in words if word not in own], parse(compare.Config(), own, "compare"))
 
 
@@ -186,8 +186,8 @@ def _data(words: list[str]) -> None:
     found = report.examine(run, settings)
     print("\n".join(report.lines(found, run, rest)))
     if settings.picture:
+        print()
         picture.draw(run, Path(settings.picture))
-        print(f"\ndrawn to {settings.picture}")
     if settings.report:
         report.save(found, Path(settings.report))
 

@@ -1,10 +1,8 @@
 """A picture of what a recipe makes of images: the image, each of its crops as the encoder gets them, what MAE hides."""
 
-import math
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from . import data, encoder, masks, objectives, rng
@@ -12,13 +10,13 @@ from .augment import Normalize, augment
 from .config import RunConfig
 from .data import BadImage, Source
 from .errors import UserError
-from .views import Views, cut, resize
+from .evaluation import pictures
+from .views import Views, cut
 
 ROWS = 8  # images whose crops are shown
 GALLERY = 32  # images that are shown alone
 MOST_VIEWS = 6  # crops of one name
-CELL, GAP, TITLE = 112, 6, 16  # pixels
-BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
+CELL, GAP = 112, 6  # pixels
 
 
 def draw(config: RunConfig, path: Path) -> None:
@@ -29,28 +27,18 @@ def draw(config: RunConfig, path: Path) -> None:
         raise UserError(f"picture={path}: none of the images tried can be read, for example {source.name(0)}.")
     views = objectives.find(config.method).views(config.objective, config.data)
     columns, titles = _columns(config, views, [image for _, image in images[:ROWS]], [n for n, _ in images[:ROWS]])
+    cells = [pictures.thumbnail(image, CELL) for _, image in images]
     across = max(len(titles), min(len(images), 8))
-    down = math.ceil(len(images) / across)
-    height = (down + len(columns[0])) * (CELL + GAP) + 3 * (TITLE + GAP)
-    sheet = Image.new("RGB", (across * (CELL + GAP) + GAP, height), BACKGROUND)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((GAP, GAP), f"{len(source):,} images of {config.data.train}", fill=INK)
-    top = TITLE + GAP
-    for i, (_, image) in enumerate(images):
-        sheet.paste(_cell(image), (GAP + i % across * (CELL + GAP), top + i // across * (CELL + GAP)))
-    top += down * (CELL + GAP)
+    gallery = [cells[i : i + across] for i in range(0, len(cells), across)]
+    rows = [[pictures.thumbnail(image, CELL) for image in row] for row in zip(*columns, strict=True)]
     size = "x".join(map(str, data.image_size(config.data)))
-    pen.text((GAP, top), f"what {config.method} makes of them, {size} pixels", fill=INK)
-    top += TITLE + GAP
-    for i, title in enumerate(titles):
-        pen.text((GAP + i * (CELL + GAP), top), title, fill=INK)
-        for row, image in enumerate(columns[i]):
-            place = (GAP + i * (CELL + GAP), top + TITLE + row * (CELL + GAP))
-            sheet.paste(_cell(image), place)
-    try:
-        sheet.save(path.expanduser(), "PNG")
-    except OSError as error:
-        raise UserError(f"picture={path} cannot be written: {error.strerror}.") from error
+    parts = [
+        pictures.montage(gallery, title=f"{len(source):,} images of {config.data.train}", gap=GAP),
+        pictures.montage(
+            rows, column_names=titles, title=f"what {config.method} makes of them, {size} pixels", gap=GAP
+        ),
+    ]
+    pictures.save(pictures.stacked(parts), str(path))
 
 
 def _readable(source: Source, seed: int, count: int) -> list[tuple[int, Tensor]]:
@@ -98,20 +86,3 @@ def _hidden(config: RunConfig, crops: list[Tensor], key: Tensor, ratio: float) -
         whole = mask.expand(h, p, w, q).reshape(h * p, w * q)
         out.append(torch.where(whole, torch.tensor(128.0), crop))
     return out
-
-
-def _cell(image: Tensor) -> Image.Image:
-    """[C, h, w] in [0, 255] -> a square picture: one channel gray, of more than three the first three; small images
-    keep sharp pixels."""
-    image = image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
-    h, w = image.shape[-2:]
-    factor = CELL / max(h, w)
-    if factor >= 1:
-        picture = Image.fromarray(image.round().byte().permute(1, 2, 0).contiguous().numpy())
-        picture = picture.resize((max(1, round(w * factor)), max(1, round(h * factor))), Image.Resampling.NEAREST)
-    else:
-        small = resize(image.float(), (max(1, round(h * factor)), max(1, round(w * factor))))
-        picture = Image.fromarray(small.round().byte().permute(1, 2, 0).contiguous().numpy())
-    square = Image.new("RGB", (CELL, CELL), (235, 235, 235))
-    square.paste(picture, ((CELL - picture.width) // 2, (CELL - picture.height) // 2))
-    return square

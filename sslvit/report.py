@@ -32,6 +32,7 @@ from .data.decode import decode
 from .data.describe import describe, encoded
 from .distributed import say
 from .errors import UserError, check_range
+from .evaluation import pictures
 from .views import resize
 
 THUMBNAIL = 16  # pixels a side, gray: what near duplicates are told by
@@ -153,12 +154,11 @@ def check(config: RunConfig, settings: Config) -> None:
     configuration.check(config)
     data.normalization(config.data)
     check_range("", settings, 0, None, "sample")
-    for key in ("picture", "report"):
-        path = getattr(settings, key)
-        if path and not Path(path).expanduser().parent.is_dir():
-            raise UserError(f"{key}={path} cannot be written: there is no folder {Path(path).parent}.")
-    if settings.picture and Path(settings.picture).suffix.lower() != ".png":
-        raise UserError(f"picture={settings.picture} must end in .png.")
+    if settings.report and not Path(settings.report).expanduser().parent.is_dir():
+        raise UserError(
+            f"report={settings.report} cannot be written: there is no folder {Path(settings.report).parent}."
+        )
+    pictures.check(settings.picture or "")
 
 
 def _loader(source: Source, config: RunConfig, numbers: list[int]) -> DataLoader:

@@ -25,7 +25,7 @@ from .errors import UserError
 from .evaluation.online import rank_alarm
 from .hardware import versions
 from .journal import BAD_IMAGES, NONFINITE, append
-from .lock import hold
+from .lock import open_held
 from .metrics import MetricsLog, Stopwatch, Trace, Window, amount, console_line
 from .nonfinite import Skipped
 from .optim import Schedule
@@ -51,24 +51,15 @@ def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
     """
     check_directory(run_dir, config)
     barrier()  # no process looks at what the first one writes from here on
-    lock, problem = None, None
-    if rank() == 0:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            lock = hold(run_dir)
-            sweep(run_dir)
-            _write_start(run_dir, device)
-            fresh = run_dir / "config.yaml.tmp"
-            configuration.save(config, fresh)
-            os.replace(fresh, run_dir / "config.yaml")
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"out={run_dir} cannot be written: {error.strerror}."
-    problem = gather_objects(problem)[0]
-    if problem:
-        raise UserError(problem)
-    return lock
+
+    def prepare() -> None:
+        sweep(run_dir)
+        _write_start(run_dir, device)
+        fresh = run_dir / "config.yaml.tmp"
+        configuration.save(config, fresh)
+        os.replace(fresh, run_dir / "config.yaml")
+
+    return open_held(run_dir, "out", prepare=prepare)
 
 
 def check_directory(run_dir: Path, config: RunConfig) -> None:

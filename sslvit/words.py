@@ -162,7 +162,7 @@ def first_line(error: Exception) -> str:
     """The first line of an error's text, with the key that OmegaConf names below it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key:")), "")
-    text = lines[0].rstrip(".")
+    text = lines[0].rstrip(".").replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value")  # unfilled, of tuples
     return f"{key}: {text}" if key and key not in text else text
 
 

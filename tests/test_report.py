@@ -156,6 +156,14 @@ def test_the_picture_shows_images_crops_and_masks(method, folder, cli, tmp_path)
     assert picture.read_bytes() == again.read_bytes()
 
 
+def test_a_picture_of_the_users_is_not_overwritten(folder, cli, fails, tmp_path):
+    theirs = tmp_path / "holiday.png"
+    Image.new("RGB", (8, 8)).save(theirs)
+    before = theirs.read_bytes()
+    assert "was not drawn by sslvit" in fails("data", folder, *TINY, f"picture={theirs}")
+    assert theirs.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [

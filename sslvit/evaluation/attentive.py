@@ -23,9 +23,9 @@ from .. import rng, schedules
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from . import linear, pictures, protocol
-from .features import check_read, renumbered, same_classes
+from .classes import check_read, renumbered
 from .linear import Setting
-from .strata import hold_out
+from .strata import check_holdout, hold_out
 from .tokens import Tokens, patch_tokens
 
 HEAD_WIDTH = 64  # channels of an attention head
@@ -58,16 +58,13 @@ def run(config: Config) -> dict[str, Any]:
     """Tokens, sweep, choice, test; prints and writes <run>/eval/attentive.json. Raises UserError."""
     if not config.lr or min(config.lr) <= 0 or not config.weight_decay or min(config.weight_decay) < 0:
         raise UserError("lr must be numbers above 0, and weight_decay numbers of 0 or above.")
-    if not 0 < config.holdout < 1:
-        raise UserError(f"holdout={config.holdout} must lie between 0 and 1, both excluded.")
+    check_holdout(config.holdout)
     check_range("", config, 1, None, "epochs", "probe_batch_size")
     pictures.check(config.picture)
     linear.check_seeds(config.seeds)
     words = protocol.both_sets(config, "attentive")
     frozen = protocol.load(config)
-    sources = [frozen.open(word, config.data.download_dir) for word in words]
-    numbers = same_classes(*sources, words)
-    protocol.refuse_same(*sources, words)
+    *sources, numbers = frozen.open_both(config, words)
     folder = frozen.kept(config.cache)
     sets = []
     for source, mapping in zip(sources, (None, numbers), strict=True):
@@ -89,9 +86,7 @@ def run(config: Config) -> dict[str, Any]:
     results = on_first_process(
         lambda: linear.repeated(config, lambda one: choose(one, *sets, sources[0].classes, device))
     )
-    ends, chosen = (min(config.lr), max(config.lr)), results.get("seeds", [results])
-    if any(one["setting"]["lr"] in ends for one in chosen) and len(config.lr) > 1:
-        say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
+    linear.say_ends([one["setting"]["lr"] for one in results.get("seeds", [results])], config.lr, "learning rate")
     protocol.file(config, frozen.subject, "attentive", {**record, "results": results})
     return results
 

@@ -29,6 +29,7 @@ from .. import rng
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range, need
 from . import pictures, protocol, sets
+from .classes import check_labelled
 from .features import Features
 
 SHOWN = 40  # clusters in a picture at most
@@ -58,7 +59,8 @@ def run(config: Config) -> dict[str, Any]:
     if not config.data:
         raise UserError("data is missing: cluster needs labelled images, data=<folder>.")
     frozen = protocol.load(config)
-    source = sets.open_labelled(frozen, config.data, config.download_dir)
+    source = frozen.open(config.data, config.download_dir)
+    check_labelled(source, config.data, least=2)
     _check_k(config, len(source.classes), int((source.labels >= 0).sum()))
     features = sets.features(frozen, source, config, config.cache)
     known = (features.labels >= 0).nonzero().squeeze(1)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import optim, pretrained, rng, timm_folder
@@ -32,10 +31,11 @@ from ..stopping import Stop, listening
 from . import classifier as building
 from . import protocol, scores
 from .classifier import Classifier, average_statistics
-from .features import digest, extract, renumbered, same_classes
+from .features import extract
+from .kept import digest
 from .sets import Chosen
-from .strata import hold_out, stratified
 from .supervised import Part, Recipe, Training
+from .targets import Targets, read_targets, split, standard_scores
 
 NOUN = {"single": "classes", "multilabel": "labels", "regression": "numbers"}
 SAMPLE = 2048  # training images that say what the mean and deviation of the features are
@@ -91,24 +91,6 @@ class Config(protocol.Subject):
     unfreeze_epochs: float | None = None  # then one block more after each so many; 0: all at once
 
 
-@dataclass
-class Targets:
-    """What the images of a source are: [N] int64 classes (-1: not known), or [N, K] float32."""
-
-    task: str
-    train: Tensor
-    test: Tensor
-    names: list[str]
-
-    @property
-    def known(self) -> tuple[Tensor, Tensor]:
-        """Numbers of the images with a target, of both sets."""
-        return tuple(
-            ((of_set >= 0) if self.task == "single" else of_set.isfinite().all(dim=1)).nonzero()[:, 0]
-            for of_set in (self.train, self.test)
-        )
-
-
 def run(config: Config) -> dict[str, Any]:
     """Train and test for each seed; prints and writes <run>/eval/finetune.json. Raises UserError, and Stopped."""
     recipe, seeds = resolve(config), config.seeds or (config.seed,)
@@ -145,11 +127,7 @@ def resolve(config: Config, task: str = "single") -> Recipe:
 
 def check(config: Config, recipe: Recipe, seeds: tuple[int, ...]) -> None:
     """Raises UserError for values without a meaning."""
-    for key in ("train", "test"):
-        if not getattr(config.data, key):
-            raise UserError(
-                f"data.{key} is missing: finetune needs labelled images, data.train=<folder> data.test=<folder>."
-            )
+    protocol.both_sets(config, "finetune")
     check_range("", recipe, 1, None, "epochs", "global_batch_size")
     check_range("", config, 1, None, "image_size", "batch_size")
     check_range(
@@ -197,8 +175,10 @@ def load(config: Config) -> protocol.Frozen:
         )
     if config.recipe == "mae" and config.pool == "auto":
         frozen.pool = "mean"
-    if frozen.pool == "cls+mean":
-        raise UserError("pool=cls+mean is something that timm's models do not have: use pool=cls or pool=mean.")
+    if encoder.is_vit and frozen.pool not in building.POOLING:
+        raise UserError(
+            f"pool={frozen.pool} is something that timm's models do not have: use {' or '.join(building.POOLING)}."
+        )
     encoder.to("cpu")
     size = config.image_size or encoder.image_size
     encoder.image_size = (size, size) if isinstance(size, int) else tuple(size)  # what images are opened for
@@ -211,6 +191,7 @@ def prepare(config: Config) -> tuple[protocol.Frozen, list[Source], Targets]:
     words = (config.data.train, config.data.test)
     sources = [frozen.open(word, config.data.download_dir) for word in words]
     targets = read_targets(config.task, sources, words)
+    protocol.refuse_same(*sources, words)
     for source, known, word in zip(sources, targets.known, words, strict=True):
         if not len(known):
             raise UserError(f"{word} has no image with a label: fine-tuning needs them in both sets.")
@@ -234,56 +215,13 @@ def _check_sample(config: Config, frozen: protocol.Frozen, source: Source, word:
     raise UserError(f"Many images in a row cannot be read in {word}, the first is {source.name(0)}.")
 
 
-def read_targets(task: str, sources: list[Source], words: tuple[str, str]) -> Targets:
-    """The targets of both sets, by the names of the training set. Raises UserError."""
-    if task in ("auto", "single"):
-        for source, word in zip(sources, words, strict=True):
-            if source.labels is None:
-                hint = ", or task=multilabel or task=regression for a table" if task == "auto" else ""
-                raise UserError(
-                    f"{word} has no labels: fine-tuning needs <folder>/<class>/<image>, or a labelled set{hint}."
-                )
-        train, test = sources
-        numbers = same_classes(train, test, words)
-        of_test = renumbered(torch.from_numpy(test.labels), numbers)
-        return Targets("single", torch.from_numpy(train.labels), of_test, train.classes)
-    from ..data import labels
-
-    read = labels.multilabel if task == "multilabel" else labels.numbers
-    (train, names), (test, test_names) = (read(source) for source in sources)
-    missing, unknown = sorted(set(names) - set(test_names)), sorted(set(test_names) - set(names))
-    if unknown or (missing and task == "regression"):
-        raise UserError(
-            f"The labels of {words[0]} and {words[1]} differ: {', '.join((unknown or missing)[:5])} is only in "
-            f"{words[1] if unknown else words[0]}."
-        )
-    if missing:  # texts of which no test image has some: measure leaves them out
-        say(f"No image of {words[1]} has {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}.")
-    columns = [list(test_names).index(name) if name in test_names else -1 for name in names]
-    test = F.pad(torch.as_tensor(test), (0, 1))[:, columns]  # the last column, of zeros, for those
-    return Targets(task, torch.as_tensor(train), test, list(names))
-
-
-def split(config: Config, targets: Targets, seed: int) -> tuple[Tensor, Tensor]:
-    """Numbers of the training images that are learned from, and of those that are held out. Raises UserError.
-
-    Of each class its share; where images have several labels, or numbers, a random part of them.
-    """
-    known = targets.known[0]
-    chosen = known[stratified(targets.train[known], config.labels_share, rng.fold_in(seed, "labels_share"))]
-    if not config.holdout:
-        return chosen, chosen[:0]
-    held_out = hold_out(targets.train[chosen], config.holdout, seed)
-    return chosen[~held_out], chosen[held_out]
-
-
 def train_and_test(
     config: Config, recipe: Recipe, seed: int, frozen: protocol.Frozen, sources: list[Source], targets: Targets,
     stop: Stop | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """One training and its test: (scores, record of the protocol). Raises UserError, and Stopped."""
     accelerator, subject, task = frozen.accelerator, frozen.subject, targets.task
-    learned, held_out = split(config, targets, seed)
+    learned, held_out = split(targets, config.labels_share, config.holdout, seed)
     values, unit = (
         standard_scores(targets.train[learned]) if task == "regression" else (targets.train[learned], (0.0, 1.0))
     )
@@ -357,14 +295,6 @@ def train_and_test(
         "processes": world_size(), "versions": versions(),
     }  # fmt: skip
     return {**found, "seconds": round(training.run_state.seconds), "history": training.history}, record
-
-
-def standard_scores(values: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """[N, T] -> the same with mean 0 and deviation 1, and both of what they were, [T] each."""
-    mean = values.mean(dim=0)
-    std = values.std(dim=0, unbiased=False)
-    std = torch.where(std > 0, std, 1.0)
-    return (values - mean) / std, (mean, std)
 
 
 def shown(task: str, found: dict[str, Any]) -> list[str]:

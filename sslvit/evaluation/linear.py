@@ -24,7 +24,7 @@ from ..encoder import Pool
 from ..errors import UserError, check_range
 from . import confusion, pictures, protocol, scores
 from .features import Features
-from .strata import hold_out
+from .strata import check_holdout, hold_out
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 CHUNK = 2**24  # logits at once
@@ -68,9 +68,7 @@ def run(config: Config) -> dict[str, Any]:
         return choose(one, task, grid(one), trainer(one, len(task.classes), device))
 
     results = repeated(config, probe)
-    ends, chosen = (min(config.lr), max(config.lr)), results.get("seeds", [results])
-    if any(one["setting"]["lr"] in ends for one in chosen) and len(config.lr) > 1:
-        say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
+    say_ends([one["setting"]["lr"] for one in results.get("seeds", [results])], config.lr, "learning rate")
     protocol.write(config, task, "linear", results)
     return results
 
@@ -83,8 +81,7 @@ def check(config: Config) -> None:
             "or above."
         )
     check_range("", config, 1, None, "epochs", "probe_batch_size")
-    if not 0 < config.holdout < 1:
-        raise UserError(f"holdout={config.holdout} must lie between 0 and 1, both excluded.")
+    check_holdout(config.holdout)
     if config.global_batch_size:
         raise UserError("global_batch_size belongs to protocol=mae and protocol=dino: give probe_batch_size instead.")
 
@@ -111,8 +108,7 @@ def pools(config: Choice) -> Sequence[str] | None:
     """The configured ways of pooling; null for the one of `pool=`, or () for all that the encoder has. Raises UserError
     for what cannot be chosen from."""
     check_seeds(config.seeds)
-    if not 0 < config.holdout < 1:
-        raise UserError(f"holdout={config.holdout} must lie between 0 and 1, both excluded.")
+    check_holdout(config.holdout)
     if config.pools and config.pool != "auto":
         raise UserError(f"pool={config.pool} and pools={list(config.pools)}: give one of them.")
     return config.pools if config.pools or config.pool == "auto" else None
@@ -235,6 +231,12 @@ def say_sweep(sweep: Sequence[dict[str, Any]], settings: Sequence[Setting]) -> N
     rows = [[pool, *(f"{row[name]:g}" for name in names), f"{row['holdout_top1']:.2f}"] for pool, row in best.items()]
     say(f"{len(sweep)} heads; the best of each way of pooling:")
     say(*protocol.table(["pool", *names, "held-out top-1 %"], rows))
+
+
+def say_ends(chosen: Sequence[float], offered: Sequence[float], what: str) -> None:
+    """Say if a chosen value is the smallest or the largest of several that were offered."""
+    if len(offered) > 1 and not {min(offered), max(offered)}.isdisjoint(chosen):
+        say(f"The chosen {what} is at the end of the list: a longer list may give a better one.")
 
 
 def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distributed import say
 from ..errors import UserError, check_range
 from . import linear, pictures, protocol
 from .linear import Setting
@@ -44,9 +43,7 @@ def run(config: Config) -> dict[str, Any]:
 
     settings = [{"l2": l2} for l2 in config.l2]
     results = linear.repeated(config, lambda one: linear.choose(one, task, settings, train))
-    ends, chosen = (min(config.l2), max(config.l2)), results.get("seeds", [results])
-    if any(one["setting"]["l2"] in ends for one in chosen) and len(config.l2) > 1:
-        say("The chosen penalty is at the end of the list: a longer list may give a better one.")
+    linear.say_ends([one["setting"]["l2"] for one in results.get("seeds", [results])], config.l2, "penalty")
     protocol.write(config, task, "logistic", results)
     return results
 

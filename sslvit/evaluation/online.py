@@ -16,7 +16,8 @@ from ..distributed import gather_objects
 from ..encoder import Encoder
 from ..errors import UserError
 from ..hardware import first_on_each_machine
-from .features import Centred, extract, renumbered, same_classes
+from .classes import renumbered, same_classes
+from .features import Centred, extract
 from .knn import TEMPERATURE, classify, labelled, top
 from .quality import effective_rank
 

@@ -108,7 +108,7 @@ def montage(
         if upright:
             write_upright(sheet, name, (x + cell.width // 2, top - gap), text)
         else:
-            draw.text((x + cell.width // 2, top - gap), name, INK, font(text), anchor="mb")
+            draw.text((x + cell.width // 2, top - gap - 3), name, INK, font(text), anchor="ms")  # on one line
     for r, row in enumerate(rows):
         y = top + r * (cell.height + gap)
         if row_names:
@@ -117,6 +117,16 @@ def montage(
             if image is not None:
                 sheet.paste(image, (left + gap + c * (cell.width + gap), y))
     return sheet
+
+
+def stacked(sheets: Sequence[Image.Image], gap: int = 4) -> Image.Image:
+    """One below the other, on white."""
+    height = sum(sheet.height for sheet in sheets) + gap * (len(sheets) - 1)
+    whole, top = Image.new("RGB", (max(sheet.width for sheet in sheets), height), PAPER), 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height + gap
+    return whole
 
 
 def write_upright(sheet: Image.Image, text: str, foot: tuple[int, int], size: int) -> None:

@@ -27,7 +27,9 @@ from ..hardware import (
     versions,
 )
 from ..pretrained import Pixels, Pretrained
-from .features import Features, check_read, extract_cached, gathered, renumbered, same_classes, same_images
+from .classes import check_read, renumbered, same_classes
+from .features import Features, gathered
+from .kept import extract_cached, same_images
 
 
 @dataclass
@@ -78,7 +80,28 @@ class Frozen:
     def open(self, word: str, download_dir: str = "~/.cache/sslvit") -> Source:
         """The images that a word stands for, in the channels that the encoder takes. Raises UserError."""
         wanted = replace(self.subject.data_config, download_dir=download_dir)
-        return first_on_each_machine(self.accelerator, partial(open_source, word, wanted))
+        try:
+            return first_on_each_machine(self.accelerator, partial(open_source, word, wanted))
+        except UserError as error:
+            if "data.in_chans" not in str(error):
+                raise
+            raise UserError(  # a key that evaluations do not have
+                f"{word} has images of other channels than the {wanted.in_chans} that run={self.subject.name} takes: "
+                "give images or an encoder that fit."
+            ) from error
+
+    def open_both(self, config: "Config", words: tuple[str, str], alone: bool = False) -> tuple[Source, Source, Tensor]:
+        """Labelled training and test images, and the training set's number of each class of the test set. Raises
+        UserError.
+
+        alone: without data.test the training images are both.
+        """
+        train = self.open(words[0], config.data.download_dir)
+        test = self.open(words[1], config.data.download_dir) if config.data.test else train
+        numbers = same_classes(train, test, words)
+        if config.data.test or not alone:
+            refuse_same(train, test, words, ", or leave data.test out" * alone)
+        return train, test, numbers
 
 
 @dataclass
@@ -141,11 +164,7 @@ def prepare(config: Config, name: str, pools: Sequence[Pool] | None = None, alon
         if pool not in encoder.pools():
             raise UserError(f"pools: {pool} is not something that {config.run} has: use {', '.join(encoder.pools())}.")
     pools = tuple((frozen.pool,) if pools is None else pools or encoder.pools())
-    train_source = frozen.open(words[0], config.data.download_dir)
-    test_source = train_source if words[1] == words[0] else frozen.open(words[1], config.data.download_dir)
-    numbers = same_classes(train_source, test_source, words)
-    if not (alone and not config.data.test):
-        refuse_same(train_source, test_source, words)
+    train_source, test_source, numbers = frozen.open_both(config, words, alone)
 
     def compute(source: Source) -> dict[Pool, Features]:
         return extract_cached(
@@ -215,10 +234,10 @@ def settings_of(config: Subject) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS}
 
 
-def refuse_same(train: Source, test: Source, words: tuple[str, str]) -> None:
-    """Raises UserError for test images that are the training images."""
+def refuse_same(train: Source, test: Source, words: tuple[str, str], otherwise: str = "") -> None:
+    """Raises UserError for test images that are the training images. otherwise: what else could be done."""
     if same_images(train, test):
-        raise UserError(f"data.test={words[1]} are the training images: give images that were not learned from.")
+        raise UserError(f"data.test={words[1]} are the training images: give other images{otherwise}.")
 
 
 def check_out(path: str) -> None:

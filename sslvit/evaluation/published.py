@@ -34,7 +34,8 @@ from ..hardware import default_workers
 from ..optim import LARS
 from ..views import Crop, Views
 from . import linear, protocol
-from .features import check_read, extract_cached, renumbered, same_classes
+from .classes import check_read, renumbered
+from .kept import extract_cached
 
 IGNORED = -1  # the label of an image that has none
 NORMED = 512  # features that BatchNorm sees at once
@@ -85,9 +86,7 @@ def run(config: linear.Config) -> dict[str, Any]:
             f"protocol={name} reads {protocol.describe_pool(pool)}, which {config.run} has not: give pool= one of "
             f"{', '.join(encoder.pools())}."
         )
-    train, test = (frozen.open(word, config.data.download_dir) for word in words)
-    numbers = same_classes(train, test, words)
-    protocol.refuse_same(train, test, words)
+    train, test, numbers = frozen.open_both(config, words)
     wanted = config.global_batch_size or published.global_batch_size
     layout = _layout(config, min(wanted, len(train)))
     total = layout.global_batch_size

@@ -29,7 +29,7 @@ from .. import rng
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from . import protocol, scores, sets
-from .features import renumbered, same_classes
+from .classes import renumbered
 
 RANKED_AT_ONCE = 2**24  # similarities in memory: 200 MB with their places
 RESAMPLES = 2000  # of the bootstrap
@@ -52,25 +52,17 @@ def run(config: Config) -> dict[str, Any]:
     check_range("", config, 1, None, "k")
     if not config.k:
         raise UserError("k is empty: give the ranks to report, such as k=[1,5,10].")
-    if not config.data.train:
-        raise UserError("data.train is missing: retrieval needs a gallery of labelled images, data.train=<folder>.")
-    if config.data.test == config.data.train:
-        raise UserError(
-            f"data.test={config.data.test} is the gallery itself, where every image would find itself: leave data.test "
-            "out, and each image looks for the others."
-        )
+    words, alone = protocol.both_sets(config, "retrieval", alone=True), not config.data.test
     frozen = protocol.load(config)
-    words = [word for word in (config.data.train, config.data.test) if word]
-    sources = [sets.open_labelled(frozen, word, config.data.download_dir, 2 - i) for i, word in enumerate(words)]
-    numbers = same_classes(sources[0], sources[-1], (words[0], words[-1]))
-    gallery, *asked = [sets.features(frozen, source, config, config.cache) for source in sources]
-    queries = asked[0] if asked else gallery
+    *sources, numbers = frozen.open_both(config, words, alone=True)
+    gallery = sets.features(frozen, sources[0], config, config.cache)
+    queries = gallery if alone else sets.features(frozen, sources[1], config, config.cache)
     labels, query_labels, classes = gallery.labels, renumbered(queries.labels, numbers), sources[0].classes
     known, wanted = labels >= 0, query_labels >= 0
-    size = int(known.sum()) - (not asked)
+    size = int(known.sum()) - alone
     if max(config.k) > size:
         raise UserError(f"k={max(config.k)} is larger than the {size} images that a query can find: use a smaller k.")
-    place = None if asked else torch.arange(int(known.sum()))
+    place = torch.arange(int(known.sum())) if alone else None
     found = on_first_process(
         lambda: rank_all(
             gallery.normalized()[known], labels[known], queries.normalized()[wanted], query_labels[wanted],
@@ -90,8 +82,8 @@ def run(config: Config) -> dict[str, Any]:
     record = sets.record(
         frozen, config, "retrieval",
         gallery={"data": words[0], "images": len(gallery), "unreadable": gallery.unreadable},
-        queries={"data": words[-1], "images": len(queries), "unreadable": queries.unreadable},
-        leave_one_out=not asked,
+        queries={"data": words[1], "images": len(queries), "unreadable": queries.unreadable},
+        leave_one_out=alone,
         classes=len(classes), width=gallery.values.shape[1], results=results,
     )  # fmt: skip
     protocol.file(config, frozen.subject, "retrieval", record)

@@ -33,7 +33,8 @@ from ..distributed import all_reduce_sum, on_first_process, say
 from ..errors import UserError, check_range
 from ..views import centre
 from . import corruptions, linear, pictures, protocol, scores, sets
-from .features import CROP_RATIO, Centred, Features, extract, renumbered, same_classes
+from .classes import check_read, renumbered
+from .features import CROP_RATIO, Centred, Features, extract
 
 
 @dataclass
@@ -64,15 +65,15 @@ class Classifier(NamedTuple):
 def run(config: Config) -> dict[str, Any]:
     """Probe, corruptions, attacks; prints tables and writes <run>/eval/robustness.json. Raises UserError."""
     check(config)
+    names = protocol.both_sets(config, "robustness")
     frozen = protocol.load(config)
-    train_source = sets.open_labelled(frozen, config.data.train, config.data.download_dir)
-    whole = sets.open_labelled(frozen, config.data.test, config.data.download_dir, least=1)
-    names, classes = (config.data.train, config.data.test), train_source.classes
-    numbers = same_classes(train_source, whole, names)
+    train_source, whole, numbers = frozen.open_both(config, names)
+    classes = train_source.classes
     source = sets.choose(whole, config.images, config.seed, "robustness")
     train = sets.features(frozen, train_source, config, config.cache, centred=False)
     clean = extracted(config, frozen, source)
     labels = renumbered(clean.labels, numbers)
+    check_read(train.labels, labels, names)
     classifier, setting = on_first_process(lambda: fit(config, train, len(classes)))
     aligned = torch.full((len(source),), -1)
     aligned[clean.index] = labels  # by the number of the image in the source
@@ -108,11 +109,6 @@ def run(config: Config) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Refuse what cannot be, before the work. Raises UserError."""
-    for key in ("train", "test"):
-        if not getattr(config.data, key):
-            raise UserError(
-                f"data.{key} is missing: robustness needs labelled images, data.train=<folder> data.test=<folder>."
-            )
     linear.check(config)
     if config.protocol != "sweep" or config.pools or config.seeds:
         raise UserError("robustness has one probe, of pool=, by protocol=sweep: leave protocol, pools and seeds out.")

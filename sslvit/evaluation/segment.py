@@ -20,22 +20,17 @@ mean is over the classes that occur in the masks or the predictions (PASCAL VOC,
 is called accuracy).
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import rng, schedules
 from ..data import BadImage, Source
-from ..data.folder import Folder
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from ..hardware import default_workers, free_memory
@@ -43,9 +38,9 @@ from ..stopping import ignore_in_worker
 from ..views import resize
 from . import linear, pictures, protocol, sets
 from .confusion import confusion
+from .masked import UNKNOWN, Masked, check_classes, check_shape, colours, count_classes, patch_targets
+from .strata import check_holdout
 
-UNKNOWN = 255
-PALETTE_SIZE = 256
 SHOWN = 6  # test images in the picture
 
 Shown = tuple[int, Tensor, Tensor]  # number of an image, its mask, what was predicted
@@ -70,63 +65,14 @@ class Config(protocol.Subject):
     picture: str = ""  # PNG with some test images, their masks and what was predicted; empty: none
 
 
-class Masked:
-    """A folder of images with a mask for each."""
-
-    def __init__(self, word: str, in_chans: int) -> None:
-        root = Path(word).expanduser()
-        for part in ("images", "masks"):
-            if not (root / part).is_dir():
-                raise UserError(f"{word} has no folder {part}: segmentation needs {word}/images and {word}/masks.")
-        self.word, self.images = word, Folder(root / "images", in_chans)
-        files = [p for p in sorted((root / "masks").rglob("*")) if p.suffix.lower() == ".png" and p.name[0] != "."]
-        masks = {p.relative_to(root / "masks").with_suffix(""): p for p in files}
-        paths = (Path(self.images.name(i)) for i in range(len(self.images)))
-        names = [path.relative_to(root / "images").with_suffix("") for path in paths]
-        counts = Counter(names)
-        for missing, what in (
-            ([n for n in names if n not in masks], "image {} has no mask of its name (.png)"),
-            ([n for n in masks if n not in counts], "mask {} has no image of its name"),
-        ):
-            if missing:
-                more = f", and {len(missing) - 1} others" if len(missing) > 1 else ""
-                raise UserError(f"{word}: {what.format(missing[0])}{more}.")
-        twice = [name for name, count in counts.items() if count > 1]
-        if twice:
-            raise UserError(f"{word}: two images are called {twice[0]}: their mask could be of either.")
-        self.paths = [masks[name] for name in names]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def mask(self, index: int) -> Tensor:
-        """[H, W] int64. Raises UserError."""
-        return read_mask(self.paths[index])
-
-
-def read_mask(path: Path) -> Tensor:
-    """[H, W] int64 classes of the pixels, as they stand in the file. Raises UserError."""
-    try:
-        with Image.open(path) as image:
-            if len(image.getbands()) != 1:
-                raise UserError(
-                    f"The mask {path} has colours ({image.mode}): it must have one channel with the class of each "
-                    "pixel, with a palette or without."
-                )
-            return torch.from_numpy(np.array(image).astype(np.int64))
-    except UserError:
-        raise
-    except Exception as error:  # decoders raise whatever they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"The mask {path} cannot be read: {reason}.") from error
-
-
 def run(config: Config) -> dict[str, Any]:
     """Tokens, sweep, choice, test; prints tables and writes <run>/eval/segment.json. Raises UserError."""
     check(config)
     frozen = protocol.load(config)
     size = image_size(frozen, config.size)
-    train, test = (Masked(word, frozen.subject.encoder.in_chans) for word in (config.data.train, config.data.test))
+    words = (config.data.train, config.data.test)
+    train, test = (Masked(word, frozen.subject.encoder.in_chans) for word in words)
+    protocol.refuse_same(train.images, test.images, words)
     results, shown = on_first_process(lambda: probe(config, frozen, train, test, size))
     record = sets.record(
         frozen, config, "segment", train={"data": config.data.train, "images": results.pop("train_images")},
@@ -147,8 +93,7 @@ def check(config: Config) -> None:
             raise UserError(
                 f"data.{key} is missing: segment needs folders with images/ and masks/, data.train=... data.test=..."
             )
-    if not 0 < config.holdout < 1:
-        raise UserError(f"holdout={config.holdout} must lie between 0 and 1, both excluded.")
+    check_holdout(config.holdout)
     if not config.lr or min(config.lr) <= 0:
         raise UserError("lr must be a list of numbers above 0.")
     check_range("", config, 1, None, "epochs", "probe_batch_size", "images", "size")
@@ -249,27 +194,6 @@ def probe(
     return results, shown
 
 
-def count_classes(train: Masked, order: Tensor) -> int:
-    """One more than the largest class of the masks, which must hold two at least. Raises UserError."""
-    seen: set[int] = set()
-    for number in order.tolist():
-        seen |= set(train.mask(number).unique().tolist())
-    classes = sorted(seen - {UNKNOWN})
-    if classes and not 0 <= classes[0] <= classes[-1] < UNKNOWN:
-        raise UserError(f"The masks of {train.word} have the class {classes[-1]}: classes are 0 .. 254.")
-    if len(classes) < 2:
-        raise UserError(f"The masks of {train.word} have one class only, {classes}: segment needs two or more.")
-    return classes[-1] + 1
-
-
-def check_classes(mask: Tensor, num_classes: int, path: Path, train: str) -> None:
-    known = mask[mask != UNKNOWN]
-    if len(known) and not 0 <= int(known.min()) <= int(known.max()) < num_classes:
-        raise UserError(
-            f"The mask {path} has the class {int(known.max())}, and those of {train} end at {num_classes - 1}."
-        )
-
-
 class Resized(Dataset):
     """Whole images at one size, each with its number and the size that it had."""
 
@@ -318,43 +242,6 @@ def tokens(
             with torch.inference_mode(), frozen.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 patches = encoder(x).patches.float().cpu()
             yield from zip([number for number, _ in good], patches.clone(), strict=True)
-
-
-def check_shape(masked: Masked, number: int, shape: tuple[int, int]) -> None:
-    """Refuse a mask that is not its image's, at its size or reduced: one that was turned, or another image's."""
-    with Image.open(masked.paths[number]) as mask:
-        width, height = mask.size
-    if abs(height * shape[1] - width * shape[0]) > sum(shape):  # half a pixel of rounding at each side
-        raise UserError(
-            f"The mask {masked.paths[number]} has {height} x {width} pixels, and its image {shape[0]} x {shape[1]}: "
-            "they must have the same shape."
-        )
-
-
-def patch_targets(mask: Tensor, grid: tuple[int, int], num_classes: int) -> tuple[Tensor, Tensor]:
-    """[H, W] -> [P, C] float32 shares of the classes among a patch's known pixels, and [P] share of known pixels.
-
-    A patch of an image that was resized covers pixels of the mask in part: they count for what is covered.
-    """
-    known = area((mask != UNKNOWN).float(), grid)
-    shares = torch.zeros(grid[0] * grid[1], num_classes)
-    for c in mask.unique().tolist():
-        if c != UNKNOWN:
-            shares[:, c] = area((mask == c).float(), grid)
-    return shares / known.clamp(min=1e-6).unsqueeze(1), known
-
-
-def area(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[H, W] -> [P] means over the cells of a grid, exact where its lines cut pixels: two products with the shares of
-    each pixel in each cell."""
-
-    def shares(pixels: int, cells: int) -> Tensor:
-        edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
-        place = torch.arange(pixels, dtype=torch.float64)
-        overlap = torch.minimum(edges[1:, None], place + 1) - torch.maximum(edges[:-1, None], place)
-        return (overlap.clamp(min=0) * cells / pixels).float()
-
-    return (shares(x.shape[0], grid[0]) @ x @ shares(x.shape[1], grid[1]).t()).flatten()
 
 
 def train_heads(x: Tensor, targets: Tensor, weights: Tensor, lrs: Sequence[float], config: Config) -> Tensor:
@@ -417,8 +304,7 @@ def report(config: Config, results: dict[str, Any], best: int) -> None:
         f"test mean IoU {results['miou']:.2f} %, pixel accuracy {results['pixel_accuracy']:.2f} % on "
         f"{results['test_images']} images, with lr {results['lr']:g}, chosen on the held-out part"
     )
-    if best in (0, len(config.lr) - 1) and len(config.lr) > 1:
-        say("The chosen learning rate is at the end of the list: a longer list may give a better one.")
+    linear.say_ends([config.lr[best]], config.lr, "learning rate")
 
 
 def draw(config: Config, test: Masked, shown: list[Shown], size: tuple[int, int]) -> None:
@@ -430,14 +316,3 @@ def draw(config: Config, test: Masked, shown: list[Shown], size: tuple[int, int]
         image = pictures.image_of(resize(test.images.read(number), cell))
         rows.append([image, *(pictures.image_of(colours(part), cell) for part in (mask, prediction))])
     pictures.save(pictures.montage(rows, column_names=["image", "mask", "predicted"]), config.picture)
-
-
-def colours(classes: Tensor) -> Tensor:
-    """[H, W] classes -> [3, H, W] colours: black for 0, white for what is unknown, far hues for what follows."""
-    number = torch.arange(PALETTE_SIZE, dtype=torch.float64)
-    turn = number * 0.618034  # the golden angle: neighbours are far apart
-    light = 1 - 0.35 * (number % 3 == 0) * (number > 0)
-    palette = torch.stack([0.55 + 0.45 * torch.cos(2 * torch.pi * (turn - third)) for third in (0, 1 / 3, 2 / 3)], 1)
-    palette = 255 * palette * light.unsqueeze(1)
-    palette[0], palette[UNKNOWN] = 0, 255
-    return palette.float()[classes].permute(2, 0, 1)

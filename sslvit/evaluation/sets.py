@@ -1,4 +1,4 @@
-"""Labelled images of one set: opened, checked, and passed through a frozen encoder."""
+"""Images of one set: some of them, their frozen features, and how a result names them."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .. import rng
 from ..data import Source
-from ..errors import UserError
 from ..hardware import versions
 from ..pretrained import Pixels
 from . import protocol
-from .features import Features, extract_cached
+from .features import Features
+from .kept import extract_cached
 
 
 class Chosen:
@@ -44,16 +44,6 @@ def choose(source: Source, count: int | None, seed: int, purpose: str) -> Source
     if count is None or count >= len(source):
         return source
     return Chosen(source, rng.permutation(rng.fold_in(seed, purpose), len(source))[:count].sort().values)
-
-
-def open_labelled(frozen: protocol.Frozen, word: str, download_dir: str, least: int = 2) -> Source:
-    """The labelled images that a word stands for, of `least` classes or more. Raises UserError."""
-    source = frozen.open(word, download_dir)
-    if source.labels is None:
-        raise UserError(f"{word} has no labels: evaluation needs <folder>/<class>/<image>, or a labelled set by name.")
-    if len(source.classes) < least:
-        raise UserError(f"{word} has one class only, {source.classes[0]}: evaluation needs two or more.")
-    return source
 
 
 def features(

@@ -18,6 +18,12 @@ def stratified(labels: Tensor, share: float, key: Tensor) -> Tensor:
     return first_of_each(classes, wanted, key).nonzero()[:, 0]
 
 
+def check_holdout(share: float) -> None:
+    """Raises UserError for what is no share to choose settings on."""
+    if not 0 < share < 1:
+        raise UserError(f"holdout={share} must lie between 0 and 1, both excluded.")
+
+
 def hold_out(labels: Tensor, share: float, seed: int) -> Tensor:
     """[N] bool, true for a share of the rows of each class, chosen by the seed. Raises UserError if there are none.
 

@@ -26,7 +26,7 @@ from ..data.loader import Layout, make_loader
 from ..distributed import gather_objects, on_first_process, rank, say
 from ..errors import UserError
 from ..hardware import default_workers, versions
-from ..lock import hold
+from ..lock import open_held
 from ..metrics import Window
 from ..stopping import Stop, Stopped
 from ..views import Crop
@@ -262,18 +262,9 @@ class Training:
 
 def open_folder(folder: Path) -> IO[str] | None:
     """Make the folder of checkpoints and hold its lock, on the first process. Raises UserError on all of them."""
-    lock, problem = None, None
-    if rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if {path.name for path in folder.iterdir()} - {"checkpoints", ".lock"}:
-                raise UserError(f"{folder} holds other things than checkpoints: give a new save=.")
-            lock = hold(folder)
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"save={folder} cannot be written: {error.strerror}."
-    problem = gather_objects(problem)[0]
-    if problem:
-        raise UserError(problem)
-    return lock
+
+    def refuse() -> None:
+        if {path.name for path in folder.iterdir()} - {"checkpoints", ".lock"}:
+            raise UserError(f"{folder} holds other things than checkpoints: give a new save=.")
+
+    return open_held(folder, "save", refuse)

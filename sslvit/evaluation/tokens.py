@@ -15,7 +15,8 @@ from ..data import Source
 from ..distributed import any_process, barrier, gather_objects, rank, say
 from ..encoder import Encoder
 from ..errors import UserError
-from .features import batches, digest, place_of
+from .features import batches
+from .kept import digest, place_of
 from .protocol import Frozen
 
 

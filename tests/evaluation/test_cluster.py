@@ -126,7 +126,7 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
     assert "repeats=0" in fails("cluster", run, data, "repeats=0")
     assert "has no labels" in fails("cluster", run, f"data={images}")
     shutil.copytree(labelled / "train" / "class0", tmp_path / "one" / "class0")
-    assert "has one class only" in fails("cluster", run, f"data={tmp_path / 'one'}")
+    assert "of one class only" in fails("cluster", run, f"data={tmp_path / 'one'}")
     assert "there is no folder" in fails("cluster", run, data, f"picture={tmp_path / 'no' / 'p.png'}")
     assert "must end in .png" in fails("cluster", run, data, f"picture={tmp_path / 'p.jpg'}")
     theirs = tmp_path / "holiday.png"

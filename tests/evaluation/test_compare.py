@@ -117,3 +117,4 @@ def test_real_results_of_a_run_and_of_its_beginning(cli, fails, labelled, colour
     (run / "eval" / "knn.json").write_text("{}")
     assert "is no result of this version" in fails("compare", run)
     assert "compare needs runs" in fails("compare")
+    assert "Did you mean seed?" in fails("compare", run, "sed=1")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sslvit.__main__ import main
 from sslvit.evaluation import knn
-from sslvit.evaluation.features import renumbered, same_classes
+from sslvit.evaluation.classes import renumbered, same_classes
 from tests import processes
 from tests.conftest import words as training_words
 
@@ -325,6 +325,9 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
     assert "has no labels" in fails(command, run, train, f"data.test={images}")
     assert "pool=pooled" in fails(command, run, train, test, "pool=pooled")
     assert "Did you mean" in fails(command, run, train, test, "poool=cls")
+    assert "=[many]: a value could not be converted to" in fails(
+        command, run, train, test, f"{'k' if command == 'knn' else 'lr'}=[many]"
+    )
     assert "belong to timm: and random:" in fails(command, run, train, test, "image_size=64")
     assert "is not a run directory" in fails(command, f"run=untrained:{images}", train, test)
     assert "batch_size=0 must be 1 or above" in fails(command, run, train, test, "batch_size=0")
@@ -334,7 +337,9 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
     shutil.copytree(labelled / "train" / "class0", one)
     assert "one class only" in fails(command, run, f"data.train={one.parent}", test)
     np.savez(tmp_path / "five.npz", images=np.zeros((6, 32, 32, 5), np.uint8))
-    assert "channels" in fails(command, run, f"data.train={tmp_path / 'five.npz'}", test)
+    assert "five.npz has images of other channels than the 3 that run=" in fails(
+        command, run, f"data.train={tmp_path / 'five.npz'}", test
+    )
     other = tmp_path / "other"
     shutil.copytree(labelled / "test", other)
     (other / "class2").rename(other / "unheard_of")

@@ -109,14 +109,17 @@ def test_one_and_two_processes_give_the_same(labelled, colour_run, tmp_path):
 def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path):
     run, train = f"run={colour_run}", f"data.train={labelled / 'train'}"
     assert "data.train is missing" in fails("retrieval", run)
-    assert "is the gallery itself" in fails("retrieval", run, train, f"data.test={labelled / 'train'}")
+    for same in (labelled / "train", labelled / "test" / ".." / "train"):
+        assert "are the training images: give other images, or leave" in fails(
+            "retrieval", run, train, f"data.test={same}"
+        )
     assert "k=36 is larger than the 35 images" in fails("retrieval", run, train, "k=[36]")
     assert "k=[0] must be 1 or above" in fails("retrieval", run, train, "k=[0]")
     assert "k is empty" in fails("retrieval", run, train, "k=[]")
     assert "has no labels" in fails("retrieval", run, f"data.train={images}")
     (tmp_path / "one").mkdir()
     shutil.copytree(labelled / "train" / "class0", tmp_path / "one" / "class0")
-    assert "has one class only, class0" in fails("retrieval", run, f"data.train={tmp_path / 'one'}")
+    assert "of one class only" in fails("retrieval", run, f"data.train={tmp_path / 'one'}")
     shutil.copytree(labelled / "train" / "class1", tmp_path / "one" / "unheard_of")
     assert "classes that" in fails("retrieval", run, train, f"data.test={tmp_path / 'one'}")
     for c in range(2):  # one image a class: nobody finds anything

@@ -60,3 +60,41 @@ def test_the_interval_of_a_share_does_not_leave_its_range():
     for name in ("map", "auroc"):
         low, high = found[f"{name}_interval"]
         assert low < found[name] < high <= 100
+
+
+def test_average_precision_and_auroc_are_their_definitions():
+    generator = np.random.default_rng(0)
+    score, truth = generator.integers(0, 6, 40).astype(float), generator.integers(0, 2, 40).astype(float)  # with ties
+    weights = generator.integers(0, 3, 40).astype(float)
+    rows = np.repeat(np.arange(40), weights.astype(int))  # a weight of 2 is the image twice
+    s, t = score[rows], truth[rows]
+    pairs = [(p > n) + 0.5 * (p == n) for p in s[t == 1] for n in s[t == 0]]
+    precision = 0.0
+    for level in sorted(set(s)):
+        found = s >= level
+        precision += ((s == level) & (t == 1)).sum() / t.sum() * t[found].mean()
+    ranked = scores.Ranked(score, truth)
+    assert ranked.auroc(weights) == pytest.approx(np.mean(pairs))
+    assert ranked.average_precision(weights) == pytest.approx(precision)
+    perfect = scores.Ranked(truth, truth)
+    assert perfect.auroc(np.ones(40)) == perfect.average_precision(np.ones(40)) == 1
+
+
+def test_a_label_that_all_images_have_is_left_out():
+    truth = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+    found = scores.measure("multilabel", torch.tensor([[2.0, 0], [-1, 0], [1, 0]]), truth, ["a", "b"], 0)
+    assert found["map"] == found["auroc"] == 100
+    assert list(found["per_class"]) == ["a"]
+
+
+def test_errors_of_numbers_are_their_formulas():
+    outputs, truth = (
+        torch.tensor([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]]),
+        torch.tensor([[1.0, 7.0], [2.0, 7.0], [6.0, 7.0]]),
+    )
+    found = scores.measure("regression", outputs, truth, ["a", "b"], 0)
+    assert found["mae"] == pytest.approx((2 / 3 + 2) / 2)
+    assert found["per_target"]["a"]["r2"] == pytest.approx(1 - 2 / 14, abs=1e-4)  # mean 3: 4 + 1 + 9
+    assert found["per_target"]["b"]["r2"] is None  # all alike: nothing to explain
+    low, high = found["mae_interval"]
+    assert low < found["mae"] < high

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sslvit.evaluation import linear, segment
+from sslvit.evaluation import linear, masked, segment
 
 MODEL = [
     "run=random:vit_tiny_patch16_224",
@@ -37,7 +37,7 @@ def write_set(root, count, side=64, seed=0):
         if i % 3 == 0:
             mask[side // 2 :] = 2
         image = colours[mask] + generator.integers(-35, 35, (side, side, 3))
-        mask[0] = segment.UNKNOWN
+        mask[0] = masked.UNKNOWN
         Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / "images" / f"{i:02d}.png")
         written = Image.fromarray(mask, mode="P")
         written.putpalette(generator.integers(0, 256, 768).tolist())
@@ -91,13 +91,13 @@ def test_targets_are_the_shares_of_the_known_pixels_under_a_patch(shape):
     """Against an image enlarged until patches and pixels share their edges."""
     grid = (4, 3)
     mask = torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(0))
-    mask[: shape[0] // 3] = segment.UNKNOWN
+    mask[: shape[0] // 3] = masked.UNKNOWN
     h, w = math.lcm(shape[0], 4), math.lcm(shape[1], 3)
     fine = mask.repeat_interleave(h // shape[0], 0).repeat_interleave(w // shape[1], 1)
     cells = fine.unfold(0, h // 4, h // 4).unfold(1, w // 3, w // 3).reshape(12, -1)
-    shares, known = segment.patch_targets(mask, grid, 3)
+    shares, known = masked.patch_targets(mask, grid, 3)
     for patch in range(12):
-        seen = cells[patch][cells[patch] != segment.UNKNOWN]
+        seen = cells[patch][cells[patch] != masked.UNKNOWN]
         assert known[patch].item() == pytest.approx(len(seen) / cells.shape[1], abs=1e-6)
         if len(seen):
             expected = [(seen == c).double().mean().item() for c in range(3)]
@@ -140,8 +140,8 @@ def test_a_mask_is_read_as_the_numbers_in_the_file(tmp_path):
     Image.fromarray(classes.astype(np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray(classes > 5).save(tmp_path / "bits.png")
     for name in ("palette", "gray", "deep"):
-        assert torch.equal(segment.read_mask(tmp_path / f"{name}.png"), torch.from_numpy(classes).long())
-    assert torch.equal(segment.read_mask(tmp_path / "bits.png"), torch.from_numpy(classes > 5).long())
+        assert torch.equal(masked.read_mask(tmp_path / f"{name}.png"), torch.from_numpy(classes).long())
+    assert torch.equal(masked.read_mask(tmp_path / "bits.png"), torch.from_numpy(classes > 5).long())
 
 
 def test_an_image_that_cannot_be_read_is_left_out_and_said(cli, stripes, tmp_path):
@@ -160,6 +160,7 @@ def test_bad_input_gets_a_sentence(fails, stripes, images, tmp_path):
     assert "data.test is missing" in fails("segment", *MODEL, f"data.train={stripes / 'train'}")
     assert "size=36 is not divisible by the patch size 8: use 32 or 40" in fails(*words(stripes, "size=36"))
     assert "no folder" in fails(*words(stripes, f"picture={tmp_path / 'no' / 'p.png'}"))
+    assert "are the training images" in fails(*words(stripes)[:-1], f"data.test={stripes / 'train'}")
     assert "holdout=0" in fails(*words(stripes, "holdout=0"))
     assert "epochs=0" in fails(*words(stripes, "epochs=0"))
     pixels = [word for word in words(stripes) if not word.startswith(("run=", "model_args="))]

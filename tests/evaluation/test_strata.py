@@ -1,14 +1,11 @@
 """A part of the images holds its share of each class, and hangs on the seed only."""
 
-import json
-
 import pytest
 import torch
 
 from sslvit import rng
 from sslvit.errors import UserError
 from sslvit.evaluation.strata import hold_out, stratified
-from tests import processes
 
 
 def shuffled(counts: list[int]) -> torch.Tensor:
@@ -67,20 +64,3 @@ def test_without_classes_a_part_of_all_is_held_out():
 def test_where_no_class_has_two_images_a_sentence_says_so():
     with pytest.raises(UserError, match="no class has two of the 5 training images"):
         hold_out(torch.arange(5), 0.1, seed=0)
-
-
-@pytest.mark.parametrize("command", ["linear", "logistic"])
-def test_one_and_two_processes_hold_out_and_choose_the_same(labelled, colour_run, tmp_path, command):
-    words = [
-        command, f"run={colour_run}", f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}",
-        "holdout=0.3", "pools=[mean,last4]", "cache=false", "workers=0", "precision=float32",
-        *(["epochs=5", "probe_batch_size=8", "lr=[0.1,1]"] if command == "linear" else ["l2=[1e-3,1e-1]"]),
-    ]  # fmt: skip
-    alone, together = tmp_path / "alone.json", tmp_path / "together.json"
-    processes.finish(processes.start([*words, f"out={alone}"], tmp_path / "log"), tmp_path / "log")
-    processes.launch([*words, f"out={together}"], tmp_path / "log2", world_size=2)
-    first, second = (json.loads(path.read_text())["results"] for path in (alone, together))
-    assert first["holdout_images"] == second["holdout_images"] == 12  # 4 of each class of 12
-    assert (first["pool"], first["setting"], first["right"]) == (second["pool"], second["setting"], second["right"])
-    for one, two in zip(first["sweep"], second["sweep"], strict=True):
-        assert one == {**two, "holdout_loss": pytest.approx(two["holdout_loss"], abs=2e-4)}  # sums by other threads
