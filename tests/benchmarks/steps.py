@@ -190,6 +190,7 @@ def compare(case: Case, rounds: int, seconds: float) -> Iterator[dict]:
     turn it is not wait."""
     device = start_accelerator("float32").device
     names = ["plain float32", "plain bf16", "sslvit float32", "sslvit bf16"]
+    rates = {precision: matmul_rate(device, precision) for precision in (torch.float32, torch.bfloat16)}
     context = multiprocessing.get_context("spawn")
     pipes, flops, counts = {}, {}, {}
     for name in names:
@@ -206,7 +207,6 @@ def compare(case: Case, rounds: int, seconds: float) -> Iterator[dict]:
             times[name].append(pipe.recv())
     for pipe in pipes.values():
         pipe.send(0)
-    rates = {precision: matmul_rate(device, precision) for precision in (torch.float32, torch.bfloat16)}
     for name in names:
         median = statistics.median(times[name])
         yield {
