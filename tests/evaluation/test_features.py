@@ -69,9 +69,9 @@ def unbacked() -> int:
     return memory.rss - memory.shared
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at what Linux says of memory")
-def test_a_probe_has_one_copy_of_one_way_of_pooling_in_memory(tmp_path):
-    """Of three, 46 MiB each (above 32 malloc gives back what is freed): that which the heads are trained on."""
+def choose(folder: str) -> None:
+    """Prints how many of three ways of pooling are in memory while the heads of each are trained; of 46 MiB each, as
+    above 32 malloc gives back what is freed."""
     count, width, found = 60_000, 200, []
 
     def untrained(x: torch.Tensor, labels: torch.Tensor, settings: list) -> torch.Tensor:
@@ -80,12 +80,19 @@ def test_a_probe_has_one_copy_of_one_way_of_pooling_in_memory(tmp_path):
 
     sets = {}
     for pool in ("cls", "mean", "last4"):
-        train = written(tmp_path, pool, random_features(count, width))
+        train = written(Path(folder), pool, random_features(count, width))
         sets[pool] = (train, replace(random_features(100, width), classes=train.classes))
     before = unbacked()
     linear.choose(linear.Config(), protocol.Task(None, sets, list("abcd"), {}), [{"lr": 0.1}], untrained)
-    sizes = [(now - before) / (4 * count * width) for now in found]
-    assert sizes == pytest.approx([0.9, 0.9, 0.9, 1.0], abs=0.2)
+    print(json.dumps([(now - before) / (4 * count * width) for now in found]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at what Linux says of memory")
+def test_a_probe_has_one_copy_of_one_way_of_pooling_in_memory(tmp_path):
+    """In a process of its own: in this one a training before may have told malloc to keep what is freed."""
+    log = tmp_path / "log"
+    printed = processes.finish(processes.begin(choose, str(tmp_path), output=log), log)
+    assert json.loads(printed.splitlines()[-1]) == pytest.approx([0.9, 0.9, 0.9, 1.0], abs=0.2)
 
 
 @pytest.mark.parametrize("command", ["linear", "logistic"])
