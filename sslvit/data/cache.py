@@ -25,21 +25,11 @@ CACHE_SHARE = 0.25  # of the free memory, up to which images are kept by default
 SAY_EVERY = 10.0  # seconds
 
 
-class Cached:
-    """A source whose decoded images stay in memory that all workers share, filled as they are read.
+class Kept:
+    """What is said of a source whose images are kept is said of the source."""
 
-    Only for images of one size and 8 bits; the others are read each time.
-    """
-
-    def __init__(self, source: Source, shape: tuple[int, int, int], room: "Room | None" = None) -> None:
-        """room: of `room_for` these images; None: one of this process and its workers."""
+    def __init__(self, source: Source) -> None:
         self.source, self.labels, self.classes = source, source.labels, source.classes
-        self.room, self.shape = room or Room(room_for(source, shape)), shape
-        size = len(source) * math.prod(shape)
-        # Pixel by pixel, as decoders give colours and as crops are cut from them.
-        c, h, w = shape
-        self.pixels = self.room.bytes[:size].view(len(source), h, w, c).permute(0, 3, 1, 2)
-        self.filled = self.room.bytes[size:]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -52,6 +42,23 @@ class Cached:
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
+
+
+class Cached(Kept):
+    """A source whose decoded images stay in memory that all workers share, filled as they are read.
+
+    Only for images of one size and 8 bits; the others are read each time.
+    """
+
+    def __init__(self, source: Source, shape: tuple[int, int, int], room: "Room | None" = None) -> None:
+        """room: of `room_for` these images; None: one of this process and its workers."""
+        super().__init__(source)
+        self.room, self.shape = room or Room(room_for(source, shape)), shape
+        size = len(source) * math.prod(shape)
+        # Pixel by pixel, as decoders give colours and as crops are cut from them.
+        c, h, w = shape
+        self.pixels = self.room.bytes[:size].view(len(source), h, w, c).permute(0, 3, 1, 2)
+        self.filled = self.room.bytes[size:]
 
     def read(self, index: int) -> Tensor:
         if self.filled[index]:
@@ -160,16 +167,13 @@ def _shape_of_all(source: Source, seed: int) -> tuple[int, int, int] | None:
     return tuple(shape) if dtype == torch.uint8 else None
 
 
-class OnDevice:
+class OnDevice(Kept):
     """Images of one size and 8 bits, all of them on the training device; `loader.make_loader` cuts them there."""
 
     def __init__(self, source: Source, pixels: Tensor, broken: dict[int, str]) -> None:
         """pixels: [N, H, W, C] uint8, on the device. broken: why an image could not be read, by number."""
-        self.source, self.labels, self.classes = source, source.labels, source.classes
+        super().__init__(source)
         self.pixels, self.broken = pixels, broken
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def take(self, index: Tensor) -> Tensor:
         """[B] int64 -> [B, C, H, W] uint8 on the device."""
@@ -180,15 +184,6 @@ class OnDevice:
         if index in self.broken:
             raise BadImage(self.broken[index])
         return self.pixels[index].permute(2, 0, 1)
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def identity(self) -> str:
-        return self.source.identity()
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
 
 
 def on_device(source: Source, cache: Cache, device: torch.device, workers: int) -> Source:

@@ -149,7 +149,7 @@ def room_for(rows: int, width: int, folder: Path | None) -> Tensor:
                 os.posix_fallocate(file.fileno(), 0, 4 * rows * width)  # now: a full disk would kill the process later
                 return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(rows, width)))
         except OSError:
-            pass
+            pass  # nowhere to write: in memory, as said
     return torch.empty(rows, width)
 
 
