@@ -18,7 +18,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from . import rng
+from . import branches, rng
 
 Shapes = tuple[tuple[int, int], ...]  # of packed images: (how many, tokens of each), one length after another
 
@@ -39,13 +39,17 @@ class DropPath(nn.Module):
         self.key = None if key is None or not self.active else rng.fold_in(key, "drop_path", self.place)
 
     def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale(x.shape[0], x.dtype)
+        return x if scale is None else x * scale.view(-1, *[1] * (x.ndim - 1))
+
+    def scale(self, rows: int, dtype: torch.dtype) -> Tensor | None:
+        """[rows] factors: 0 for what is dropped, 1 / (1 - rate) for the rest; None for 1 everywhere."""
         if not self.training or not self.active:
-            return x
+            return None
         assert self.key is not None, "an encoder with drop path was called without keys"
-        rows = x.shape[0] // self.key.shape[0]  # MobileViT folds patches into the batch: then several rows an image
-        draws = rng.uniform(self.key, rows).reshape(-1)
-        scale = (draws >= self.threshold).to(x.dtype) / (1 - self.threshold).to(x.dtype)
-        return x * scale.view(-1, *[1] * (x.ndim - 1))
+        # MobileViT folds patches into the batch: then several rows an image.
+        draws = rng.uniform(self.key, rows // self.key.shape[0]).reshape(-1)
+        return (draws >= self.threshold).to(dtype) / (1 - self.threshold).to(dtype)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
@@ -74,8 +78,8 @@ def run(block: nn.Module, x: Tensor, rows: slice | None = None, shapes: Shapes |
 
     With shapes x is packed, [T, D], and so is what is returned; the block has to be one that `known` knows.
 
-    Not here: leaving out the images whose branch stochastic depth drops. At DINO's rate of 0.1, picking them costs what
-    it saves (measured on a CPU; on a GPU it would also have to wait for the draws).
+    Not here: leaving out the images whose branch stochastic depth drops. At DINO's rate of 0.1, picking the others
+    costs what it saves (measured on a CPU; on a GPU it would also have to wait for the draws).
     """
     if getattr(block, "takes_rows", False):
         return block(x, rows, shapes)
@@ -101,9 +105,51 @@ def _call(block: Block, x: Tensor, rows: slice | None = None, shapes: Shapes | N
 
 
 def _run_known(block: nn.Module, x: Tensor, rows: slice | None, shapes: Shapes | None) -> Tensor:
-    base = x if rows is None else _cut(x, rows, shapes)[0]
-    x = base + block.drop_path1(block.ls1(_attention(block.attn, block.norm1(x), rows, shapes)))
+    by_hand = shapes is None and branches.serve(x) and _plain(block)
+    if by_hand and rows is None:
+        x = branches.attend(x, *_attention_parts(block), _factors(block.drop_path1, x))
+    else:
+        base = x if rows is None else _cut(x, rows, shapes)[0]
+        x = base + block.drop_path1(block.ls1(_attention(block.attn, block.norm1(x), rows, shapes)))
+    if by_hand:
+        return branches.transform(x, *_mlp_parts(block), _factors(block.drop_path2, x))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _plain(block: Block) -> bool:
+    """Whether branches.py says all that this block, which is known, and its parts do now."""
+    attention = block.attn
+    return (
+        not attention.fused_attn
+        and all(type(part) is nn.Identity for part in (attention.q_norm, attention.k_norm, attention.norm))
+        and not (attention.training and attention.proj_drop.p > 0)
+        and branches.is_plain_linear(attention.qkv)
+        and branches.is_plain_linear(attention.proj)
+        and branches.is_plain_mlp(block.mlp)
+        and all(branches.is_plain_norm(norm) for norm in (block.norm1, block.norm2))
+        and all(type(part) is nn.Identity for part in (block.ls1, block.ls2))
+        and all(type(part) in (nn.Identity, DropPath) for part in (block.drop_path1, block.drop_path2))
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules() if part is not block)
+    )
+
+
+def _attention_parts(block: Block) -> tuple[branches.Weights, branches.Shape]:
+    norm, attention = block.norm1, block.attn
+    weights = [norm.weight, norm.bias]
+    weights += [attention.qkv.weight, attention.qkv.bias, attention.proj.weight, attention.proj.bias]
+    return branches.Weights(*weights), branches.Shape(norm.eps, attention.num_heads, attention.scale)
+
+
+def _mlp_parts(block: Block) -> tuple[branches.Weights, branches.Shape]:
+    norm, mlp = block.norm2, block.mlp
+    weights = [norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias]
+    return branches.Weights(*weights), branches.Shape(norm.eps)
+
+
+def _factors(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """[B, 1, 1] bf16, as branches.py takes them."""
+    scale = drop_path.scale(len(x), torch.bfloat16) if isinstance(drop_path, DropPath) else None
+    return None if scale is None else scale.view(-1, 1, 1)
 
 
 @functools.cache

@@ -22,6 +22,7 @@ LAYERS = [
     {"timm_folder"},
     {"blocks", "encoder", "heads", "losses", "views", "augment", "data", "optim", "state", "sharding"},
     {
+        "branches",
         "resample",
         "rng",
         "schedules",
