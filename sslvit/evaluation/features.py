@@ -19,7 +19,7 @@ from ..data import BadImage, Source
 from ..distributed import gather_objects, rank, say, world_size
 from ..encoder import Encoder, Pool
 from ..errors import UserError
-from ..hardware import default_workers
+from ..hardware import default_workers, keep_memory
 from ..stopping import ignore_in_worker
 from ..views import centre
 
@@ -97,7 +97,9 @@ def batches(
     encoder.eval()
     seen, began, said = 0, time.perf_counter(), time.perf_counter()
     try:
-        for index, images, failed in loader:
+        running = iter(loader)  # its processes are there
+        keep_memory(device)
+        for index, images, failed in running:
             seen += len(index) + failed
             if len(index):
                 yield index, normalize(images.to(device, non_blocking=True).float() / 255)
