@@ -95,6 +95,7 @@ def choose_attention(module: nn.Module, device: torch.device, precision: str) ->
 
     There its backward pass is five times slower than plain matrix products for the short sequences of a ViT (measured:
     128 x 17 tokens 15.3 against 2.7 ms, 128 x 65 tokens 52 against 11 ms, 16 x 197 tokens 37 against 16 ms on 2 cores).
+    Blocks without it are then written out by hand where they are plain (branches.py).
     """
     if device.type == "cpu" and precision == "bf16":
         for attention in module.modules():
@@ -107,8 +108,8 @@ def keep_memory(device: torch.device) -> None:
 
     By itself it gives much of a step's memory back to the system, which then clears it again page by page: 14,000 to
     49,000 times in a step of MAE with 128 images of 32 pixels, 2 to 9 % of the step's time (measured). Call it after
-    loader processes have been started, which would inherit it. What the environment says of malloc stands; other C
-    libraries have no such setting.
+    loader processes have been started: those started later inherit it, and keep some more memory. What the environment
+    says of malloc stands; other C libraries have no such setting.
     """
     said = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc" and not said:

@@ -7,7 +7,7 @@ and the teacher's average work on the parts, and checkpoints are the run's own. 
 
 Weights are float32 and travel as such, and autocast casts them where they are used, as with DDP: a run gives the same
 numbers whether it is sharded or not, but for the order of additions. In bf16 the casts of the student's weights, two
-bytes each, stay until the backward pass.
+bytes each, stay until the backward pass, but for those of blocks written out by hand (branches.py).
 """
 
 import copy
