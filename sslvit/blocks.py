@@ -4,7 +4,7 @@ The output of a ViT's last block is often wanted for some tokens only: for the c
 decoder has to predict. Keys and values need all tokens; queries, the projection and the MLP, which are ten twelfths of
 a block, need those alone.
 
-On CPUs in bf16 plain blocks are not called at all but written out by hand, in branches.py; which those are is said here.
+On CPUs in bf16 plain blocks are not called at all but written out by hand, in branches.py.
 
 Images with other numbers of tokens can pass a block together, packed: all tokens below one another, [T, D]. Only
 attention has to know where an image ends, and is done for each length by itself, which is exact on every device.

@@ -11,6 +11,7 @@ from . import schedules
 from .distributed import all_reduce_sum, is_part, local
 from .errors import UserError
 
+FUSED = {"cuda", "cpu"}  # devices with AdamW as one kernel, which can also leave out a step by itself
 REFERENCE_BATCH = 256  # base_lr is the learning rate at this global batch size
 
 
@@ -80,7 +81,7 @@ def parameter_groups(module: nn.Module) -> list[dict]:
 def make_optimizer(config: Config, module: nn.Module) -> torch.optim.AdamW:
     groups = parameter_groups(module)
     # One kernel for all parameters; on a CPU too, where it is 3.5 times faster than the foreach form (5.6M parameters).
-    fused = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])
+    fused = all(p.device.type in FUSED for group in groups for p in group["params"])
     return torch.optim.AdamW(
         groups, config.base_lr, tuple(config.betas), config.eps, config.weight_decay, fused=fused or None
     )
