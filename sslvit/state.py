@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from . import tensorfile
 from .distributed import part, rank, whole
 from .errors import UserError
 
@@ -78,7 +79,7 @@ def write(run_dir: Path, tensors: Tensors, record: dict[str, Any]) -> Path:
     fresh.mkdir()
     try:
         for name, values in zip((MODEL, OPTIMIZER), tensors, strict=True):
-            save_file(values, fresh / name)
+            tensorfile.write(values, fresh / name)
         (fresh / STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
         names = (MODEL, OPTIMIZER, STATE)
         sums = "".join(f"{_checksum(fresh / name)}  {name}\n" for name in names)  # what `sha256sum -c` reads

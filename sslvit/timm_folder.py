@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import tensorfile
 from .encoder import Encoder
 from .errors import UserError
 
@@ -71,8 +72,7 @@ def write(out: Path, config: dict[str, Any], model: torch.nn.Module, images: Ten
         fresh.mkdir(parents=True)
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(fresh / "config.json", fresh / "model.safetensors")  # safetensors' own is for the owner only
+        tensorfile.write(weights, fresh / "model.safetensors", {"format": "pt"})
         check(fresh, images, expected, config["architecture"])
         shutil.rmtree(out, ignore_errors=True)
         os.replace(fresh, out)

@@ -53,6 +53,13 @@ def test_nothing_but_safetensors_and_json_is_written(tmp_path):
     load_file(folder / state.OPTIMIZER)
 
 
+def test_others_may_read_a_checkpoint_as_any_other_file(tmp_path):
+    saved(tmp_path, 1)
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in [tmp_path / "other", *(tmp_path / "checkpoints").glob("step_*/*")]}
+    assert len(modes) == 1
+
+
 def test_the_last_ones_are_kept(tmp_path):
     saved(tmp_path, 1, 2, 3, 10)
     state.prune(tmp_path, keep_last=2, step=10)

@@ -36,6 +36,7 @@ LAYERS = [
         "lock",
         "journal",
         "board",
+        "tensorfile",
     },
 ]
 FAMILIES = {"objectives", "evaluation", "export"}

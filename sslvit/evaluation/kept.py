@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import tensorfile
 from ..augment import Normalize
 from ..data import Source
 from ..distributed import any_process, barrier, gather_objects, rank, say, world_size
@@ -128,12 +128,8 @@ def _write(folder: Path, key: str, content: dict[str, str], features: Features) 
     total, problem = sum(gather_objects(len(features))), None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
-        part.touch()
-        mode = part.stat().st_mode  # of other files: safetensors' own is for the owner only
         tensors = {"values": features.values.contiguous(), "index": features.index.contiguous()}
-        save_file(tensors, part, content | {"images_read": str(total)})
-        part.chmod(mode)
+        tensorfile.write(tensors, part, content | {"images_read": str(total)})
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         problem = f"The features are not kept for next time: {path}: {error}."

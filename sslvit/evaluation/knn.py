@@ -77,10 +77,16 @@ def run(config: Config) -> dict[str, Any]:
     check_range("", config, 1, None, "shots", "repeats", "probes")
     pictures.check(config.picture)
     alone = not config.data.test
-    task = protocol.prepare(config, "knn", alone=alone)
+    ks = tuple(config.k)
+
+    def enough(images: int) -> None:
+        if ks != KS:  # those that were asked for; how many images have labels and can be read is seen later
+            _check(ks, images - alone)
+
+    task = protocol.prepare(config, "knn", alone=alone, check=enough)
     bank = labelled(task.train)
     queries = bank if alone else labelled(task.test)
-    ks = _possible(tuple(config.k), sum(gather_objects(len(bank))) - alone)
+    ks = _possible(ks, sum(gather_objects(len(bank))) - alone)
     index = None if config.index == "exact" else _approximate(config, bank.values)
     votes = classify(bank, queries, len(task.classes), ks, config.temperature, alone, index)
     results: dict[str, Any] = {"protocol": "leave-one-out" if alone else "train and test"}

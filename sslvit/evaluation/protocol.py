@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -149,11 +149,14 @@ def load(config: Subject) -> Frozen:
     return Frozen(subject, pool, accelerator, precision)
 
 
-def prepare(config: Config, name: str, pools: Sequence[Pool] | None = None, alone: bool = False) -> Task:
+def prepare(
+    config: Config, name: str, pools: Sequence[Pool] | None = None, alone: bool = False,
+    check: Callable[[int], None] | None = None,
+) -> Task:  # fmt: skip
     """Load the encoder, open the images, compute the features. Raises UserError before the features where it can.
 
     pools: ways of pooling; null: the configured one, (): all that the encoder has. alone: without data.test the
-    training images are both sets.
+    training images are both sets. check: told the number of training images before the features are computed.
     """
     began = time.perf_counter()
     words = both_sets(config, name, alone)
@@ -165,6 +168,8 @@ def prepare(config: Config, name: str, pools: Sequence[Pool] | None = None, alon
             raise UserError(f"pools: {pool} is not something that {config.run} has: use {', '.join(encoder.pools())}.")
     pools = tuple((frozen.pool,) if pools is None else pools or encoder.pools())
     train_source, test_source, numbers = frozen.open_both(config, words, alone)
+    if check:
+        check(len(train_source))
 
     def compute(source: Source) -> dict[Pool, Features]:
         return extract_cached(

@@ -350,9 +350,11 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
     assert "has no checkpoint yet" in fails(command, f"run={empty}", train, test)
 
 
-def test_a_k_above_the_bank_gets_a_sentence(fails, labelled, colour_run):
+def test_a_k_above_the_bank_gets_a_sentence_before_the_features_are_computed(fails, labelled, colour_run, monkeypatch):
+    monkeypatch.setattr("sslvit.evaluation.protocol.extract_cached", None)  # which nobody may call
     train, test = f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"
     assert "k=37 is larger than the 36 labelled" in fails("knn", f"run={colour_run}", train, test, "k=[37]")
+    assert "k=36 is larger than the 35 labelled" in fails("knn", f"run={colour_run}", train, "k=[36]")
     assert "above 0" in fails("knn", f"run={colour_run}", train, test, "k=[0]")
 
 
