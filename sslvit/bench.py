@@ -27,7 +27,7 @@ from . import data, objectives, optim, rng, sharding
 from .augment import Normalize, augment
 from .config import Plan, RunConfig
 from .data import BadImage, Source, read_smaller
-from .data.cache import Memory, OnDevice, cached, on_device
+from .data.cache import Kept, Memory, OnDevice, cached, on_device
 from .data.loader import make_loader
 from .distributed import gather_objects, say
 from .errors import UserError
@@ -47,6 +47,7 @@ from .pretrain import compiled, train_step, update
 from .views import Views, cut, reduction
 
 SAMPLE = 64  # images read and cut to measure one core
+FEW = 4  # global batches that are kept in memory to measure the epochs after the first
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,18 +73,26 @@ class Report:
     forward: float
     backward: float
     update: float
-    loop: float
+    loop: float  # of images that are in memory, if they stay there and the run has more than an epoch
+    first: float | None  # then the loop of the first epoch, which decodes them
     waiting: float  # share of the loop that is spent waiting for the loader
     flop: float  # of the matrix products of forward and backward, an image; with grad_checkpointing, done twice
     matmul: float  # FLOP/s of the matrix products of one process, measured
     memory: int  # bytes at the peak: of the GPU, or of the process on a CPU
     memory_total: int
     images: int  # that the whole run trains on
+    epoch: int  # images of an epoch
 
     @property
     def step(self) -> float:
         """Seconds an image takes one process, apart from loading."""
         return self.colours + self.forward + self.backward + self.update
+
+    @property
+    def whole(self) -> float:
+        """Seconds of the whole run."""
+        early = min(self.images, self.epoch) if self.first else 0
+        return early * (self.first or 0) + (self.images - early) * self.loop
 
     @property
     def utilisation(self) -> float:
@@ -126,7 +135,8 @@ def bench(config: RunConfig, settings: Config) -> Report:
     in_memory = on_device(in_memory, config.data.cache, device, workers)
     resident = isinstance(in_memory, OnDevice)
     workers = 0 if resident else workers
-    batches = _endless(config, plan, in_memory, views, workers, device)
+    endless = partial(_endless, config, plan, views=views, workers=workers, device=device)
+    batches = endless(in_memory)
     raw, window = next(batches), Window()
     keep_memory(device)
     batch = augment(raw, views, normalize, device)
@@ -152,20 +162,17 @@ def bench(config: RunConfig, settings: Config) -> Report:
     each = {name: statistics.median(values) / b for name, values in spent.items()}
     each["update"] /= accumulate
 
-    waited: list[float] = []
-
-    def micro_batches() -> Iterator[dict[str, Tensor]]:
-        for _ in range(accumulate):
-            following = _timed(waited, None, lambda: next(batches))
-            yield augment(following, views, normalize, device)
-
-    for _ in range(2 * workers):  # what the workers had ready while the parts were measured
-        next(batches)
-    steps, elapsed = _repeat(
-        lambda: train_step(config, plan, accelerator, model, optimizer, micro_batches(), 0, window),
-        2 * settings.seconds,
-        device,
-    )
+    prepare = partial(augment, views=views, normalize=normalize, device=device)
+    step = partial(train_step, config, plan, accelerator, model, optimizer)
+    loop = partial(_loop, step, prepare, accumulate, 2 * workers, 2 * settings.seconds, device)
+    (a_step, waiting), first = loop(batches), None
+    if in_memory is not source and not resident and plan.steps > plan.steps_per_epoch:
+        first = a_step
+        batches.close()
+        batches = endless(First(in_memory, min(plan.steps_per_epoch, FEW) * plan.layout.global_batch_size))
+        for _ in range(min(plan.steps_per_epoch, FEW) * accumulate):  # their first epoch
+            next(batches)
+        a_step, waiting = loop(batches)
     dtype = DTYPES[accelerator.mixed_precision]
     used = peak_memory(device)  # before the matrix products below add to it
     gpu = device.type == "cuda"
@@ -180,13 +187,15 @@ def bench(config: RunConfig, settings: Config) -> Report:
         read=read,
         cut=crops,
         **each,
-        loop=elapsed / steps / plan.layout.global_batch_size,
-        waiting=sum(waited[-steps * accumulate :]) / elapsed,
+        loop=a_step / plan.layout.global_batch_size,
+        first=first and first / plan.layout.global_batch_size,
+        waiting=waiting,
         flop=counter.get_total_flops() / b,
         matmul=matmul_rate(device, dtype),
         memory=used,
         memory_total=total,
         images=plan.steps * plan.layout.global_batch_size,
+        epoch=plan.steps_per_epoch * plan.layout.global_batch_size,
     )
 
 
@@ -214,12 +223,13 @@ def lines(report: Report, config: RunConfig) -> list[str]:
         row("forward", r.forward),
         row("backward", r.backward),
         row("update", r.update),
+        *([row("the loop, first epoch", r.first, "images are decoded")] if r.first else []),
         row("the loop, all together", r.loop, feeding),
         "",
         f"  {r.flop / 1e9:.2f} GFLOP an image; {r.flop / r.loop / 1e9:,.0f} GFLOP/s, {r.utilisation:.0%} of the "
         f"{r.matmul * r.processes / 1e9:,.0f} that matrix products reach here",
         f"  memory at the peak {r.memory / 2**30:.1f} of {r.memory_total / 2**30:.0f} GiB",
-        f"  the whole run: {r.images:,} images, {duration(r.images * r.loop)}",
+        f"  the whole run: {r.images:,} images, {duration(r.whole)}",
         *[f"  first: {text}" for text in advice(report, config)],
     ]
 
@@ -295,6 +305,38 @@ def _one_core(source: Source, views: Views, seed: int, scaling: bool) -> tuple[f
     if not spent["cut"]:
         raise UserError(f"None of {SAMPLE} images of the source can be read, for example {source.name(int(order[0]))}.")
     return statistics.mean(spent["read"][1:] or spent["read"]), statistics.mean(spent["cut"][1:] or spent["cut"]) / 4
+
+
+def _loop(
+    step: Callable[[Iterator[dict[str, Tensor]], int, Window], None], prepare: Callable[[dict], dict[str, Tensor]],
+    accumulate: int, ahead: int, seconds: float, device: torch.device, batches: Iterator[dict],
+) -> tuple[float, float]:  # fmt: skip
+    """Seconds a step, and the share of them that is spent waiting for batches.
+
+    ahead: batches that the loader had ready while something else was measured.
+    """
+    waited: list[float] = []
+
+    def micro_batches() -> Iterator[dict[str, Tensor]]:
+        for _ in range(accumulate):
+            yield prepare(_timed(waited, None, lambda: next(batches)))
+
+    for _ in range(ahead):
+        next(batches)
+    window = Window()
+    steps, elapsed = _repeat(lambda: step(micro_batches(), 0, window), seconds, device)
+    return elapsed / steps, sum(waited[-steps * accumulate :]) / elapsed
+
+
+class First(Kept):
+    """The first images of a source."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        super().__init__(source)
+        self.count, self.read = count, source.read
+
+    def __len__(self) -> int:
+        return self.count
 
 
 def _endless(

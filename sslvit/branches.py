@@ -26,6 +26,10 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 BF16 = torch.bfloat16
 TALL = 8192  # rows from which a product of two tall matrices gains by transposing the narrower one
 
+_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+if _LINEAR is not None and _LINEAR not in flop_registry:  # at once: a counter takes the list as it is when it begins
+    register_flop_formula(_LINEAR)(lambda x, weight, *_, **__: 2 * x[0] * x[1] * weight[0])
+
 Product = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
@@ -241,7 +245,4 @@ def _product() -> Product | None:
         return None
     if not same:
         return None
-
-    if call not in flop_registry:  # a later torch may count it by itself
-        register_flop_formula(call)(lambda x, weight, *_, **__: 2 * x[0] * x[1] * weight[0])
     return product

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import re
+import time
 
 import pytest
 import torch
 
-from sslvit import bench, config
+from sslvit import bench, config, data
+from sslvit.data.cache import Kept
 from tests.conftest import METHODS, words
-from tests.processes import launch
+from tests.processes import finish, launch, start
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,18 @@ def test_the_report_names_every_stage_and_the_whole_run(report):
     assert "the whole run: 64 images" in text
     assert "float32, 1 process" in text
     assert report[0].loop >= report[0].forward + report[0].backward
+
+
+def test_the_first_thing_that_a_process_does_in_bf16_is_counted_too(images, tmp_path):
+    """The products of branches.py are no operations that torch counts by itself."""
+    counted = []
+    for precision in ("float32", "bf16"):
+        report = tmp_path / f"{precision}.json"
+        more = [f"precision={precision}", "workers=0", "batch_size=4", "seconds=0.05", f"report={report}"]
+        log = tmp_path / "log"
+        finish(start(["bench", str(images), *words("mae", *more)], log), log)
+        counted.append(json.loads(report.read_text())["flop"])
+    assert counted[1] == pytest.approx(counted[0], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -97,3 +111,21 @@ def test_images_on_the_device_are_cut_there_without_loader_processes(images):
     assert found.on_device
     assert found.workers == 0
     assert re.search(r"cut the crops, on the device +[0-9,]+ +[0-9.]+", "\n".join(bench.lines(found, run)))
+
+
+def test_images_that_stay_in_memory_are_decoded_in_the_first_epoch_only(images, monkeypatch):
+    """The whole run is forecast from both; reading is made slow here."""
+
+    class Slow(Kept):
+        def read(self, index: int) -> torch.Tensor:
+            time.sleep(0.02)
+            return self.source.read(index)
+
+    opened = data.open_source
+    monkeypatch.setattr(data, "open_source", lambda *words: Slow(opened(*words)))
+    run = config.load([str(images), *words("mae", "precision=float32", "workers=0", "cache=ram", "epochs=10")])
+    report = bench.bench(run, bench.Config(seconds=0.05))
+    assert report.first > report.loop + 0.008  # of three steps one is of the second epoch
+    assert (report.epoch, report.images) == (32, 320)
+    assert report.whole == pytest.approx(32 * report.first + 288 * report.loop)
+    assert "the loop, first epoch" in "\n".join(bench.lines(report, run))
