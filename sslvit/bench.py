@@ -249,7 +249,11 @@ def advice(report: Report, config: RunConfig) -> list[str]:
     r, found = report, []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loading = r.cut + (0 if r.cached else r.read)
-    if r.waiting > 0.1:
+    if r.waiting > 0.1 and r.on_device:
+        found.append(
+            f"cutting the crops on the device takes {r.waiting:.0%} of the time: data.cache=ram leaves it to the cores."
+        )
+    elif r.waiting > 0.1:
         wanted = math.ceil(loading / r.step)
         if r.workers < wanted and r.workers * r.processes < cores:
             found.append(

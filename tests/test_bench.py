@@ -58,6 +58,7 @@ def test_the_first_thing_that_a_process_does_in_bf16_is_counted_too(images, tmp_
     ("changes", "expected"),
     [
         ({"waiting": 0.5, "read": 0.02, "workers": 0}, "data.workers="),
+        ({"waiting": 0.5, "workers": 0, "on_device": True}, "data.cache=ram leaves it to the cores"),
         ({"waiting": 0.5, "read": 0.02, "workers": 999}, "smaller image files"),
         ({"device": "cuda (a GPU)", "dtype": torch.bfloat16, "memory": 10, "memory_total": 100}, "batch_size"),
         ({"update": 9.0, "dtype": torch.bfloat16}, "a larger global_batch_size"),
