@@ -130,7 +130,10 @@ def merge(config: DictConfig, values: dict[str, Any], where: str) -> DictConfig:
     """
     try:
         merged = OmegaConf.merge(config, _lists_as_words(config, values))
-        OmegaConf.to_object(merged)  # checks tuples and what is interpolated
+        OmegaConf.to_object(merged)  # checks tuples and what is interpolated, ...
+        for key, value in flatten(merged).items():  # ... but not that the items of a tuple are single values
+            if isinstance(value, list) and any(isinstance(item, (list, tuple, dict)) for item in value):
+                raise ValueError(f"{key}={shown(value)} holds a list or a dictionary: give single values")
         return merged
     except Exception as error:  # OmegaConf's own, and TypeError for a list in place of a dictionary
         raise UserError(f"{where}: {first_line(error)}.") from error

@@ -72,6 +72,7 @@ def test_what_is_stored_is_what_is_loaded(tmp_path):
         (["epochs=many"], ["epochs=many", "Float"]),
         (["mask_ratio=[1,2]"], ["mask_ratio"]),
         (["betas=[0.9]"], ["betas"]),
+        (["betas=[[],[]]"], ["optim.betas=[[],[]]", "single values"]),
         (["image_size=big"], ["image_size=big"]),
         (["train=x"], ["data.train or eval.train"]),
         (["precision=fp64"], ["fp64", "bf16"]),
