@@ -33,6 +33,7 @@ from sslvit.__main__ import main  # noqa: E402
 
 aten = torch.ops.aten
 NAME = "gpu"
+PACKAGE = pretrain.__file__.rsplit("/", 1)[0] + "/"
 # The host has to see their result, or how large it is.
 LOOKS = {
     aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim,
@@ -95,7 +96,7 @@ def waiting() -> None:
     frame, places = sys._getframe(1), []
     while frame and len(places) < 2:
         path = frame.f_code.co_filename
-        if "/sslvit/" in path:
+        if path.startswith(PACKAGE):
             places.append(f"{path.rsplit('/', 1)[1]}:{frame.f_lineno}")
         frame = frame.f_back
     waits.append({"step": running[-1] if running else None, "place": " <- ".join(places)})
