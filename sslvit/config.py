@@ -1,29 +1,27 @@
-"""The configuration of a run: dataclass defaults < the method's defaults < those of its preset < a YAML recipe <
-key=value words.
+"""The configuration of a run: dataclass defaults, the method's, its preset's, a YAML recipe, key=value; the later wins.
 
-Every key is declared in a dataclass beside the code that reads it. Nothing is changed after loading: what follows
-from the configuration is computed by `make_plan`.
+Every key is declared in a dataclass beside the code that reads it. No value changes after loading: `make_plan` computes
+what follows from the configuration.
 """
 
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from . import objectives, optim
+from . import compatibility, objectives, optim
+from .arguments import assignments, check_keys, flatten, full_key, help_lines, merge, nested, read_yaml, value_of
+from .checkpoints.state import Config as SaveConfig
 from .data import Config as DataConfig
-from .data import image_size, kind_of
+from .data import kind_of
 from .data.loader import Layout, make_layout
-from .encoder import Config as ModelConfig
-from .errors import UserError
+from .errors import UserError, check_range, did_you_mean
 from .evaluation.online import Config as EvalConfig
 from .hardware import Precision
 from .metrics import Config as LogConfig
+from .model.factory import Config as ModelConfig
 from .optim import Config as OptimConfig
-from .state import Config as SaveConfig
-from .words import assignments, check_keys, flatten, full_key, help_lines, merge, nested, read_yaml, value_of
 
 DURATIONS = ("epochs", "steps", "images")
 
@@ -32,16 +30,20 @@ DURATIONS = ("epochs", "steps", "images")
 class RunConfig:
     method: str = "mae"  # mae, dino, or the dotted name of a module of your own
     out: str = ""  # the run directory; empty: runs/ and the name of the recipe
-    seed: int = 0  # of everything random: another number is another run
-    epochs: float | None = None  # how long: passes over the images ...
+    seed: int = 0  # of all randomness; another number gives another run
+    epochs: float | None = None  # length of the run: passes over the images ...
     steps: int | None = None  # ... or optimizer steps ...
-    images: int | None = None  # ... or images seen; exactly one of the three
-    max_hours: float | None = None  # of this start: then save and end with status 75; the same command goes on
-    global_batch_size: int = 256  # images for one optimizer step, over all processes
-    batch_size: int | Literal["auto"] | None = None  # images at once on a process; null: its share; auto: what fits
-    precision: Precision = "auto"  # auto: bf16 where the hardware is fast at it, else float32
-    compile: bool = False  # torch.compile every transformer block: for GPUs and long runs; a minute at the start
-    shard: bool = False  # split weights and moments among the processes (FSDP): for models too large for one GPU
+    images: int | None = None  # ... or images seen; give exactly one of the three
+    max_hours: float | None = None  # then this start saves and ends with exit status 75; the same command goes on
+    global_batch_size: int = 256  # images of one optimizer step, over all processes
+    batch_size: int | Literal["auto"] | None = (
+        None  # images at once on one process; null: its share of the global batch; auto: as many as fit on the GPU
+    )
+    precision: Precision = "auto"  # auto: bf16 where the hardware is fast at it, else float32; fp16 is experimental
+    compile: bool = (
+        False  # torch.compile every transformer block: for GPUs and long runs; costs about a minute at the start
+    )
+    shard: bool = False  # experimental: split weights and moments among the processes (FSDP), for very large models
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: Any = None  # the method's Config
@@ -61,54 +63,73 @@ class Plan:
     warmup_steps: int
 
 
-def load(words: list[str]) -> RunConfig:
-    """The configuration that the words of a command line stand for: a recipe (*.yaml), images, key=value.
+def load(arguments: list[str]) -> RunConfig:
+    """The configuration that the arguments of a command line stand for: a recipe (*.yaml), images, key=value.
 
     Raises UserError.
     """
-    recipes = [Path(word) for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
-    folders = [word for word in words if "=" not in word and Path(word) not in recipes]
-    for word in folders:
-        if kind_of(word) is None:
-            raise UserError(f"{word} is neither a recipe (*.yaml), nor a folder or file of images, nor key=value.")
-    if len(recipes) > 1 or len(folders) > 1:
-        raise UserError(f"Give one recipe and one folder at most, not {', '.join(map(str, recipes + folders))}.")
-    given = [("data.train", folder) for folder in folders] + assignments([word for word in words if "=" in word])
-    lengths = {key: value for key, value in given if key in DURATIONS and value not in ("", "null")}
-    if len(lengths) > 1:
-        shown_lengths = " and ".join(f"{key}={value}" for key, value in lengths.items())
-        raise UserError(f"The length of a run is epochs, steps or images, not {shown_lengths} at once: give one.")
-    values = read_yaml(recipes[0]) if recipes else {}
-
-    method = str(next((v for k, v in reversed(given) if k == "method"), values.get("method") or RunConfig.method))
-    preset = (values.get("objective") or {}).get("preset") if isinstance(values.get("objective"), dict) else None
-    preset = next((v for k, v in reversed(given) if k in ("preset", "objective.preset")), preset)
+    recipe, values, given = _sort(arguments)
+    method, preset = _method_and_preset(values, given)
     config = _defaults(method, preset)
     keys = list(flatten(config))
-    for layer, where in [(values, str(recipes[0]))] if recipes else []:
-        check_keys(layer, keys, where, "pretrain")
-        config = merge(config, _with_one_duration(layer), where)
+    values = compatibility.modernise(values, str(recipe))
+    check_keys(values, keys, str(recipe), "pretrain")
+    config = merge(config, _with_one_duration(values), str(recipe))
+    chosen = set(flatten(values))
     for key, text in given:
         key = full_key(key, keys, "pretrain")
-        layer = nested(key, value_of(config, key, text))
+        layer = compatibility.modernise(nested(key, value_of(config, key, text)), f"{key}={text}")
         config = merge(config, _with_one_duration(layer), f"{key}={text}")
-    config.out = config.out or f"runs/{recipes[0].stem if recipes else method}"
-    return OmegaConf.to_object(config)
+        chosen.add(key)
+    config.out = config.out or f"runs/{recipe.stem if recipe else method}"
+    stored = Path(config.out) / "config.yaml"
+    if stored.is_file():  # a run of an older version goes on as it began
+        for key, value in compatibility.before(read_yaml(stored), set(keys) - chosen).items():
+            config = merge(config, nested(key, value), str(stored))
+    loaded = OmegaConf.to_object(config)
+    assert isinstance(loaded, RunConfig)
+    return loaded
+
+
+def _sort(arguments: list[str]) -> tuple[Path | None, dict[str, Any], list[tuple[str, str]]]:
+    """(the recipe, its values, the (key, text) pairs of key=value in their order); images are data.train=."""
+    recipes = [Path(word) for word in arguments if word.endswith((".yaml", ".yml")) and "=" not in word]
+    images = [word for word in arguments if "=" not in word and Path(word) not in recipes]
+    for word in images:
+        if kind_of(word) is None:
+            raise UserError(f"{word} is neither a recipe (*.yaml), nor a folder or file of images, nor key=value.")
+    if len(recipes) > 1 or len(images) > 1:
+        raise UserError(f"Give one recipe and one folder at most, not {', '.join([*map(str, recipes), *images])}.")
+    given = [("data.train", word) for word in images] + assignments([word for word in arguments if "=" in word])
+    durations = {key: text for key, text in given if key in DURATIONS and text not in ("", "null")}
+    if len(durations) > 1:
+        both = " and ".join(f"{key}={text}" for key, text in durations.items())
+        raise UserError(f"The length of a run is epochs, steps or images, not {both} at once: give one.")
+    return (recipes[0], read_yaml(recipes[0]), given) if recipes else (None, {}, given)
+
+
+def _method_and_preset(values: dict[str, Any], given: list[tuple[str, str]]) -> tuple[str, str | None]:
+    """Those of the recipe's values, or of the last key=value that names them."""
+    objective = values.get("objective")
+    method = str(values.get("method") or RunConfig.method)
+    preset = objective.get("preset") if isinstance(objective, dict) else None
+    for key, text in given:
+        method = text if key == "method" else method
+        preset = text if key in ("preset", "objective.preset") else preset
+    return method, preset
 
 
 def _defaults(method: str, preset: str | None = None) -> DictConfig:
-    """The dataclasses' defaults under those of the method's paper, and those under what a preset of it sets. Raises
-    UserError."""
+    """The dataclasses' defaults, then those of the method's paper, then those of a preset. Raises UserError."""
     module = objectives.find(method)
-    config = OmegaConf.merge(OmegaConf.structured(RunConfig(method=method, objective=module.Config())), module.DEFAULTS)
+    config = merge(OmegaConf.structured(RunConfig(method=method, objective=module.Config())), module.DEFAULTS, method)
     if preset is None:
         return config
     presets = getattr(module, "PRESETS", {})
     if not presets:
         raise UserError(f"objective.preset={preset}: method={method} has no presets, leave it out.")
     if preset not in presets:
-        near = difflib.get_close_matches(str(preset), presets, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(str(preset), presets)
         raise UserError(f"objective.preset={preset} is not one of {', '.join(presets)}.{hint}")
     return merge(config, {"objective": {"preset": preset, **presets[preset]}}, f"objective.preset={preset}")
 
@@ -126,51 +147,45 @@ def save(config: RunConfig, path: Path) -> None:
 
 def differences(old: Path, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """{key: (value in the file, value now)} where a stored configuration and a new one differ."""
-    stored, now = flatten(read_yaml(old)), flatten(OmegaConf.structured(new))
-    before = flatten(_defaults(new.method)) | stored  # a key that is newer than the file had its default
+    values, now = compatibility.modernise(read_yaml(old), str(old)), flatten(OmegaConf.structured(new))
+    # A key that is newer than the file had its default, or what `compatibility` says.
+    before = flatten(_defaults(new.method)) | compatibility.before(values, now) | flatten(values)
     return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
 
 
-def help_text(method: str, preset: str | None = None) -> str:
-    """All keys of a method with their defaults and what they mean."""
-    return "\n".join(help_lines(OmegaConf.to_object(_defaults(method, preset))))
+def help_text(arguments: list[str]) -> str:
+    """The keys of the method that a command line names, also by its recipe: defaults, and what they mean."""
+    _, values, given = _sort(arguments)
+    method, preset = _method_and_preset(values, given)
+    lines = help_lines(OmegaConf.to_object(_defaults(method, preset)))
+    chosen = f"method={method}" + (f" preset={preset}" if preset else "")
+    title = f"Keys with their defaults for {chosen}; a key may be given by its last name alone:"
+    return "\n".join([title, "", *lines])
 
 
 def check(config: RunConfig) -> None:
-    """Refuse numbers that have no meaning, before anything is opened. Raises UserError."""
-    least: dict[str, tuple[Any, float]] = {
-        "data.workers": (config.data.workers, 0),
-        "data.in_chans": (config.data.in_chans, 1),
-        "data.image_size": (min(image_size(config.data)), 1),
-        "log.every_steps": (config.log.every_steps, 1),
-        "log.rank_every_steps": (config.log.rank_every_steps, 1),
-        "log.max_nonfinite": (config.log.max_nonfinite, 1),
-        "save.every_minutes": (config.save.every_minutes, 0),
-        "save.every_steps": (config.save.every_steps, 1),
-        "save.keep_last": (config.save.keep_last, 1),
-        "save.keep_every": (config.save.keep_every, 1),
-        "eval.every_epochs": (config.eval.every_epochs, 0),
-        "eval.k": (config.eval.k, 1),
-        "max_hours": (config.max_hours, 0),
-    }
-    for key, (value, minimum) in least.items():
-        if value is not None and not value >= minimum:
-            raise UserError(f"{key}={value} must be {minimum} or above.")
-    if config.save.keep_best and not config.eval.test:
-        raise UserError("save.keep_best=true keeps the best by k-NN accuracy: it needs eval.train and eval.test.")
-    if not 0 <= config.data.bad_ratio <= 1:
-        raise UserError(f"data.bad_ratio={config.data.bad_ratio} must lie between 0 and 1.")
+    """Refuse values without a meaning, before anything is opened. Raises UserError."""
+    if not config.data.train:
+        raise UserError("data.train is missing: name the images to train on, as in `sslvit pretrain path/to/images`.")
+    check_range("", config, 0, None, "max_hours")
+    check_range("data.", config.data, 0, None, "workers")
+    check_range("data.", config.data, 1, None, "in_chans", "image_size")
+    check_range("data.", config.data, 0, 1, "bad_ratio")
+    check_range("log.", config.log, 1, None, "every_steps", "rank_every_steps", "max_nonfinite")
+    check_range("save.", config.save, 0, None, "every_minutes")
+    check_range("save.", config.save, 1, None, "every_steps", "keep_last", "keep_every")
+    check_range("eval.", config.eval, 0, None, "every_epochs")
+    check_range("eval.", config.eval, 1, None, "k")
+    optim.check(config.optim)
     value_range = config.data.value_range
     if value_range is not None and not value_range[0] < value_range[1]:
         raise UserError(f"data.value_range={list(value_range)} must be [low,high] with low below high.")
+    if config.save.keep_best and not config.eval.test:
+        raise UserError("save.keep_best=true keeps the best by k-NN accuracy: it needs eval.train and eval.test.")
     if config.shard and config.precision == "fp16":
         raise UserError("shard=true has no scaler of gradients, which precision=fp16 needs: use bf16 or float32.")
     if config.shard and config.batch_size == "auto":
-        raise UserError(
-            "batch_size=auto tries sizes on each process by itself, and with shard=true none runs without the others: "
-            "give a number."
-        )
-    optim.check(config.optim)
+        raise UserError("batch_size=auto does not work with shard=true: give a number.")
 
 
 def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) -> Plan:
@@ -178,25 +193,24 @@ def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) ->
     total = config.global_batch_size
     batch_size = config.batch_size if isinstance(config.batch_size, int) else None
     layout = make_layout(total, batch_size, num_images, world_size, rank, config.data.train)
-    given = [key for key in DURATIONS if getattr(config, key) is not None]
-    if len(given) != 1 or not getattr(config, given[0]) > 0:
+    given = {key: value for key in DURATIONS if (value := getattr(config, key)) is not None}
+    if len(given) != 1 or not min(given.values()) > 0:
         values = ", ".join(f"{key}={getattr(config, key)}" for key in DURATIONS)
         raise UserError(f"The length of the run must be one number above 0, as epochs, steps or images, not {values}.")
-    steps_per_epoch = num_images // total
-    steps = {
-        "epochs": lambda: round(config.epochs * steps_per_epoch),
-        "steps": lambda: config.steps,
-        "images": lambda: config.images // total,
-    }[given[0]]()
+    ((unit, length),) = given.items()
+    per_epoch = num_images // total
+    steps = round(length * per_epoch) if unit == "epochs" else int(length if unit == "steps" else length // total)
     if steps < 1:
-        raise UserError(
-            f"{given[0]}={getattr(config, given[0])} is less than one step of {total} images: make it longer."
-        )
-    warmup_steps = round(config.optim.warmup_epochs * steps_per_epoch)
+        raise UserError(f"{unit}={length} is less than one step of {total} images: make it longer.")
+    warmup_steps = round(config.optim.warmup_epochs * per_epoch)
     if warmup_steps >= steps:
         raise UserError(
-            f"optim.warmup_epochs={config.optim.warmup_epochs:g} is not shorter than the run of "
-            f"{steps / steps_per_epoch:g} epochs: a tenth of the run is usual, "
-            f"optim.warmup_epochs={steps / steps_per_epoch / 10:.2g}."
+            f"optim.warmup_epochs={config.optim.warmup_epochs:g} is not shorter than the run of {steps / per_epoch:g} "
+            f"epochs: a tenth of the run is usual, optim.warmup_epochs={steps / per_epoch / 10:.2g}."
         )
-    return Plan(layout, steps_per_epoch, steps, warmup_steps)
+    every = config.eval.every_epochs
+    if every and round(every * per_epoch) < 1:
+        raise UserError(
+            f"eval.every_epochs={every:g} is less than one step, which is {1 / per_epoch:.2g} epochs: make it longer."
+        )
+    return Plan(layout, per_epoch, steps, warmup_steps)

@@ -44,24 +44,24 @@ def shard(modules: list[nn.Module], device: torch.device) -> None:
         fully_shard(module, mesh=mesh)
 
 
-def is_part(x: Tensor) -> bool:
+def is_sharded(x: Tensor) -> bool:
     """Whether a tensor is sharded."""
     return hasattr(x, "to_local")
 
 
-def local(x: Tensor) -> Tensor:
+def local_shard(x: Tensor) -> Tensor:
     """This process's part of a sharded tensor, in the same memory; any other tensor as it is. Call it in no_grad."""
-    return x.to_local() if is_part(x) else x
+    return x.to_local() if is_sharded(x) else x
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """All of a sharded tensor, on all processes, which call this together; any other tensor as it is."""
-    return x.detach().full_tensor() if is_part(x) else x
+    return x.detach().full_tensor() if is_sharded(x) else x
 
 
-def part(x: Tensor, like: Tensor | None) -> Tensor:
+def shard_like(x: Tensor, like: Tensor | None) -> Tensor:
     """A whole tensor, which all processes have, sharded like another; as it is if that is not sharded."""
-    if like is None or not is_part(like):
+    if like is None or not is_sharded(like):
         return x
     from torch.distributed.tensor import distribute_tensor
 
@@ -101,7 +101,7 @@ def on_first_process(work: Callable[[], T], all_cores: bool = True) -> T:
 
 
 @contextmanager
-def others_alive() -> Iterator[None]:
+def lost_process_as_user_error() -> Iterator[None]:
     """Within it the loss of another process (killed, out of memory, its machine gone) is a UserError here: what waits
     for it fails, at once by gloo, and by NCCL when its watchdog looks. A launcher ends those that still wait."""
     try:

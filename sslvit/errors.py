@@ -1,6 +1,8 @@
 """The one exception that a user's mistake raises: its text is the whole message, and no traceback is shown."""
 
+import difflib
 import importlib
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 
 
@@ -8,12 +10,18 @@ class UserError(ValueError):
     """One sentence: what is wrong, what was given, what to do. `sslvit` prints it and exits with status 2."""
 
 
-def need(module: str, extra: str, purpose: str) -> ModuleType:
+def require(module: str, extra: str, purpose: str) -> ModuleType:
     """An optional package, imported. Raises UserError that names the extra which brings it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"{purpose} needs {module}: pip install 'sslvit[{extra}]'.") from error
+
+
+def did_you_mean(name: str, choices: Iterable[str], full: Mapping[str, str] | None = None) -> str:
+    """ " Did you mean mae?", or "" if no choice is near. full: what to write for each choice."""
+    near = difflib.get_close_matches(name, list(choices), n=1)
+    return f" Did you mean {full[near[0]] if full else near[0]}?" if near else ""
 
 
 def check_range(section: str, config: object, low: float, high: float | None, *names: str) -> None:

@@ -19,19 +19,19 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from .distributed import is_part
+from .distributed import is_sharded
 from .errors import UserError
 
 T = TypeVar("T")
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 
 
-def start_accelerator(wanted: Precision, patient: bool = False) -> Accelerator:
+def start_accelerator(wanted: Precision, long_waits: bool = False) -> Accelerator:
     """The device, the processes and the precision. Raises UserError if the processes that were started do not meet, or
     if accelerate is configured to do what is done here by other means.
 
-    patient: processes may wait for one another for a day, as evaluations do whose heads are trained by the first one;
-    else as long as torch has it, which is how a process that hangs is noticed.
+    long_waits: processes may wait a day for one another, as in evaluations whose heads the first process trains.
+    Otherwise torch's own limit ends a run in which a process hangs.
     """
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
@@ -42,7 +42,7 @@ def start_accelerator(wanted: Precision, patient: bool = False) -> Accelerator:
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # accelerate joins CPU processes that torchrun started only if it is told that there is nothing but CPUs.
     cpu = asked or not torch.accelerator.is_available()
-    waiting = {"timeout": timedelta(days=1)} if patient else {}
+    waiting = {"timeout": timedelta(days=1)} if long_waits else {}
     precision = resolve_precision(wanted, PartialState(cpu=cpu, **waiting).device)
     AcceleratorState._reset_state()  # a second run in one process may have another precision
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)
@@ -95,7 +95,7 @@ def choose_attention(module: nn.Module, device: torch.device, precision: str) ->
 
     There its backward pass is five times slower than plain matrix products for the short sequences of a ViT (measured:
     128 x 17 tokens 15.3 against 2.7 ms, 128 x 65 tokens 52 against 11 ms, 16 x 197 tokens 37 against 16 ms on 2 cores).
-    Blocks without it are then written out by hand where they are plain (branches.py).
+    blocks.py then computes attention, and rounds the softmax once.
     """
     if device.type == "cpu" and precision == "bf16":
         for attention in module.modules():
@@ -104,18 +104,22 @@ def choose_attention(module: nn.Module, device: torch.device, precision: str) ->
 
 
 def keep_memory(device: torch.device) -> None:
-    """Tell the C library (glibc) to keep what a step on a CPU frees for the next one, as torch does on a GPU.
+    """Tell the C library (glibc) to keep what a step on a CPU frees for the next step, as torch does on GPUs.
 
-    By itself it gives much of a step's memory back to the system, which then clears it again page by page: 14,000 to
-    49,000 times in a step of MAE with 128 images of 32 pixels, 2 to 9 % of the step's time (measured). Call it after
-    loader processes have been started: those started later inherit it, and keep some more memory. What the environment
-    says of malloc stands; other C libraries have no such setting.
+    By default glibc gives it back to the system, which clears it again page by page: 14,000 to 49,000 page faults in a
+    step of MAE with 128 images of 32 pixels, 2 to 9 % of the step's time (measured). Call it after the loader processes
+    have been started, or they keep more memory too. A malloc setting in the environment wins; other C libraries have no
+    such setting.
     """
-    said = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc" and not said:
-        mallopt = ctypes.CDLL(None).mallopt
+    configured = any(name.startswith("MALLOC_") for name in os.environ)
+    configured |= "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc" and not configured:
+        mallopt = ctypes.CDLL(None).mallopt  # returns 0 for a value that it refuses
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end of the heap, above which it shrinks
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: bytes from which one tensor is a mapping of its own
+        # M_MMAP_THRESHOLD: bytes from which a tensor is a mapping of its own. Setting the other threshold has fixed it
+        # at 128 KiB. Some versions of glibc take no more than half of the heap of a thread, which is 32 MiB.
+        if not mallopt(-3, 2**30):
+            mallopt(-3, 2**25)
 
 
 def blocks_of(objective: nn.Module) -> list[nn.Module]:
@@ -146,7 +150,7 @@ def compile_blocks(objective: nn.Module, work: Callable[[], None], device: torch
     seconds()
     before = min(seconds() for _ in range(3))
     for block in blocks:
-        if any(map(is_part, block.parameters())):  # what fetches its weights stays outside
+        if any(map(is_sharded, block.parameters())):  # what fetches its weights stays outside
             block.forward = torch.compile(block.forward, dynamic=False)
         else:
             block.compile(dynamic=False)

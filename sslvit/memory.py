@@ -8,15 +8,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from .arguments import first_line, read_yaml
+from .checkpoints.state import steps_saved
 from .config import RunConfig
+from .data.crops import Views, random_batch
 from .distributed import gather_objects, world_size
 from .errors import UserError
 from .hardware import peak_memory
-from .metrics import amount
-from .nonfinite import Buffers
-from .state import steps_saved
-from .views import Views, random_batch
-from .words import first_line, read_yaml
+from .metrics import format_bytes
+from .step import BufferSnapshot
 
 RESERVE = 0.05  # of a GPU's memory, left for what a trial does not see: fragments, evaluation, libraries
 
@@ -27,7 +27,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained(config: RunConfig) -> Iterator[None]:
+def oom_as_user_error(config: RunConfig) -> Iterator[None]:
     """Within it running out of memory is a UserError that says what to change."""
     try:
         yield
@@ -61,7 +61,7 @@ def advice(config: RunConfig) -> str:
     choices = choices or ["take a smaller model or smaller images"]
     return (
         f"The memory of the {'GPU' if device.type == 'cuda' else 'machine'} is not enough for batch_size={size} (the "
-        f"peak was {amount(peak_memory(device))}): {', or '.join(choices)}."
+        f"peak was {format_bytes(peak_memory(device))}): {', or '.join(choices)}."
     )
 
 
@@ -89,7 +89,7 @@ def largest_fitting(config: RunConfig, accelerator: Accelerator, objective: nn.M
     moments = (2 + (world_size() > 1)) * sum(parameter.nbytes for parameter in trained)
     cuda = accelerator.device.type == "cuda"
     reserve = RESERVE * torch.cuda.get_device_properties(accelerator.device).total_memory if cuda else 0
-    buffers = Buffers(objective)
+    buffers = BufferSnapshot(objective)
 
     def trial(size: int) -> None:
         ballast = torch.empty(int(moments + reserve), dtype=torch.uint8, device=accelerator.device)
@@ -102,7 +102,7 @@ def largest_fitting(config: RunConfig, accelerator: Accelerator, objective: nn.M
     objective.train()
     total = config.global_batch_size // world_size()
     found = grow(sizes(total), trial, lambda: clean(trained, cuda))
-    buffers.take_back_if(torch.ones((), device=accelerator.device))
+    buffers.restore_if(torch.ones((), device=accelerator.device))
     smallest = min(gather_objects(found))
     if not smallest:
         raise UserError(advice(config))

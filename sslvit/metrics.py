@@ -1,6 +1,8 @@
 """What a run writes while it goes: metrics.jsonl, TensorBoard, the console line."""
 
 import json
+import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .board import Board
 from .distributed import all_reduce_sum, world_size
-from .journal import METRICS
 
+METRICS = "metrics.jsonl"
 SKIPPED = "skipped"  # steps of a line
 
 
@@ -102,6 +103,38 @@ class MetricsLog:
             self._board.close()
 
 
+class Board:
+    """Appends to a file of <run>/tensorboard. Raises OSError when it cannot be written.
+
+    Not torch's SummaryWriter: it writes in a thread, whose errors (a full disk) nobody can catch.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """step: where the run begins or goes on; what a killed run wrote after it is hidden."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        self.event = Event
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.file = RecordWriter((folder / name).open("wb"))
+        self.add(file_version="brain.Event:2")
+        self.add(step=step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, record: dict[str, float | int]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in record.items() if name != "step"]
+        self.add(step=record["step"], summary=Summary(value=values))
+
+    def add(self, **what: object) -> None:
+        self.file.write(self.event(wall_time=time.time(), **what).SerializeToString())
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
 def _round(value: float | int) -> float | int:
     return value if isinstance(value, int) else float(f"{value:.7g}")
 
@@ -125,7 +158,7 @@ class Stopwatch:
         yield
         self.began += time.perf_counter() - start
 
-    def look(self, images: int) -> dict[str, float]:
+    def lap(self, images: int) -> dict[str, float]:
         now = time.perf_counter()
         elapsed = max(1e-9, now - self.began)
         result = {"images_per_second": images / elapsed, "data_wait": self.waited / elapsed}
@@ -167,19 +200,19 @@ def console_line(record: dict[str, float], total_steps: int, total_epochs: float
         f"{record['images_per_second']:.0f} images/s" if record["images_per_second"] >= 10
         else f"{record['images_per_second']:.2g} images/s",
         f"wait {record['data_wait']:.0%}",
-        f"{duration(record['seconds_left'])} left",
+        f"{format_duration(record['seconds_left'])} left",
     ]  # fmt: skip
     return "  ".join(parts)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """3725 -> 1h02m, 65 -> 1m05s."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
-def amount(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes: 65_000_000 -> 62 MiB."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:

@@ -5,38 +5,20 @@ waits for it; the host looks when a line of the log or a checkpoint is due.
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .checkpoints.journal import NONFINITE
+from .checkpoints.state import RunState, steps_saved
 from .data import Source
-from .distributed import all_reduce_sum, gather_objects
+from .distributed import gather_objects
 from .errors import UserError
-from .journal import NONFINITE
 from .metrics import Window
-from .state import RunState, steps_saved
 
 
-def broken(values: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Scalars of this process -> 1.0 if one of them is not finite on any process, else 0.0; on the device."""
-    flag = (~torch.isfinite(torch.stack([torch.zeros((), device=device), *values]))).any().float()
-    return all_reduce_sum(flag).clamp_(max=1)
-
-
-class Buffers:
-    """What an objective holds beside its parameters (DINO's center, running statistics), to be taken back."""
-
-    def __init__(self, objective: nn.Module) -> None:
-        self.values = [(buffer, buffer.clone()) for buffer in objective.buffers()]
-
-    def take_back_if(self, skip: Tensor) -> None:
-        for buffer, before in self.values:
-            buffer.copy_(torch.where(skip > 0, before, buffer))
-
-
-class Skipped:
+class SkippedSteps:
     """Names the images of skipped steps in nonfinite.jsonl, with the losses, and stops a run that has too many of them
     in a row."""
 
@@ -48,7 +30,7 @@ class Skipped:
         """Image numbers of a micro-batch."""
         self.index.append(index)
 
-    def look(self, window: Window, run: RunState) -> tuple[list[str], list[str]]:
+    def poll(self, window: Window, run: RunState) -> tuple[list[str], list[str]]:
         """(lines for nonfinite.jsonl, sentences to say), on all processes, when they meet at a line or a checkpoint.
         The counts in `run` go on."""
         recent, window.recent = window.recent, []

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from . import schedules
-from .distributed import all_reduce_sum, is_part, local
+from .distributed import all_reduce_sum, is_sharded, local_shard
 from .errors import UserError
 
 FUSED = {"cuda", "cpu"}  # devices with AdamW as one kernel, which can also leave out a step by itself
 REFERENCE_BATCH = 256  # base_lr is the learning rate at this global batch size
+Shape = Literal["warmup_cosine", "linspace_cosine"]
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Config:
     base_lr: float = 1.5e-4  # learning rate at a global batch of 256 images; scaled linearly
     min_lr: float = 0.0  # at the end of the run
     warmup_epochs: float = 40.0  # linear warm-up of the learning rate from 0
-    lr_schedule: Literal["mae", "dino"] = "mae"  # dino: the warm-up includes its peak, one step earlier
+    lr_schedule: Shape = "warmup_cosine"  # or linspace_cosine (DINO), whose warm-up reaches its peak one step earlier
     weight_decay: float = 0.05  # of everything but biases and one-dimensional parameters
     weight_decay_end: float | None = None  # reached on half a cosine; null: constant
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
@@ -43,7 +44,8 @@ class Schedule:
         return self.config.base_lr * self.global_batch_size / REFERENCE_BATCH
 
     def lr(self, step: int) -> float:
-        shape = schedules.warmup_cosine if self.config.lr_schedule == "mae" else schedules.linspace_cosine
+        linspace = self.config.lr_schedule == "linspace_cosine"
+        shape = schedules.linspace_cosine if linspace else schedules.warmup_cosine
         return shape(step, self.peak_lr, self.config.min_lr, self.warmup_steps, self.total_steps)
 
     def weight_decay(self, step: int) -> float:
@@ -101,8 +103,8 @@ def clip_gradients(parameters: list[nn.Parameter], config: Config) -> torch.Tens
     parameters: sharded or not; a norm is that of the whole gradient. "tensor" scales each gradient by
     min(1, clip / (norm + 1e-6)) of its own norm, as DINO's released code does.
     """
-    sharded = any(map(is_part, parameters))
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    sharded = any(map(is_sharded, parameters))
+    gradients = [local_shard(p.grad) for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(gradients)
     if sharded:
         norms = list(all_reduce_sum(torch.stack(norms).square()).sqrt())
@@ -120,7 +122,7 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
     """One update, or none if `skip` (a float32 scalar) is 1. optimizer: as accelerate wrapped it.
 
     The fused kernel looks by itself, as it does for GradScaler, so nothing waits for the device; without it we do. With
-    fp16 the scaler decides, see `spoil`.
+    fp16 the scaler decides, see `poison_gradients`.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     if getattr(optimizer, "scaler", None) is not None:
@@ -134,7 +136,7 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def spoil(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], skip: torch.Tensor) -> None:
+def poison_gradients(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], skip: torch.Tensor) -> None:
     """With fp16, tell the scaler by the gradients (before they are unscaled) that the step is to be skipped."""
     if getattr(optimizer, "scaler", None) is not None:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], torch.where(skip > 0, torch.nan, 1.0))

@@ -14,10 +14,12 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from . import data, encoder, objectives, rng, state
-from .encoder import Encoder, Pool
+from . import compatibility, data, objectives, rng
+from .arguments import merge, read_yaml
+from .checkpoints import state
 from .errors import UserError
-from .words import merge, read_yaml
+from .model import factory
+from .model.encoder import Encoder, Pool
 
 CHOICES = (
     "a run directory, one of its checkpoints, untrained:<run directory>, an exported folder, timm:<name>, "
@@ -121,8 +123,8 @@ def _from_run(run_dir: Path, checkpoint: Path | None = None) -> Pretrained:
             raise UserError(f"The checkpoint {checkpoint} is damaged ({error}): give another one.") from error
     else:
         folder, record, (tensors,), complaints = state.latest(run_dir, state.MODEL)
-    data_config, model_config = _section(run_dir, "data", data.Config), _section(run_dir, "model", encoder.Config)
-    built = encoder.create(model_config, data.image_size(data_config), data_config.in_chans)
+    data_config, model_config = _section(run_dir, "data", data.Config), _section(run_dir, "model", factory.Config)
+    built = factory.create(model_config, data.image_size(data_config), data_config.in_chans)
     try:
         prefix, built.pool = str(record["encoder"]["prefix"]), record["encoder"]["pool"]
     except (KeyError, TypeError) as error:
@@ -146,7 +148,7 @@ def _from_run(run_dir: Path, checkpoint: Path | None = None) -> Pretrained:
 def _section(run_dir: Path, key: str, schema: type) -> Any:
     """A section of a run's config.yaml, checked. Raises UserError."""
     where = run_dir / "config.yaml"
-    values = read_yaml(where).get(key)
+    values = compatibility.modernise(read_yaml(where), str(where)).get(key)
     if not isinstance(values, dict):
         raise UserError(f"{where} has no section {key}: it is not that of a run.")
     return OmegaConf.to_object(merge(OmegaConf.structured(schema), values, str(where)))
@@ -160,7 +162,7 @@ def _untrained(run_dir: Path, name: str) -> Pretrained:
     method, seed = str(stored.get("method")), stored.get("seed")
     if not isinstance(seed, int):
         raise UserError(f"{run_dir / 'config.yaml'} names no seed: it is not that of a run.")
-    schemas = {"objective": objectives.find(method).Config, "model": encoder.Config, "data": data.Config}
+    schemas = {"objective": objectives.find(method).Config, "model": factory.Config, "data": data.Config}
     parts = {key: _section(run_dir, key, schema) for key, schema in schemas.items()}
     config = SimpleNamespace(method=method, seed=seed, **parts)
     objective = objectives.start(config, steps_per_epoch=10**6, steps=10**9)  # lengths do not matter to the weights
@@ -256,7 +258,7 @@ def _architecture(
     args = dict(args)
     in_chans = args.pop("in_chans", 3)
     size = (size, size) if isinstance(size, int) else tuple(size)
-    built = encoder.create(encoder.Config(model_name, args), size, in_chans, pretrained=pretrained)
+    built = factory.create(factory.Config(model_name, args), size, in_chans, pretrained=pretrained)
     if cfg and in_chans == len(cfg.mean):
         return built, tuple(cfg.mean), tuple(cfg.std)
     return built, *data.normalization(data.Config(in_chans=in_chans))

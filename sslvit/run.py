@@ -16,38 +16,42 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from accelerate import Accelerator
+
 from . import config as configuration
 from . import data
+from .checkpoints.journal import BAD_IMAGES, NONFINITE, append
+from .checkpoints.lock import create_and_acquire
+from .checkpoints.saving import free_space, os_error_text
+from .checkpoints.state import RunState, steps_saved, sweep
 from .config import Plan, RunConfig
 from .data import Source
+from .data.cache import Cached, OnDevice
 from .distributed import barrier, gather_objects, on_first_process, rank, say
 from .errors import UserError
 from .evaluation.online import rank_alarm
 from .hardware import versions
-from .journal import BAD_IMAGES, NONFINITE, append
-from .lock import open_held
-from .metrics import MetricsLog, Stopwatch, Trace, Window, amount, console_line
-from .nonfinite import Skipped
+from .metrics import MetricsLog, Stopwatch, Trace, Window, console_line, format_bytes
+from .nonfinite import SkippedSteps
+from .objectives import Objective
 from .optim import Schedule
-from .saving import free_space, why
-from .state import RunState, steps_saved, sweep
 
 # Keys that may change when a run goes on: they say how long, on what and how it is watched, not what is learned.
-FREE = {
+MUTABLE_ON_RESUME = {
     "out", "max_hours", "epochs", "steps", "images", "batch_size", "precision", "compile", "shard",
-    "model.grad_checkpointing", "objective.pack", "data.train", "data.workers", "data.cache", "data.download_dir",
+    "model.grad_checkpointing", "data.train", "data.workers", "data.cache", "data.download_dir",
     "data.bad_ratio",
 }  # fmt: skip
-# All that a run killed in its first moment has left, or one that waits in a queue (submit.py).
-BEGUN = {".lock", "starts.jsonl", "config.yaml.tmp", "submit"}
-FREE_SECTIONS = ("save.", "log.", "eval.")
+MUTABLE_SECTIONS = ("save.", "log.", "eval.")
+# What a run directory may hold before its first checkpoint: of a run killed at its start, or one in a queue (submit).
+BEFORE_FIRST_CHECKPOINT = {".lock", "starts.jsonl", "config.yaml.tmp", "submit"}
 
 
 def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
-    """Make the directory, or check that it is this run's and that no other process trains in it. Raises UserError on
-    every process before anything is written.
+    """Make the run directory, or check that it belongs to this run and that no other process trains in it.
 
-    Returns what holds the directory's lock until it is closed or the process ends; None on other processes.
+    Raises UserError on every process, before anything is written. Returns the directory's lock, which is held until it
+    is closed or the process ends; None on all processes but the first.
     """
     check_directory(run_dir, config)
     barrier()  # no process looks at what the first one writes from here on
@@ -59,15 +63,15 @@ def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
         configuration.save(config, fresh)
         os.replace(fresh, run_dir / "config.yaml")
 
-    return open_held(run_dir, "out", prepare=prepare)
+    return create_and_acquire(run_dir, "out", prepare=prepare)
 
 
 def check_directory(run_dir: Path, config: RunConfig) -> None:
-    """Raises UserError for what is no run of these settings, nor a place for a new one. Writes nothing."""
+    """Raises UserError unless the directory is free or holds a run with these settings. Writes nothing."""
     stored = run_dir / "config.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"out={run_dir} is a file: give a directory.")
-    others = {path.name for path in run_dir.iterdir()} - BEGUN if run_dir.exists() else set()
+    others = {path.name for path in run_dir.iterdir()} - BEFORE_FIRST_CHECKPOINT if run_dir.exists() else set()
     if others and not (stored.exists() and (run_dir / "starts.jsonl").exists()):
         raise UserError(f"out={run_dir} is not empty and holds no run: give a new directory.")
     if steps_saved(run_dir):
@@ -87,8 +91,10 @@ def _write_start(run_dir: Path, device: str) -> None:
 
 
 def check_images(saved: dict[str, Any], source: Source, where: str) -> None:
-    """A run that goes on needs the images that it began with, in number, order and names: every permutation and
-    schedule hangs on them. Raises UserError."""
+    """Raises UserError if a run that goes on gets other images than it began with.
+
+    Number, order and names must be the same: every permutation and every schedule depends on them.
+    """
     stored, now = saved.get("images"), images_record(source)
     if stored is not None and stored != now:
         raise UserError(
@@ -101,11 +107,13 @@ def images_record(source: Source) -> dict[str, Any]:
     return {"count": len(source), "names": source.identity()}
 
 
-def _refuse_other_settings(run_dir: Path, differences: dict[str, tuple]) -> None:
+def _refuse_other_settings(run_dir: Path, differences: dict[str, tuple[Any, Any]]) -> None:
     differences = {
-        key: values for key, values in differences.items() if key not in FREE and not key.startswith(FREE_SECTIONS)
+        key: values
+        for key, values in differences.items()
+        if key not in MUTABLE_ON_RESUME and not key.startswith(MUTABLE_SECTIONS)
     }
-    if "method" in differences:  # then every other key of the methods differs as well
+    if "method" in differences:  # then the keys of both methods differ as well: name the cause only
         differences = {"method": differences["method"]}
     if differences:
         changes = "; ".join(f"{key} was {old} and is {new}" for key, (old, new) in sorted(differences.items()))
@@ -115,32 +123,58 @@ def _refuse_other_settings(run_dir: Path, differences: dict[str, tuple]) -> None
         )
 
 
-def writing(run_dir: Path, work: Callable[[], None]) -> None:
-    """Do what writes into the run's directory. Raises UserError if that cannot be written to."""
+def describe(
+    config: RunConfig, plan: Plan, schedule: Schedule, objective: Objective, images: Source, accelerator: Accelerator,
+    workers: int,
+) -> list[str]:  # fmt: skip
+    """The lines before the first step: what is about to happen, with the values that follow from the configuration."""
+    layout, encoder = plan.layout, objective.exported_encoder()
+    weights = sum(p.numel() for p in encoder.parameters()) / 1e6
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad) / 1e6
+    place = "images stay in memory, " if isinstance(images, Cached) else ""
+    if isinstance(images, OnDevice):
+        place = f"images on the device ({format_bytes(images.pixels.numel())}), "
+    sharded = f"sharded among {layout.world_size} processes, " if config.shard and layout.world_size > 1 else ""
+    return [
+        f"{config.method}: {config.model.name} ({weights:.1f}M parameters, {trained:.1f}M trained), "
+        f"{'x'.join(map(str, encoder.image_size))} pixels, {len(images)} images of {config.data.train}",
+        f"{plan.steps} steps = {plan.steps / plan.steps_per_epoch:g} epochs of {plan.steps_per_epoch} steps, "
+        f"global batch {layout.global_batch_size} = {layout.batch_size} x {layout.accumulate} micro-batches x "
+        f"{layout.world_size} processes, learning rate {schedule.peak_lr:.3g} after {plan.warmup_steps} steps",
+        f"{accelerator.device}, {accelerator.mixed_precision.replace('no', 'float32')}, {sharded}{workers} loader "
+        f"process{'es' * (workers != 1)}, {place}writing to {config.out}",
+    ]
+
+
+def write_or_explain(run_dir: Path, work: Callable[[], None]) -> None:
+    """Call `work`, which writes into the run directory. Raises UserError if the directory cannot be written to."""
     try:
         work()
     except OSError as error:
         saved = steps_saved(run_dir)
+        begin = f"step {saved[-1]}" if saved else "the beginning"
         raise UserError(
-            f"{run_dir} cannot be written to ({why(error)}; {amount(free_space(run_dir))} are free): make room and "
-            f"start the same command again, which goes on from {f'step {saved[-1]}' if saved else 'the beginning'}."
+            f"{run_dir} cannot be written to ({os_error_text(error)}; {format_bytes(free_space(run_dir))} are free): "
+            f"make room and start the same command again, which goes on from {begin}."
         ) from error
 
 
 class Recorder:
-    """Writes a run's lines: to metrics.jsonl and TensorBoard, and on the console of the first process."""
+    """Writes the lines of a run: into metrics.jsonl and TensorBoard, and on the console of the first process."""
 
     def __init__(
         self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, source: Source,
         lock: IO[str] | None, alarm: Callable[[dict[str, float]], str | None] | None = None,
+        scheduled: Callable[[int], dict[str, float]] | None = None,
     ) -> None:  # fmt: skip
-        """alarm: the objective's, which looks at the means of a line."""
+        """alarm, scheduled: hooks of the objective, see objectives/__init__.py."""
         self.run_dir, self.every, self.plan, self.schedule = run_dir, config.log.every_steps, plan, schedule
-        self.lock = lock  # held as long as this is
+        self.lock = lock  # held until close()
         self.alarm, self.stop_on_collapse, self.warned = alarm, config.log.on_collapse == "stop", False
+        self.scheduled = scheduled
         self.log = MetricsLog(run_dir, run.step, config.log.tensorboard) if rank() == 0 else None
         self.window, self.watch = Window(), Stopwatch()
-        self.skipped = Skipped(run_dir, source, config.log.max_nonfinite)
+        self.skipped = SkippedSteps(run_dir, source, config.log.max_nonfinite)
         self.trace = Trace(run_dir / "trace.json" if config.log.profile and rank() == 0 else None)
         self.window.load(run.window)
         self.seen = run.images_seen
@@ -149,13 +183,12 @@ class Recorder:
         return step % self.every == 0 or step == self.plan.steps
 
     def line(self, run: RunState) -> None:
-        """The line of a step, at which all processes meet."""
-        self.look(run)
-        timing = self.watch.look(run.images_seen - self.seen)
+        """Write the line of a step. All processes call it."""
+        self.flush_skipped(run)
+        timing = self.watch.lap(run.images_seen - self.seen)
         self.seen = run.images_seen
-        left = (
-            (self.plan.steps - run.step) * self.plan.layout.global_batch_size / max(1e-9, timing["images_per_second"])
-        )
+        images_left = (self.plan.steps - run.step) * self.plan.layout.global_batch_size
+        left = images_left / max(1e-9, timing["images_per_second"])
         record = {
             "step": run.step,
             "epoch": run.step / self.plan.steps_per_epoch,
@@ -164,40 +197,46 @@ class Recorder:
             **self.window.close(),
             "lr": self.schedule.lr(run.step - 1),
             "weight_decay": self.schedule.weight_decay(run.step - 1),
+            **(self.scheduled(run.step - 1) if self.scheduled else {}),
             **timing,
         }
         self.write(record)
-        self._sound(self.alarm(record) if self.alarm and "loss" in record else None, run.step)
-        say(
-            console_line({**record, "seconds_left": left}, self.plan.steps, self.plan.steps / self.plan.steps_per_epoch)
-        )
+        self._warn(self.alarm(record) if self.alarm and "loss" in record else None, run.step)
+        epochs = self.plan.steps / self.plan.steps_per_epoch
+        say(console_line({**record, "seconds_left": left}, self.plan.steps, epochs))
 
     def rank(self, run: RunState, rankme: float) -> None:
-        """The line of an effective rank."""
+        """Write a line with the effective rank of the features."""
         if not math.isnan(rankme):
             self.write({"step": run.step, "images": run.images_seen, "rankme": rankme})
-            self._sound(rank_alarm(rankme), run.step)
+            self._warn(rank_alarm(rankme), run.step)
 
-    def _sound(self, found: str | None, step: int) -> None:
-        """Raises UserError if the features have collapsed and log.on_collapse=stop; warns once otherwise."""
-        if found and self.stop_on_collapse:
-            raise UserError(f"{found} The run stops at step {step}, as log.on_collapse=stop asks.")
-        if found and not self.warned:
-            say(f"Warning at step {step}: {found}")
-        self.warned |= bool(found)
+    def _warn(self, alarm: str | None, step: int) -> None:
+        """Warn once of collapsed features. Raises UserError instead with log.on_collapse=stop."""
+        if alarm and self.stop_on_collapse:
+            raise UserError(f"{alarm} The run stops at step {step}, as log.on_collapse=stop asks.")
+        if alarm and not self.warned:
+            say(f"Warning at step {step}: {alarm}")
+        self.warned |= bool(alarm)
 
     def write(self, record: dict[str, float | int]) -> None:
-        """A line, at which all processes meet. Raises UserError on all of them if it cannot be written."""
-        on_first_process(lambda: writing(self.run_dir, partial(self.log.write, record)), all_cores=False)
+        """Write one line. All processes call it. Raises UserError on all of them if the disk refuses."""
 
-    def look(self, run: RunState) -> None:
-        """At steps that were skipped since the last look. Raises UserError on all processes if they are too many in a
-        row: then nothing is saved."""
-        lines, warnings = self.skipped.look(self.window, run)
+        def work() -> None:
+            assert self.log is not None, "the first process has the log"
+            self.log.write(record)
+
+        on_first_process(lambda: write_or_explain(self.run_dir, work), all_cores=False)
+
+    def flush_skipped(self, run: RunState) -> None:
+        """Write down the steps that were skipped since the last call. All processes call it.
+
+        Raises UserError on all of them if too many steps in a row were skipped: then nothing is saved.
+        """
+        lines, warnings = self.skipped.poll(self.window, run)
         if lines:
-            on_first_process(
-                lambda: writing(self.run_dir, lambda: append(self.run_dir / NONFINITE, lines)), all_cores=False
-            )
+            work = partial(append, self.run_dir / NONFINITE, lines)
+            on_first_process(lambda: write_or_explain(self.run_dir, work), all_cores=False)
         say(*warnings)
         self.skipped.stop_if_too_many(run)
 
@@ -210,10 +249,9 @@ class Recorder:
 
 
 class BadImages:
-    """Counts images that cannot be read, names each once in the log and in bad_images.txt, and stops a run that has too
-    many of them."""
+    """Counts images that cannot be read, names each once (log, bad_images.txt), and stops a run with too many."""
 
-    FIRST_LOOK = 1000  # images read before a share says something
+    AT_LEAST = 1000  # images read before their bad share says something
 
     def __init__(self, run_dir: Path, config: data.Config, source: Source) -> None:
         self.path, self.limit, self.source = run_dir / BAD_IMAGES, config.bad_ratio, source
@@ -222,8 +260,8 @@ class BadImages:
             self.known = {line.split("\t", 1)[0] for line in self.path.read_text(encoding="utf-8").splitlines()}
         self.new: list[tuple[str, str]] = []
 
-    def note(self, batch: dict) -> None:
-        """Take the list that a batch from the loader brings along."""
+    def note(self, batch: dict[str, Any]) -> None:
+        """Take the list of bad images out of a batch of the loader. Raises UserError if no image could be read."""
         bad = batch.pop("bad")
         for index, reason in bad:
             name = self.source.name(index)
@@ -231,7 +269,7 @@ class BadImages:
                 self.known.add(name)
                 self.new.append((name, reason))
         if batch.pop("failed", False):
-            writing(self.path.parent, lambda: self._write(self.new))
+            write_or_explain(self.path.parent, lambda: self._write(self.new))
             index, reason = bad[-1]
             raise UserError(
                 f"{len(bad)} images in a row cannot be read, the last is {self.source.name(index)}: {reason}. "
@@ -242,20 +280,19 @@ class BadImages:
         append(self.path, [f"{name}\t{reason}\n" for name, reason in entries])
 
     def report(self, images_seen: int) -> list[str]:
-        """On all processes together: sentences about images found bad since the last report. Raises UserError."""
-        new = sorted({entry for entries in gather_objects(self.new) for entry in entries})
+        """Sentences about images found bad since the last report. All processes call it. Raises UserError."""
+        fresh = sorted({entry for entries in gather_objects(self.new) for entry in entries})
         self.new = []
-        fresh = [(name, reason) for name, reason in new]
         self.known |= {name for name, _ in fresh}
-        on_first_process(lambda: writing(self.path.parent, lambda: self._write(fresh)), all_cores=False)
-        read = min(len(self.source), max(images_seen, self.FIRST_LOOK))
+        on_first_process(lambda: write_or_explain(self.path.parent, lambda: self._write(fresh)), all_cores=False)
+        read = min(len(self.source), max(images_seen, self.AT_LEAST))
         if len(self.known) > self.limit * read:
             raise UserError(
                 f"{len(self.known)} of about {min(images_seen, len(self.source))} images cannot be read, more than "
                 f"data.bad_ratio={self.limit:g} allows, for example {sorted(self.known)[0]}; all are in {self.path}. "
-                "Mend or remove them, or raise data.bad_ratio."
+                "Repair or remove them, or raise data.bad_ratio."
             )
-        shown = [f"Cannot read {name}: {reason}. Skipped." for name, reason in fresh[:5]]
+        sentences = [f"Cannot read {name}: {reason}. Skipped." for name, reason in fresh[:5]]
         if len(fresh) > 5:
-            shown.append(f"... and {len(fresh) - 5} more, {len(self.known)} in all; see {self.path}.")
-        return shown
+            sentences.append(f"... and {len(fresh) - 5} more, {len(self.known)} in all; see {self.path}.")
+        return sentences

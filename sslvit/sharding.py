@@ -7,7 +7,7 @@ and the teacher's average work on the parts, and checkpoints are the run's own. 
 
 Weights are float32 and travel as such, and autocast casts them where they are used, as with DDP: a run gives the same
 numbers whether it is sharded or not, but for the order of additions. In bf16 the casts of the student's weights, two
-bytes each, stay until the backward pass, but for those of blocks written out by hand (branches.py).
+bytes each, stay until the backward pass.
 """
 
 import copy
@@ -19,15 +19,14 @@ from accelerate import Accelerator
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from .blocks import let_take_rows
-from .distributed import is_part, say, shard, whole, world_size
-from .encoder import Encoder
+from .distributed import full_tensor, is_sharded, say, shard, world_size
 from .errors import UserError
-from .heads import DINOHead
+from .model.blocks import let_take_rows
+from .model.encoder import Encoder
 
 
-class Shown:
-    """The exported encoder as evaluations run it: `with shown() as encoder`, on all processes together.
+class EvalEncoder:
+    """The exported encoder as evaluations run it: `with eval_encoder() as encoder`, on all processes together.
 
     Of a sharded objective it is a copy that has weights as long as the `with` lasts: a pass through the parts would
     need all processes for each batch, and they have different numbers of batches.
@@ -47,8 +46,8 @@ class Shown:
             yield self.encoder
             return
         with torch.no_grad():
-            for mine, part in zip(self.copy.parameters(), self.encoder.parameters(), strict=True):
-                mine.data = whole(part)
+            for mine, sharded in zip(self.copy.parameters(), self.encoder.parameters(), strict=True):
+                mine.data = full_tensor(sharded)
             for mine, buffer in zip(self.copy.buffers(), self.encoder.buffers(), strict=True):
                 mine.copy_(buffer)
         try:
@@ -61,17 +60,17 @@ class Shown:
             parameter.data = parameter.data.new_empty(0)
 
 
-def place(objective: nn.Module, device: torch.device, wanted: bool) -> Shown:
+def place(objective: nn.Module, device: torch.device, wanted: bool) -> EvalEncoder:
     """Bring an objective to the device, split among the processes if that is wanted and there are several. Raises
     UserError."""
     if wanted and world_size() > 1:
-        shown = Shown(objective.exported_encoder(), device)
+        eval_encoder = EvalEncoder(objective.exported_encoder(), device)
         split(objective, device)
-        return shown
+        return eval_encoder
     if wanted:
         say("shard=true splits the model among processes, and this is the only one: it has no effect.")
     objective.to(device)
-    return Shown(objective.exported_encoder())
+    return EvalEncoder(objective.exported_encoder())
 
 
 def split(objective: nn.Module, device: torch.device) -> None:
@@ -87,7 +86,8 @@ def split(objective: nn.Module, device: torch.device) -> None:
 
 def units(objective: nn.Module) -> list[nn.Module]:
     """The modules whose weights come and go together, inner ones first: the blocks of student, teacher and decoder, and
-    the heads. What lies outside of them (embeddings, norms) is whole from a forward to the end of its backward pass."""
+    modules that say `shard_unit = True` (heads). What lies outside of them (embeddings, norms) is whole from a forward
+    to the end of its backward pass."""
     lists = [
         child
         for module in objective.modules()
@@ -95,8 +95,11 @@ def units(objective: nn.Module) -> list[nn.Module]:
         if name.endswith("blocks") and isinstance(child, (nn.ModuleList, nn.Sequential))
     ]
     listed = {block for blocks in lists for block in blocks}  # families have blocks of their own
-    found = [module for module in objective.modules() if module in listed or isinstance(module, (Block, DINOHead))]
-    return found[::-1]
+
+    def is_unit(module: nn.Module) -> bool:
+        return module in listed or isinstance(module, Block) or getattr(module, "shard_unit", False) is True
+
+    return [module for module in objective.modules() if is_unit(module)][::-1]
 
 
 def prepare(
@@ -104,7 +107,7 @@ def prepare(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """As accelerate wraps them for training. A sharded objective only gets autocast: it averages its gradients itself,
     after each micro-batch, as keeping the whole ones until the last would take the memory that sharding saves."""
-    if not any(map(is_part, objective.parameters())):
+    if not any(map(is_sharded, objective.parameters())):
         return accelerator.prepare(objective, optimizer)
     model = accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True)
     return model, accelerator.prepare_optimizer(optimizer)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2")  # schedulers send one of these
-REQUEUE = 75  # exit status, EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again
+EXIT_REQUEUE = 75  # exit status, EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again
 AGREE_EVERY = 10  # steps after which several processes ask one another, so that all stop at the same one
 
 
@@ -16,14 +16,14 @@ class Stopped(Exception):
     """Work other than pretraining was asked to stop and has saved what it did; the text says where."""
 
 
-class Stop:
+class StopRequest:
     """Asked after each step."""
 
     def __init__(self, max_hours: float | None) -> None:
         self.reason: str | None = None
         self.end = None if max_hours is None else time.monotonic() + 3600 * max_hours
 
-    def due(self, step: int) -> str | None:
+    def reason_at(self, step: int) -> str | None:
         """Why the run has to stop after this step, the same on all processes; None to go on."""
         from .distributed import gather_objects, world_size  # torch: seconds, and `sslvit --help` reads this file too
 
@@ -37,13 +37,13 @@ class Stop:
 
 
 @contextmanager
-def listening(max_hours: float | None) -> Iterator[Stop]:
+def stop_requests(max_hours: float | None) -> Iterator[StopRequest]:
     """Within it SIGTERM, SIGUSR1 and SIGUSR2 ask the run to stop after the current step.
 
     A second one changes nothing: a launcher that was signalled sends one of its own, perhaps while the first process
     writes the checkpoint. SIGINT and SIGKILL end a run at once.
     """
-    stop, before = Stop(max_hours), {}
+    stop, before = StopRequest(max_hours), {}
 
     def note(number: int, frame: FrameType | None) -> None:
         stop.reason = signal.Signals(number).name

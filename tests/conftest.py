@@ -27,23 +27,19 @@ TINY = [
     "image_size=32",
     "log.tensorboard=false",
 ]
-METHODS = {
-    "mae": ["method=mae", "decoder_width=32", "decoder_depth=1", "decoder_heads=2"],
-    "dino": [
-        "method=dino",
-        "prototypes=64",
-        "hidden_dim=32",
-        "bottleneck_dim=16",
-        "local_crops=2",
-        "local_crop_size=16",
-    ],
-}
+# Every file in sslvit/objectives/, and methods of your own by their dotted names.
+METHODS = sorted(path.stem for path in (Path(__file__).parent.parent / "sslvit" / "objectives").glob("[!_]*.py"))
+METHODS += os.environ.get("SSLVIT_METHODS", "").split()
 
 
 def words(method: str, *more: str) -> list[str]:
-    """The words of a run that takes a second: 37 images in steps of 8."""
+    """The arguments of a run that takes a second: 37 images in steps of 8."""
+    from sslvit import objectives
+
     length = [] if any(word.startswith(("steps=", "epochs=")) for word in more) else ["epochs=2"]
-    return [*TINY, *METHODS[method], "global_batch_size=8", *length, "warmup_epochs=1", "log.every_steps=1", *more]
+    small = [f"objective.{key}={value}" for key, value in getattr(objectives.find(method), "SMALL", {}).items()]
+    fixed = [f"method={method}", *small, "global_batch_size=8", *length, "warmup_epochs=1", "log.every_steps=1"]
+    return [*TINY, *fixed, *more]
 
 
 @pytest.fixture(scope="session")
@@ -99,20 +95,20 @@ def colour_run(labelled, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def quick_python():
     """What is exported is tried in processes that start at once. `real_python` has the real thing."""
-    from sslvit import timm_folder
+    from sslvit.checkpoints import timm_format
 
     interpreter = Interpreter()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timm_folder, "sys", interpreter)
+        patch.setattr(timm_format, "sys", interpreter)
         yield
     interpreter.close()
 
 
 @pytest.fixture
 def real_python(monkeypatch):
-    from sslvit import timm_folder
+    from sslvit.checkpoints import timm_format
 
-    monkeypatch.setattr(timm_folder, "sys", sys)
+    monkeypatch.setattr(timm_format, "sys", sys)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ sys.exit(connection.recv(1)[0])
 
 
 class Interpreter:
-    """Has the one name of `sys` that sslvit/timm_folder.py reads. Nothing starts before it is asked for."""
+    """Has the one name of `sys` that sslvit/checkpoints/timm_format.py reads. Nothing starts before it is asked for."""
 
     @cached_property
     def executable(self) -> str:

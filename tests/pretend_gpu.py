@@ -153,9 +153,9 @@ def present() -> Iterator[None]:
     PartialState(cpu=True).device = torch.device(NAME, 0)
     plain_step = pretrain.train_step
 
-    def step(*args: Any) -> None:
-        running.append(args[6])
-        plain_step(*args)
+    def step(*args: Any, **keywords: Any) -> None:
+        running.append(args[4])
+        plain_step(*args, **keywords)
         running.clear()
 
     pretrain.train_step = step

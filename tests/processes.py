@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from sslvit import state
 from sslvit.__main__ import main
+from sslvit.checkpoints import state
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["sslvit.__main__", "sslvit.pretrain", "sslvit.evaluation.knn", "tests.processes"])

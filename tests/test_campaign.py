@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sslvit import state
+from sslvit.checkpoints import state
 
 from . import processes
+from .checkpoints.test_state import saved, trained
 from .conftest import words
 from .processes import assert_same_run
-from .test_state import saved, trained
 
 VARIANTS = [("dino", True), ("mae", False), ("mae", True), ("dino", False)]  # (method, with k-NN during the run)
 

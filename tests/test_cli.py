@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sslvit import state
-from sslvit.__main__ import EVALUATIONS
+from sslvit import evaluation
+from sslvit.checkpoints import state
 
 from .conftest import words
 
@@ -16,12 +16,28 @@ from .conftest import words
 def test_help_is_printed_for_every_command(cli):
     status, usage, _ = cli()
     assert status == 0
-    for command in ("pretrain", "submit", *EVALUATIONS, "compare", "data", "bench", "export"):
+    for command in ("pretrain", "submit", *evaluation.commands(), "compare", "data", "bench", "export"):
         assert command in usage
         status, text, _ = cli(command, "--help")
         assert status == 0
         assert "run=" in text or command in ("pretrain", "submit", "compare", "data", "bench")
     assert "objective.prototypes=65536" in cli("pretrain", "method=dino", "--help")[1]
+
+
+def test_help_of_a_recipe_is_that_of_its_method(cli, tmp_path):
+    (tmp_path / "mine.yaml").write_text("method: dino\nobjective: {preset: xray}\n")
+    text = cli("pretrain", tmp_path / "mine.yaml", "--help")[1]
+    assert "method=dino preset=xray" in text
+    assert "objective.prototypes=65536" in text
+    assert "objective.gray_prob=0.0" in text
+
+
+@pytest.mark.parametrize("arguments", [["data", "--sample=5"], ["bench", "--seconds=0.05", "--seed=1"]])
+def test_tools_take_their_keys_with_dashes_as_pretrain_does(cli, images, tmp_path, arguments):
+    command, *more = arguments
+    status, printed, error = cli(command, images, *words("mae", f"out={tmp_path / 'run'}"), *more)
+    assert status == 0, error
+    assert "looked at 5 of them" in printed or "images/s" in printed
 
 
 def test_a_misspelt_command_is_recognised(fails):
@@ -50,6 +66,8 @@ MISTAKES = [
     (["epochs=5", "steps=9"], "not epochs=5 and steps=9 at once"),
     (["method=.x"], "cannot be imported"),
     (["log.every_steps=0"], "log.every_steps=0"),
+    (["data.train="], "data.train is missing: name the images"),
+    (["eval.every_epochs=0.1"], "eval.every_epochs=0.1 is less than one step, which is 0.25 epochs"),
 ]
 
 

@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 
 from sslvit import config, export, objectives
+from sslvit.arguments import flatten, help_lines
 from sslvit.errors import UserError
 from sslvit.evaluation import knn, linear
-from sslvit.words import flatten, help_lines
 
 
 def load(*words: str) -> config.RunConfig:

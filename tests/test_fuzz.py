@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from sslvit import config, pretrained, state, words
-from sslvit.data.decode import BadImage, decode
+from sslvit import arguments, config, pretrained
+from sslvit.checkpoints import state
+from sslvit.data.sources.decode import BadImage, decode
 from sslvit.errors import UserError
 
 SECONDS = 20  # of one case, on a machine that does other things as well
@@ -67,7 +68,7 @@ def each(strategy, cases: int, check) -> None:
 
 
 KEYS = [
-    *words.flatten(config.OmegaConf.structured(config.load(["method=dino"]))),
+    *arguments.flatten(config.OmegaConf.structured(config.load(["method=dino"]))),
     "optim",
     "model.args",
     "objective",

@@ -52,7 +52,7 @@ def test_a_pause_counts_for_nothing():
     with watch.pausing():
         time.sleep(0.3)
     time.sleep(0.05)
-    assert 10 / 0.3 < watch.look(10)["images_per_second"] <= 10 / 0.1
+    assert 10 / 0.3 < watch.lap(10)["images_per_second"] <= 10 / 0.1
 
 
 def test_tensorboard_reads_what_is_written_and_hides_what_a_killed_run_wrote(tmp_path):

@@ -9,10 +9,11 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslvit import config as configuration
-from sslvit import objectives, optim, state
+from sslvit import objectives, optim
+from sslvit.checkpoints import state
+from sslvit.data.crops import random_batch
 from sslvit.metrics import Window
-from sslvit.pretrain import train_step
-from sslvit.views import random_batch
+from sslvit.step import train_step
 
 from . import processes
 from .conftest import METHODS, TINY, words
@@ -121,7 +122,8 @@ def test_a_step_brings_nothing_to_the_host(method):
     views = module.views(config.objective, config.data)
     batches = [random_batch(views, 4, 3, accelerator.device) for _ in range(2)]
     window = Window()
-    train_step(config, plan, accelerator, model, optimizer, iter(batches), 0, window)  # makes the optimizer's state
+    same = {"accumulate": 2, "seed": config.seed, "config": config.optim}
+    train_step(accelerator, model, optimizer, batches, 0, window, **same)  # makes the optimizer's state
     with Calls() as calls:
-        train_step(config, plan, accelerator, model, optimizer, iter(batches), 1, window)
+        train_step(accelerator, model, optimizer, batches, 1, window, **same)
     assert calls.waits == ["aten::_local_scalar_dense"] * 2  # the seed of each micro-batch, which lies on the host

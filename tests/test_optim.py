@@ -2,13 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from sslvit import data, encoder, optim
+from sslvit import data, optim
 from sslvit.errors import UserError
+from sslvit.model import factory
 from sslvit.objectives import dino, mae
 
 from .conftest import TINY_MODEL
 
-MODEL = encoder.Config("vit_tiny_patch16_224", TINY_MODEL)
+MODEL = factory.Config("vit_tiny_patch16_224", TINY_MODEL)
 
 
 def group_names(module: nn.Module) -> tuple[set[str], set[str]]:

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sslvit import data, encoder, optim
+from sslvit import data, optim
 from sslvit.evaluation import knn
+from sslvit.model import encoder, factory
 from sslvit.objectives import dino, mae
 
 
@@ -13,10 +14,10 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
 
 
-def vit(settings: dict) -> encoder.Config:
+def vit(settings: dict) -> factory.Config:
     """A timm ViT of the given shape."""
     args = {"patch_size": settings["patch_size"], "embed_dim": settings["embed_dim"], "depth": settings["depth"]}
-    return encoder.Config("vit_tiny_patch16_224", args | {"num_heads": settings["num_heads"]})
+    return factory.Config("vit_tiny_patch16_224", args | {"num_heads": settings["num_heads"]})
 
 
 def theirs_mae(name: str) -> str:
@@ -77,10 +78,10 @@ def test_mae_training_equals_the_published_one(published_mae):
         assert torch.allclose(value, t["final." + theirs_mae(name)], atol=1e-4), name
 
 
-@pytest.fixture
-def published_dino(official):
-    settings, tensors = official("dino")
-    head, loss = settings["head"], settings["loss"]
+def build_dino(official, name: str, **changes) -> tuple[dict, dict, dino.DINO]:
+    """Settings, tensors and our module with the weights that the published run began with."""
+    settings, tensors = official(name)
+    head, loss, size = settings["head"], settings["loss"], settings["backbone"]["img_size"]
     config = dino.Config(
         prototypes=head["out_dim"],
         hidden_dim=head["hidden_dim"],
@@ -95,31 +96,61 @@ def published_dino(official):
         freeze_last_layer_epochs=settings["optimizer"]["freeze_last_layer_epochs"],
         drop_path=0.0,
         local_crops=settings["ncrops"] - 2,
-        local_crop_size=24,
+        local_crop_size=settings.get("local_size", size),
+        **changes,
     )
-    module = dino.build(config, vit(settings["backbone"]), data.Config(image_size=24), steps_per_epoch=2, steps=6)
+    module = dino.build(config, vit(settings["backbone"]), data.Config(image_size=size), steps_per_epoch=2, steps=6)
     own = module.state_dict()
     module.load_state_dict({k: v if k == "center" else tensors["init." + theirs_dino(k)] for k, v in own.items()})
     assert {theirs_dino(k) for k in own if k != "center"} == {k[5:] for k in tensors if k.startswith("init.")}
     return settings, tensors, module
 
 
-def test_dino_forward_equals_the_published_one(published_dino):
-    _, t, module = published_dino
-    crops = t["batch0.crops"]
-    flat = crops.flatten(0, 1)
-    assert torch.allclose(module.student([(flat, torch.arange(16))]), t["forward.student_output"], atol=1e-5)
-    assert torch.allclose(module.teacher([(flat[:8], torch.arange(8))]), t["forward.teacher_output"], atol=1e-5)
-    assert torch.allclose(module.student.encoder.features(crops[0]), t["forward.student_cls"], atol=1e-5)
+def dino_crops(tensors: dict, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Global [2, B, 3, S, S] and local [V, B, 3, s, s] crops of batch i."""
+    if f"batch{i}.crops" in tensors:
+        return tensors[f"batch{i}.crops"][:2], tensors[f"batch{i}.crops"][2:]
+    return tensors[f"batch{i}.global"], tensors[f"batch{i}.local"]
 
 
-def test_dino_training_equals_the_published_one(published_dino):
-    settings, t, module = published_dino
+@pytest.mark.parametrize("name", ["dino", "dino_multicrop"])
+def test_dino_forward_equals_the_published_one(official, name):
+    _, t, module = build_dino(official, name)
+    large, small = dino_crops(t, 0)
+    resolutions = [(large.flatten(0, 1), torch.arange(8)), (small.flatten(0, 1), torch.arange(len(small) * 4))]
+    assert torch.allclose(module.student(resolutions), t["forward.student_output"], atol=1e-5)
+    assert torch.allclose(module.teacher(resolutions[:1]), t["forward.teacher_output"], atol=1e-5)
+    features = module.student.features
+    for key, crop in {"student_cls": large[0], "global_cls": large[0], "local_cls": small[0]}.items():
+        if f"forward.{key}" in t:
+            assert torch.allclose(features([(crop, torch.arange(4))]), t[f"forward.{key}"], atol=1e-5)
+
+
+def test_position_embeddings_of_small_crops_are_resampled_as_published_and_by_timm_otherwise(official):
+    _, t, module = build_dino(official, "dino_multicrop")
+    prefix, patches = module.student.encoder._positions((3, 3), "published")
+    assert torch.allclose(torch.cat([prefix, patches], dim=1), t["forward.local_pos"], atol=1e-6)
+    vit, small = module.student.encoder.model, dino_crops(t, 0)[1][0]
+    exported = module.exported_encoder().eval()
+    assert torch.equal(exported.features(small), vit(small))
+    assert not torch.allclose(exported.features(small), t["forward.local_cls"], atol=1e-3)
+
+
+def test_with_timms_resampling_the_losses_are_not_the_published_ones(official):
+    _, t, module = build_dino(official, "dino_multicrop", position_resampling="timm")
+    large, small = dino_crops(t, 0)
+    loss = module({"key": torch.arange(4), "global": large, "local": small}, 0)["loss"]
+    assert abs(loss.item() - t["train.loss"][0].item()) > 0.01
+
+
+@pytest.mark.parametrize("name", ["dino", "dino_multicrop"])
+def test_dino_training_equals_the_published_one(official, name):
+    settings, t, module = build_dino(official, name)
     o = settings["optimizer"]
     config = optim.Config(
         base_lr=o["lr"][0],
         min_lr=o["lr"][1],
-        lr_schedule="dino",
+        lr_schedule="linspace_cosine",
         weight_decay=o["weight_decay"][0],
         weight_decay_end=o["weight_decay"][1],
         betas=tuple(o["betas"]),
@@ -132,11 +163,11 @@ def test_dino_training_equals_the_published_one(published_dino):
     for i in range(6):
         assert schedule.lr(i) == pytest.approx(t["train.lr"][i].item(), rel=1e-12)
         assert schedule.weight_decay(i) == pytest.approx(t["train.weight_decay"][i].item(), rel=1e-12)
-        assert module.momentum(i) == pytest.approx(t["train.momentum"][i].item(), rel=1e-12)
+        assert module.ema.momentum(i) == pytest.approx(t["train.momentum"][i].item(), rel=1e-12)
         assert module.teacher_temp(i) == pytest.approx(t["train.teacher_temp"][i // 2].item(), rel=1e-12)
         optim.set_schedule(optimizer, schedule, i)
-        crops = t[f"batch{i}.crops"]
-        loss = module({"key": torch.arange(4), "global": crops[:2], "local": crops[2:]}, i)["loss"]
+        large, small = dino_crops(t, i)
+        loss = module({"key": torch.arange(4), "global": large, "local": small}, i)["loss"]
         assert loss.item() == pytest.approx(t["train.loss"][i].item(), abs=1e-4)
         optimizer.zero_grad()
         loss.backward()
@@ -166,7 +197,7 @@ def test_knn_votes_equal_the_published_ones(official):
     ks = (1, 5, 10, 20, 100, 200)
     places = knn.classify(bank, queries, settings["num_classes"], ks, temperatures=(0.04, 0.07, 0.2))
     found = {
-        f"k={k},T={temperature}": [knn.top(of_one, 1), knn.top(of_one, min(5, k))]
+        f"k={k},T={temperature}": [knn.top_accuracy(of_one, 1), knn.top_accuracy(of_one, min(5, k))]
         for (k, temperature), (of_one, _) in places.items()
     }
     assert found == settings["top1_top5"]

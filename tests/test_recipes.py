@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from sslvit import config
+from sslvit.arguments import flatten, read_yaml
 from sslvit.config import RunConfig
-from sslvit.words import flatten, read_yaml
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 PAPER = [path for path in RECIPES if "in1k" in path.name]
@@ -55,7 +55,6 @@ def test_a_paper_recipe_writes_out_every_value_of_the_method(path):
         "student_keep",
         "koleo_weight",
         "init",
-        "pack",
     }  # options that the papers do not have
     unused = {"optim.clip_mode"} if stored["optim.clip"] is None else set()
     unused |= {f"objective.{key}" for key in later}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sslvit import state
+from sslvit.checkpoints import state
 
 from . import processes
 from .conftest import METHODS, words, write_images

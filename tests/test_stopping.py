@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from sslvit import state
+from sslvit.checkpoints import state
 
 from . import processes
 from .conftest import words

@@ -1,79 +1,109 @@
-"""The shape of the package: imports only go down, and every declared key is read."""
+"""The shape of the package: imports only go down and never in a circle, every declared key is read, and the way from
+the command line to the first backward pass is short."""
 
 import ast
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import sslvit
 from sslvit import config, objectives
+from sslvit.__main__ import main
 
 ROOT = Path(sslvit.__file__).parent
 # Top to bottom. A module may import from its own layer and from those below; families never import one another.
 LAYERS = [
     {"__main__"},
-    {"bench", "report", "picture", "submit"},
+    {"tools"},
     {"pretrain"},
-    {"run", "config", "saving", "nonfinite", "memory"},
+    {"run", "config", "memory"},
     {"evaluation", "export"},
     {"pretrained"},
     {"objectives"},
-    {"timm_folder"},
-    {"blocks", "encoder", "heads", "losses", "views", "augment", "data", "optim", "state", "sharding"},
+    {"step", "sharding", "nonfinite", "checkpoints", "optim", "data"},
+    {"model"},
     {
-        "branches",
-        "resample",
-        "rng",
-        "schedules",
-        "masks",
         "metrics",
         "distributed",
         "hardware",
-        "words",
+        "arguments",
+        "compatibility",
+        "rng",
+        "schedules",
         "errors",
         "stopping",
-        "lock",
-        "journal",
-        "board",
-        "tensorfile",
     },
 ]
 FAMILIES = {"objectives", "evaluation", "export"}
+FOLDERS = sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.rglob("__init__.py") if path.parent != ROOT)
 
 
 def modules() -> dict[str, Path]:
-    return {str(path.relative_to(ROOT).with_suffix("")): path for path in ROOT.rglob("*.py")}
+    """{"data.loader": its file}; a package stands for its __init__."""
+    names = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
 
 
-def imports(name: str, path: Path) -> set[str]:
-    """Top-level names inside sslvit that a module imports."""
-    package = Path(name).parent.parts
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1]
-            target = (*base, *(node.module.split(".") if node.module else ()))
-            found |= {target[0]} if target else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sslvit"):
-            found.add(node.module.split(".")[1] if "." in node.module else node.names[0].name)
-    return found - {"__version__"}
+def imports(name: str) -> set[str]:
+    """Modules of the package that a module imports, at its top or in a function."""
+    found, known = set(), modules()
+    package = name.split(".") if known[name].name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(known[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "sslvit"):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            target = base + (node.module.removeprefix("sslvit").strip(".").split(".") if node.module else [])
+            place = ".".join(part for part in target if part)
+            for alias in node.names:
+                full = f"{place}.{alias.name}".strip(".")
+                found.add(full if full in known else place)
+    return {target for target in found if target}
 
 
-def layer(top: str) -> int:
-    return next(i for i, names in enumerate(LAYERS) if top in names)
+def layer(name: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if name.split(".")[0] in names)
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_go_down(name):
-    if name == "__init__":
+    if not name:
         return
-    top = Path(name).parts[0]
-    for target in imports(name, modules()[name]):
-        if target == top:
-            continue
-        assert layer(target) >= layer(top), f"{name} imports {target} from a higher layer"
-        assert not {top, target} <= FAMILIES, f"{name} imports {target}: families stand beside one another"
+    top = name.split(".")[0]
+    for target in imports(name):
+        other = target.split(".")[0]
+        assert layer(target) >= layer(name), f"{name} imports {target} from a higher layer"
+        assert top == other or not {top, other} <= FAMILIES, f"{name} imports {target}: families stand side by side"
+
+
+def test_no_imports_go_in_a_circle():
+    graph = {name: imports(name) for name in modules()}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for target in graph[name]:
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_few_files_lie_at_the_top():
+    assert len(list(ROOT.glob("*.py"))) <= 26
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_says_what_lives_there_and_what_it_may_import(folder):
+    text = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text())) or ""
+    assert len(text) > 100, folder
+    assert "mport" in text, folder
 
 
 def attributes() -> set[str]:
@@ -93,12 +123,9 @@ def test_every_key_is_read(method):
     read = attributes()
 
     def unread(node) -> list[str]:
-        return [
-            item.name
-            for item in dataclasses.fields(node)
-            if item.name not in read
-        ] + [name for item in dataclasses.fields(node) if dataclasses.is_dataclass(value := getattr(node, item.name))
-             for name in unread(value)]  # fmt: skip
+        fields = [(item.name, getattr(node, item.name)) for item in dataclasses.fields(node)]
+        inner = [name for _, value in fields if dataclasses.is_dataclass(value) for name in unread(value)]
+        return [name for name, _ in fields if name not in read] + inner
 
     assert unread(config.load([f"method={method}"])) == []
 
@@ -114,3 +141,42 @@ def test_nothing_is_unpickled():
         text = path.read_text()
         assert "pickle" not in text.replace("Nothing is pickled", ""), name
         assert "torch.load(" not in text or "weights_only=True" in text, name
+
+
+class FirstBackward(BaseException):
+    """Raised in place of the first backward pass."""
+
+
+def test_the_way_to_the_first_backward_pass_is_short(tmp_path, monkeypatch):
+    """Lines of all functions of the package that the quickstart enters, without loader processes and evaluation."""
+
+    def stop(*args, **kwargs):
+        raise FirstBackward
+
+    entered = set()
+
+    def note(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename.startswith(str(ROOT)):
+            entered.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
+
+    monkeypatch.setattr(torch.Tensor, "backward", stop)
+    quick = ["data.train=fractals:train,count=100", "images=640", "eval.train=", "eval.test=", "rank_every_steps=null"]
+    recipe = str(ROOT.parent / "configs" / "quickstart.yaml")
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        with pytest.raises(FirstBackward):
+            main(["pretrain", recipe, *quick, "workers=0", "precision=float32", f"out={tmp_path / 'run'}"])
+    finally:
+        sys.setprofile(before)
+    lines: dict[str, set[int]] = {}
+    for file in {file for file, _ in entered}:
+        for node in ast.walk(ast.parse(Path(file).read_text())):
+            if isinstance(node, ast.FunctionDef):
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                if (file, first) in entered:
+                    assert node.end_lineno is not None
+                    lines.setdefault(str(Path(file).relative_to(ROOT)), set()).update(range(first, node.end_lineno + 1))
+    counts = {file: len(numbers) for file, numbers in sorted(lines.items(), key=lambda item: -len(item[1]))}
+    assert sum(counts.values()) <= 2200, counts
+    assert len(counts) <= 40, counts

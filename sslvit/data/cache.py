@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import rng
+from ..arguments import format_value
 from ..distributed import gather_objects, rank, say, world_size
 from ..errors import UserError
 from ..hardware import free_memory
-from ..metrics import amount
+from ..metrics import format_bytes
 from ..stopping import ignore_in_worker
-from ..words import shown
-from . import BadImage, Cache, Source
+from .config import Cache
+from .sources import BadImage, Source
 
 CACHE_SHARE = 0.25  # of the free memory, up to which images are kept by default
 SAY_EVERY = 10.0  # seconds
@@ -141,7 +142,7 @@ def cached(source: Source, cache: Cache, seed: int, memory: Memory) -> Source:
     room = Room(size) if wanted else None
     offers = gather_objects((machine(), wanted, room.address() if room else None, size))
     if cache and not any(offer[1] for offer in offers):
-        say(f"data.cache={shown(cache)} has no effect: it is for images of one size and 8 bits, and these are not.")
+        say(f"data.cache={format_value(cache)} has no effect: it needs 8-bit images of one size, and these are not.")
     _, decided, address, its_size = next(offer for offer in offers if offer[0] == machine())
     if not (decided and shape):
         return source
@@ -200,8 +201,8 @@ def on_device(source: Source, cache: Cache, device: torch.device, workers: int) 
         if cache is None:
             return source
         raise UserError(
-            f"data.cache=device: the {len(source)} images take {amount(size)}, and {amount(free)} of the device are "
-            "free: use data.cache=ram."
+            f"data.cache=device: the {len(source)} images take {format_bytes(size)}, and {format_bytes(free)} of the "
+            "device are free: use data.cache=ram."
         )
     if cache is None and size > CACHE_SHARE * free:
         return source
@@ -209,8 +210,9 @@ def on_device(source: Source, cache: Cache, device: torch.device, workers: int) 
     others = int((source.filled == 0).sum()) - len(broken)
     if others:
         say(
-            f"data.cache={shown(cache)}: {others} of {len(source)} images are not of {'x'.join(map(str, source.shape))}"
-            " as the others are, so images stay in the machine's memory instead of the device's."
+            f"data.cache={format_value(cache)}: {others} of {len(source)} images are not of "
+            f"{'x'.join(map(str, source.shape))} as the others are, so images stay in the machine's memory instead of "
+            "the device's."
         )
         return source
     return OnDevice(source.source, source.pixels.permute(0, 2, 3, 1).to(device), broken)

@@ -5,8 +5,8 @@ import math
 import numpy as np
 
 from ..errors import UserError
-from . import Source
-from .names import Names
+from .sources import Source
+from .sources.names import Names
 
 NONE = ("", "no finding", "none")  # texts that say that no class applies
 

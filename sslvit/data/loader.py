@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .. import rng
 from ..errors import UserError
 from ..stopping import ignore_in_worker
-from ..views import Views, cut, cut_at_once, reduction
-from . import BadImage, Source, read_smaller
 from .cache import OnDevice
+from .crops import Views, cut, cut_at_once, reduction
+from .sources import BadImage, Source, read_smaller
 
 SUBSTITUTES = 50  # images tried in place of one that cannot be read, before the run gives up
 WRITTEN_DOWN = 2**22  # images up to which the order of an epoch is kept as a list: 0.4 s to make, 170 MB while it is

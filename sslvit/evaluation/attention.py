@@ -1,4 +1,4 @@
-"""Where an encoder looks: a picture of its attention and of its patch tokens, and numbers that describe the heads.
+"""Where an encoder looks: a picture of attention and patch tokens, and numbers that describe the heads.
 
 A row for each image, in this order:
 
@@ -28,14 +28,20 @@ import torch
 from timm.layers import Attention
 from torch import Tensor
 
-from ..augment import Normalize
 from ..data import BadImage, Source
+from ..data.augment import Normalize
+from ..data.crops import centre
 from ..distributed import on_first_process, say
-from ..encoder import Encoder
 from ..errors import UserError, check_range
-from ..views import centre
-from . import pictures, protocol, sets
+from ..model.encoder import Encoder
+from . import Command, pictures, protocol
 from .segment import image_size
+from .subset import random_subset
+
+COMMAND = Command(
+    "run=... data=... picture=...",
+    "a picture of attention and patch tokens",
+)
 
 SIDE = 128  # pixels of a cell in the picture, or a little less
 MEASURES = ("entropy", "distance", "on_prefix")
@@ -43,7 +49,7 @@ FAINT = 0.02  # share of patches at each end of a direction whose colour is cut 
 
 
 @dataclass
-class Config(protocol.Subject):
+class Config(protocol.EncoderConfig):
     data: str = ""  # images, labelled or not: a folder, or a set by name
     images: int = 8  # of them, chosen by the seed
     size: int | tuple[int, int] | None = None  # pixels at which the encoder sees the images; null: its own size
@@ -76,24 +82,18 @@ def run(config: Config) -> dict[str, Any]:
         raise UserError(f"run={config.run} has no class token: use query=mean.")
     source = frozen.open(config.data)
     results = on_first_process(lambda: show(config, frozen, source, size))
-    record = sets.record(
-        frozen,
-        config,
-        "attention",
-        data=config.data,
-        size=list(size),
-        patches=list(encoder.grid(size)),
-        results=results,
-    )
-    record |= {"features": "patch tokens", "precision": "float32"}
-    protocol.file(config, frozen.subject, "attention", record)
+    record = protocol.make_record(
+        config, frozen, "attention", data=config.data, size=list(size), patches=list(encoder.grid(size)),
+        features="patch tokens", precision="float32", results=results,
+    )  # fmt: skip
+    protocol.save_record(config, frozen, record)
     return results
 
 
 def show(config: Config, frozen: protocol.Frozen, source: Source, size: tuple[int, int]) -> dict[str, Any]:
     """Draw, and describe the heads; prints a table."""
     encoder, device = frozen.subject.encoder.eval(), frozen.accelerator.device
-    chosen = sets.choose(source, config.images, config.seed, "attention")
+    chosen = random_subset(source, config.images, config.seed, "attention")
     images = readable(chosen, size)
     if not images:
         raise UserError(f"None of the {len(chosen)} chosen images of {config.data} can be read.")

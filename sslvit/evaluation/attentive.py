@@ -22,11 +22,17 @@ from torch import Tensor, nn
 from .. import rng, schedules
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
-from . import linear, pictures, protocol
-from .classes import check_read, renumbered
-from .linear import Setting
+from . import Column, Command, pictures, probes, protocol
+from .classes import check_readable, remap_labels
+from .probes import Setting
 from .strata import check_holdout, hold_out
 from .tokens import Tokens, patch_tokens
+
+COMMAND = Command(
+    "run=... data.train=... data.test=...",
+    "attentive probe of frozen patch tokens",
+    (Column("attentive", "top1"),),
+)
 
 HEAD_WIDTH = 64  # channels of an attention head
 
@@ -61,33 +67,32 @@ def run(config: Config) -> dict[str, Any]:
     check_holdout(config.holdout)
     check_range("", config, 1, None, "epochs", "probe_batch_size")
     pictures.check(config.picture)
-    linear.check_seeds(config.seeds)
-    words = protocol.both_sets(config, "attentive")
+    probes.check_seeds(config.seeds)
+    words = protocol.set_specs(config, "attentive")
     frozen = protocol.load(config)
     *sources, numbers = frozen.open_both(config, words)
-    folder = frozen.kept(config.cache)
+    folder = frozen.cache_folder(config.cache)
     sets = []
     for source, mapping in zip(sources, (None, numbers), strict=True):
         tokens = patch_tokens(frozen, source, folder, config.batch_size, config.workers)
         labels = torch.from_numpy(source.labels)[tokens.index]
-        labels = labels if mapping is None else renumbered(labels, mapping)
+        labels = labels if mapping is None else remap_labels(labels, mapping)
         sets.append(Set(tokens, tokens.index[labels >= 0], labels[labels >= 0]))
-    check_read(sets[0].labels, sets[1].labels, words)
-    record = {
-        "evaluation": "attentive", "run": config.run, "settings": protocol.settings_of(config), **frozen.subject.detail,
-        **{name: {"data": word, "images": len(one.tokens.index), "unreadable": one.tokens.unreadable}
-           for name, word, one in zip(("train", "test"), words, sets, strict=True)},
-        "classes": len(sources[0].classes), "features": "patch tokens", "precision": frozen.precision,
-        "image_size": list(frozen.subject.encoder.image_size), "seed": config.seed, "versions": protocol.versions(),
-    }  # fmt: skip
+    check_readable(sets[0].labels, sets[1].labels, words)
+    train, test = (protocol.describe_set(spec, len(one.tokens.index), one.tokens.unreadable)
+                   for spec, one in zip(words, sets, strict=True))  # fmt: skip
+    record = protocol.make_record(
+        config, frozen, "attentive", settings=protocol.settings_of(config), train=train, test=test,
+        classes=len(sources[0].classes), features="patch tokens",
+    )  # fmt: skip
     say(f"attentive probe of {config.run}: {frozen.precision}; {len(sets[0].labels)} training and "
         f"{len(sets[1].labels)} test images in {record['classes']} classes")  # fmt: skip
     device = frozen.accelerator.device
     results = on_first_process(
-        lambda: linear.repeated(config, lambda one: choose(one, *sets, sources[0].classes, device))
+        lambda: probes.for_each_seed(config, lambda one: choose(one, *sets, sources[0].classes, device))
     )
-    linear.say_ends([one["setting"]["lr"] for one in results.get("seeds", [results])], config.lr, "learning rate")
-    protocol.file(config, frozen.subject, "attentive", {**record, "results": results})
+    probes.warn_at_edge(results, "lr", config.lr, "learning rate")
+    protocol.save_record(config, frozen, {**record, "results": results})
     return results
 
 
@@ -102,13 +107,13 @@ def choose(config: Config, train: Set, test: Set, classes: list[str], device: to
         {**setting, "holdout_top1": round(100 * r.item(), 4), "holdout_loss": round(v.item(), 5)}
         for setting, r, v in zip(settings, right, loss, strict=True)
     ]
-    best = sweep.index(linear.best_of(sweep))
+    best = sweep.index(probes.best_of(sweep))
     rows = [[f"{r['lr']:g}", f"{r['weight_decay']:g}", f"{r['holdout_top1']:.2f}"] for r in sweep]
     say(*protocol.table(["lr", "weight decay", "held-out top-1 %"], rows))
     head = train_heads(config, train, len(classes), settings[best : best + 1], device)
     told, loss = judge(head, test, device)
     words = ", ".join(f"{name} {value:g}" for name, value in settings[best].items())
-    results = linear.outcome(config, classes, told[0], test.labels, f"with {words}")
+    results = probes.report(config, classes, told[0], test.labels, f"with {words}")
     return {**results, "setting": settings[best], "test_loss": round(loss.item(), 5),
             "holdout_top1": sweep[best]["holdout_top1"], "sweep": sweep}  # fmt: skip
 

@@ -20,7 +20,7 @@ def check_labelled(source: Source, name: str, least: int = 1) -> None:
         raise UserError(f"{name} has images of one class only: telling classes apart needs two or more.")
 
 
-def same_classes(train: Source, test: Source, names: tuple[str, str]) -> Tensor:
+def match_classes(train: Source, test: Source, names: tuple[str, str]) -> Tensor:
     """[classes of test] int64: the training set's number of each, by name. Raises UserError."""
     check_labelled(train, names[0], least=2)
     check_labelled(test, names[1])
@@ -34,7 +34,7 @@ def same_classes(train: Source, test: Source, names: tuple[str, str]) -> Tensor:
     return torch.tensor([number[name] for name in test.classes])
 
 
-def check_read(train: Tensor, test: Tensor, names: tuple[str, str]) -> None:
+def check_readable(train: Tensor, test: Tensor, names: tuple[str, str]) -> None:
     """[N], [M] labels of the images that this process has read: all processes call it. Raises UserError on all of them
     if too few are left to learn from or to judge by."""
     classes = set().union(*gather_objects(set(train[train >= 0].tolist())))
@@ -46,6 +46,6 @@ def check_read(train: Tensor, test: Tensor, names: tuple[str, str]) -> None:
         raise UserError(f"None of the labelled images of {names[1]} can be read.")
 
 
-def renumbered(labels: Tensor, numbers: Tensor) -> Tensor:
+def remap_labels(labels: Tensor, numbers: Tensor) -> Tensor:
     """[N] int64 labels, -1 for none -> the same images by other numbers of their classes."""
     return torch.where(labels >= 0, numbers[labels.clamp(min=0)], -1)

@@ -26,18 +26,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import rng
+from ..data import Source
 from ..distributed import on_first_process, say
-from ..errors import UserError, check_range, need
-from . import pictures, protocol, sets
+from ..errors import UserError, check_range, require
+from . import Column, Command, pictures, protocol
 from .classes import check_labelled
 from .features import Features
+
+COMMAND = Command(
+    "run=... data=...",
+    "k-means clusters against the classes: NMI, ARI, accuracy",
+    (Column("clusters", "accuracy"),),
+)
 
 SHOWN = 40  # clusters in a picture at most
 MEASURES = ("nmi", "ari", "accuracy")
 
 
 @dataclass
-class Config(protocol.Subject):
+class Config(protocol.EncoderConfig):
     data: str = ""  # labelled images: a folder with a sub-folder for each class, or a set by name
     k: int | None = None  # clusters; null: as many as classes
     spherical: bool = True  # features and centroids of unit length; false: as they are
@@ -55,14 +62,14 @@ def run(config: Config) -> dict[str, Any]:
     check_range("", config, 2, None, "k")
     check_range("", config, 1, None, "repeats", "restarts", "iterations", "per_cluster")
     pictures.check(config.picture)
-    need("scipy.optimize", "cluster", "matching clusters to classes")
+    require("scipy.optimize", "cluster", "matching clusters to classes")
     if not config.data:
         raise UserError("data is missing: cluster needs labelled images, data=<folder>.")
     frozen = protocol.load(config)
     source = frozen.open(config.data, config.download_dir)
     check_labelled(source, config.data, least=2)
     _check_k(config, len(source.classes), int((source.labels >= 0).sum()))
-    features = sets.features(frozen, source, config, config.cache)
+    features = frozen.features(source, config, config.cache)
     known = (features.labels >= 0).nonzero().squeeze(1)
     labels, k = features.labels[known], config.k or len(features.classes)
     _check_k(config, len(features.classes), len(known))
@@ -75,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
     found, first = on_first_process(work)
     results = {"k": k, **summarise(found), "repeats": found}
     say(
-        f"clusters of {config.run}: {sets.describe(frozen)}, {x.shape[1]} wide, {frozen.precision}; {len(x)} images of "
+        f"clusters of {config.run}: {frozen.describe()}, {x.shape[1]} wide, {frozen.precision}; {len(x)} images of "
         f"{len(features.classes)} classes in {k} clusters, {'spherical' if config.spherical else 'Euclidean'} k-means"
     )
     rows = [[str(i), *(f"{one[name]:.2f}" for name in MEASURES)] for i, one in enumerate(found)]
@@ -84,11 +91,11 @@ def run(config: Config) -> dict[str, Any]:
         rows.append(["deviation", *(f"{results[f'{name}_deviation']:.2f}" for name in MEASURES)])
     say(*protocol.table(["repeat", "NMI", "ARI", "accuracy %"], rows))
     settings = {name: getattr(config, name) for name in ("spherical", "repeats", "restarts", "iterations")}
-    record = sets.record(
-        frozen, config, "cluster", data=config.data, images=len(x), unreadable=features.unreadable,
+    record = protocol.make_record(
+        config, frozen, "cluster", data=config.data, images=len(x), unreadable=features.unreadable,
         classes=len(features.classes), width=x.shape[1], settings=settings, results=results,
     )  # fmt: skip
-    protocol.file(config, frozen.subject, "cluster", record)
+    protocol.save_record(config, frozen, record)
     if config.picture:
         # Drawn by the first process alone: it reads a few images.
         on_first_process(lambda: draw(config, frozen, source, features, known, first))
@@ -173,13 +180,13 @@ def adjusted_rand(counts: Tensor) -> float:
 
 def matched(counts: Tensor) -> float:
     """Share of the images in pairs of the best one-to-one matching of clusters and classes."""
-    assign = need("scipy.optimize", "cluster", "matching clusters to classes").linear_sum_assignment
+    assign = require("scipy.optimize", "cluster", "matching clusters to classes").linear_sum_assignment
     rows, columns = assign(counts.numpy(), maximize=True)
     return float(counts[rows, columns].sum() / counts.sum())
 
 
 def draw(
-    config: Config, frozen: protocol.Frozen, source: sets.Source, features: Features, known: Tensor, clusters: Tensor
+    config: Config, frozen: protocol.Frozen, source: Source, features: Features, known: Tensor, clusters: Tensor
 ) -> None:
     """A row for each cluster, the largest first, with images of it that the seed chose."""
     labels = features.labels[known]

@@ -1,15 +1,16 @@
-"""The results of several runs side by side, and how far their differences can be believed.
+"""The results of several runs side by side, and how far their differences can be trusted.
 
-Reads what the evaluations wrote (<run>/eval/*.json). Where two runs were judged on the same test images, the difference
-of their accuracies has a paired bootstrap interval of 95 %: images are drawn with replacement, each with what both runs
-made of it (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 16). An interval that holds 0 means
-that other test images could have turned the order round. It says nothing about other seeds of the training.
+Reads what the evaluations wrote (<run>/eval/*.json). Where two runs were measured on the same test images, the
+difference of their accuracies has a paired bootstrap interval of 95 %: images are drawn with replacement, each with the
+predictions of both runs (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 16). If the interval
+holds 0, other test images could reverse the order. It says nothing about other seeds of the training.
 
 k-NN is that of k = 20 and T = 0.07, or of the first k and T that all runs have. Runs that have none in common are in
 columns of their own, and no difference is taken between them.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ import numpy as np
 
 from ..distributed import say
 from ..errors import UserError
-from . import protocol, scores
+from . import Column, commands, protocol
 
 DRAWS = 10_000
+# What has to agree for two numbers to be compared, beside every setting.
+SAME = ("train", "test", "classes", "precision", "image_size", "features", "seed", "data", "departures")
+Records = dict[str, dict[str, Any]]  # {file without .json: record} of a run
 
 
 @dataclass
@@ -29,78 +33,66 @@ class Config:
     out: str = ""  # file for the table, as JSON; empty: it is only printed
 
 
-# {evaluation: (name of the column, the number's key)}
-COLUMNS = {
-    "knn": ("k-NN", "top1"),
-    "linear": ("linear", "top1"),
-    "linear_mae": ("linear (mae)", "top1"),
-    "linear_dino": ("linear (dino)", "top1"),
-    "logistic": ("logistic", "top1"),
-    "attentive": ("attentive", "top1"),
-    "finetune": ("fine-tuned", "top1"),
-    "retrieval": ("retrieval mAP", "map"),
-    "cluster": ("clusters", "accuracy"),
-    "quality": ("RankMe", "rankme"),
-}
-USUAL = (20, 0.07)  # k and T of k-NN
-# What has to agree for two numbers to be compared, and every setting.
-SAME = ("train", "test", "classes", "precision", "image_size", "features", "seed", "data", "departures")
-
-
 @dataclass
 class Cell:
     """One number of one run."""
 
-    evaluation: str
-    kind: str  # what beside the evaluation has to be the same in a column, such as k=20 T=0.07
+    column: Column
+    file: str
+    kind: str  # tells apart the columns of one file, for example k=20 T=0.07
+    settings: tuple[float, ...]  # of the row, if the file holds several
     number: float
     right: str  # which test images were right, packed; empty if that is not known
-    record: dict[str, Any]  # that it is from
+    record: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """Of its column in the file."""
-        return f"{self.evaluation} {self.kind}".strip()
+        """Of its column, in the file of `out=`."""
+        return f"{self.file} {self.kind}".strip()
 
     @property
     def title(self) -> str:
-        """Of its column in the table."""
-        return f"{COLUMNS[self.evaluation][0]} {self.kind}".strip()
+        """Of its column, in the table."""
+        return f"{self.column.title} {self.kind}".strip()
 
 
 def compare(runs: list[str], config: Config) -> dict[str, Any]:
     """Print a table of runs and results, differences to the first run, and where protocols differ. Raises UserError."""
     if not runs:
         raise UserError("compare needs runs: sslvit compare runs/a runs/b untrained:runs/a.")
-    records = {name: _results(name) for name in dict.fromkeys(runs)}
-    found = _cells(records)
-    columns = {cell.name: cell for evaluation in COLUMNS for cells in found.values() for cell in cells.values()
-               if cell.evaluation == evaluation}  # fmt: skip
-    if not columns:
-        raise UserError(f"None of {', '.join(found)} has results of {', '.join(COLUMNS)}: evaluate them first.")
-    header = [
-        cell.title + " %" * (cell.evaluation != "quality" and "mae" not in cell.kind) for cell in columns.values()
-    ]
-    rows = [[run, *(f"{cells[c].number:.2f}" if c in cells else "" for c in columns)] for run, cells in found.items()]
+    columns = [(column.file or name, column) for name, command in commands().items() for column in command.columns]
+    files = list(dict.fromkeys(file for file, _ in columns))
+    records = {run: _read(run, columns) for run in dict.fromkeys(runs)}
+    cells: dict[str, dict[str, Cell]] = {run: {} for run in records}
+    heads: dict[str, Cell] = {}  # one cell of each column
+    for file, column in columns:
+        for run, cell in _select(records, file, column).items():
+            cells[run][cell.name] = heads[cell.name] = cell
+    if not heads:
+        raise UserError(f"None of {', '.join(records)} has results of {', '.join(files)}: evaluate them first.")
+    header = [f"{cell.title} {cell.column.unit}".strip() for cell in heads.values()]
+    rows = [[run, *(f"{own[name].number:.2f}" if name in own else "" for name in heads)] for run, own in cells.items()]
     say(*protocol.table(["run", *header], rows))
-    first, *others = found
+    first, *others = records
     differences = []
     for other in others:
-        for name, column in columns.items():
-            a, b = found[first].get(name), found[other].get(name)
-            if not _comparable(a, b):
+        for name, head in heads.items():
+            a, b = cells[first].get(name), cells[other].get(name)
+            if a is None or b is None or not _same_images(a, b):
                 continue
             row = {"run": other, "evaluation": name, **difference(a.right, b.right, config.seed)}
             differences.append(row)
             low, high = row["interval"]
-            verdict = "" if low * high > 0 or low == high else ": other test images could turn it round"
+            verdict = "" if low * high > 0 or low == high else ": other test images could reverse the order"
             say(
-                f"{column.title}: {other} {row['difference']:+.2f} against {first} (95 % interval {low:+.2f} to "
+                f"{head.title}: {other} {row['difference']:+.2f} against {first} (95 % interval {low:+.2f} to "
                 f"{high:+.2f}){verdict}"
             )
-    notes = [note for evaluation in COLUMNS for note in _departures(records, evaluation)]
+    notes = [note for file in files for note in _departures(records, file, dict(columns)[file])]
+    notes += [f"{run}, {file}: {record['note']}" for run, own in records.items() for file, record in own.items()
+              if record.get("note")]  # fmt: skip
     say(*notes)
-    table = {run: {name: cell.number for name, cell in cells.items()} for run, cells in found.items()}
+    table = {run: {name: cell.number for name, cell in own.items()} for run, own in cells.items()}
     report = {"results": table, "differences": differences, "notes": notes}
     if config.out:
         protocol.check_out(config.out)
@@ -111,11 +103,12 @@ def compare(runs: list[str], config: Config) -> dict[str, Any]:
     return report
 
 
-def _results(name: str) -> dict[str, dict[str, Any]]:
-    """{evaluation: what it wrote} of a run. Raises UserError."""
+def _read(name: str, columns: list[tuple[str, Column]]) -> Records:
+    """The results of a run. Raises UserError."""
     kind, colon, rest = name.partition(":")
-    path = Path(rest if colon and kind == "untrained" else name).expanduser()
-    if colon and kind == "untrained":
+    untrained = bool(colon) and kind == "untrained"
+    path = Path(rest if untrained else name).expanduser()
+    if untrained:
         folder = path / "eval" / "untrained"
     elif path.parent.name == "checkpoints":
         folder = path.parent.parent / "eval" / path.name
@@ -124,86 +117,79 @@ def _results(name: str) -> dict[str, dict[str, Any]]:
     if not folder.is_dir():
         raise UserError(f"{name} has no results ({folder} is missing): give runs that were evaluated.")
     records = {}
-    for column in COLUMNS:
-        path = folder / f"{column}.json"
+    for file in dict.fromkeys(file for file, _ in columns):
+        path = folder / f"{file}.json"
         if path.is_file():
             try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-                _cell(column, record)
-            except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-                raise UserError(f"{path} is no result of this version: evaluate again.") from error
-            records[column] = record
+                records[file] = json.loads(path.read_text(encoding="utf-8"))
+                found = [cell for of, column in columns if of == file for cell in _cells(records[file], file, column)]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                found = []
+            if not found:
+                raise UserError(f"{path} is not a result that this version can read: evaluate again.")
     return records
 
 
-def _all_votes(record: dict[str, Any]) -> list[tuple[int, float]]:
-    return [(row["k"], row["temperature"]) for row in record["results"]["neighbours"]]
+def _cells(record: dict[str, Any], file: str, column: Column) -> Iterator[Cell]:
+    """The numbers of a column in a record, several if it holds several rows. Raises KeyError, TypeError, ValueError or
+    AttributeError for what is no result of the evaluation."""
+    results = record["results"]
+    for row in results[column.rows] if column.rows else [results] if column.key in results else []:
+        settings = tuple(row[name] for name in column.settings)
+        kind = " ".join(f"{symbol}={row[name]:g}" for name, symbol in column.settings.items()) or column.kind
+        yield Cell(column, file, kind, settings, float(row[column.key]), row.get("right", ""), record)
 
 
-def _cell(evaluation: str, record: dict[str, Any], votes: tuple[int, float] | None = None) -> Cell:
-    """votes: k and T of k-NN; null: the first. Raises KeyError, TypeError, ValueError or IndexError for what is no
-    result of the evaluation."""
-    row, kind, key = record["results"], "", COLUMNS[evaluation][1]
-    if evaluation == "knn":
-        votes = votes or _all_votes(record)[0]
-        row, kind = row["neighbours"][_all_votes(record).index(votes)], f"k={votes[0]} T={votes[1]:g}"
-    elif evaluation == "finetune" and record.get("task", "single") != "single":
-        key = scores.FIRST[record["task"]]
-        kind = f"{record['task']} {key}"
-    return Cell(evaluation, kind, float(row[key]), row.get("right", ""), record)
+def _select(records: dict[str, Records], file: str, column: Column) -> dict[str, Cell]:
+    """{run: its cell of the column}: with the usual settings, or the first, of those that all runs have."""
+    found = {run: {cell.settings: cell for cell in _cells(own[file], file, column)}
+             for run, own in records.items() if file in own}  # fmt: skip
+    found = {run: cells for run, cells in found.items() if cells}
+    shared = [key for key in next(iter(found.values()), {}) if all(key in cells for cells in found.values())]
+    chosen = {}
+    for run, cells in found.items():
+        settings = shared or list(cells)
+        chosen[run] = cells[column.usual if column.usual in settings else settings[0]]
+    return chosen
 
 
-def _cells(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Cell]]:
-    """{run: {name of a column: what stands there}}."""
-    votes = {run: _all_votes(of_run["knn"]) for run, of_run in records.items() if "knn" in of_run}
-    shared = [key for key in next(iter(votes.values()), []) if all(key in keys for keys in votes.values())]
-    found = {}
-    for run, of_run in records.items():
-        asked = shared or votes.get(run, [])
-        usual = USUAL if USUAL in asked else next(iter(asked), None)
-        cells = [_cell(name, record, usual if name == "knn" else None) for name, record in of_run.items()]
-        found[run] = {cell.name: cell for cell in cells}
-    return found
-
-
-def _comparable(a: Cell | None, b: Cell | None) -> bool:
-    """Whether both say of each test image whether they were right, and the images are the same."""
-    if a is None or b is None or a.record.get("test") != b.record.get("test"):
+def _same_images(a: Cell, b: Cell) -> bool:
+    """Whether both say of each test image whether it was right, and the images are the same."""
+    if not (a.right and b.right) or a.record.get("test") != b.record.get("test"):
         return False
-    return bool(a.right) and bool(b.right) and a.right.split(":")[0] == b.right.split(":")[0]
+    return a.right.split(":")[0] == b.right.split(":")[0]
 
 
 def difference(a: str, b: str, seed: int) -> dict[str, Any]:
     """Which test images two runs had right, packed -> accuracy of b minus that of a in percent, with its paired
     interval."""
-    right = [protocol.unpacked(packed).astype(int) for packed in (a, b)]
-    delta = right[1] - right[0]
-    count = len(delta)
+    right_a, right_b = (protocol.unpack_bits(packed).astype(int) for packed in (a, b))
+    delta = right_b - right_a
     # Drawing images with replacement is drawing how many of them gain, lose and stay.
     shares = [np.mean(delta == value) for value in (1, -1, 0)]
-    draws = np.random.default_rng(seed).multinomial(count, shares, DRAWS)
-    low, high = np.percentile(100 * (draws[:, 0] - draws[:, 1]) / count, [2.5, 97.5])
+    draws = np.random.default_rng(seed).multinomial(len(delta), shares, DRAWS)
+    low, high = np.percentile(100 * (draws[:, 0] - draws[:, 1]) / len(delta), [2.5, 97.5])
     interval = [round(float(low), 3), round(float(high), 3)]
     return {"difference": round(100 * float(delta.mean()), 3), "interval": interval}
 
 
-def _departures(found: dict[str, dict[str, Any]], evaluation: str) -> list[str]:
+def _departures(records: dict[str, Records], file: str, column: Column) -> list[str]:
     """A sentence for each way in which the protocols of one evaluation differ between runs."""
-    rulers = {run: _ruler(of_run[evaluation], evaluation) for run, of_run in found.items() if evaluation in of_run}
+    protocols = {run: _protocol(own[file], column) for run, own in records.items() if file in own}
     notes = []
-    for key in dict.fromkeys(key for ruler in rulers.values() for key in ruler):
+    for key in dict.fromkeys(key for each in protocols.values() for key in each):
         values: dict[str, list[str]] = {}
-        for run, ruler in rulers.items():
-            values.setdefault(json.dumps(ruler.get(key)), []).append(run)
+        for run, each in protocols.items():
+            values.setdefault(json.dumps(each.get(key)), []).append(run)
         if len(values) > 1:
-            sides = "; ".join(f"{value[:200]} for {', '.join(names)}" for value, names in values.items())
-            notes.append(f"Not by one ruler, {evaluation}: {key} is {sides}.")
+            sides = "; ".join(f"{value[:200]} for {', '.join(runs)}" for value, runs in values.items())
+            notes.append(f"Protocols of {file} differ: {key} is {sides}.")
     return notes
 
 
-def _ruler(record: dict[str, Any], evaluation: str) -> dict[str, Any]:
-    """What of a record has to agree, setting by setting."""
-    in_column = ("k", "temperature") if evaluation == "knn" else ()
-    settings = {f"settings.{name}": value for name, value in (record.get("settings") or {}).items()
-                if name not in in_column}  # fmt: skip
-    return {key: record.get(key) for key in SAME} | settings
+def _protocol(record: dict[str, Any], column: Column) -> dict[str, Any]:
+    """What of a record has to agree, setting by setting; not those that give a column of its own."""
+    settings = record.get("settings") or {}
+    return {key: record.get(key) for key in SAME} | {
+        f"settings.{name}": value for name, value in settings.items() if name not in column.settings
+    }

@@ -33,7 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import rng
-from ..augment import blur
+from ..data.augment import blur
 
 SEVERITIES = (1, 2, 3, 4, 5)
 LARGEST_SMALL = 64  # pixels of the longer side up to which an image gets CIFAR-10-C's numbers

@@ -14,14 +14,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..augment import Normalize
 from ..data import BadImage, Source
+from ..data.augment import Normalize
+from ..data.crops import centre
 from ..distributed import gather_objects, rank, say, world_size
-from ..encoder import Encoder, Pool
 from ..errors import UserError
 from ..hardware import default_workers, keep_memory
+from ..model.encoder import Encoder, Pool
 from ..stopping import ignore_in_worker
-from ..views import centre
 
 CROP_RATIO = 224 / 256  # the published evaluation resizes to 256 and cuts the central 224
 SAY_EVERY = 20  # seconds between lines of progress
@@ -53,7 +53,7 @@ class Features:
         return self
 
 
-class Centred(Dataset):
+class CentreCropped(Dataset):
     """Images as an evaluation sees them: resized and centred, or as they are if they have the encoder's size."""
 
     def __init__(self, source: Source, index: Tensor, size: tuple[int, int]) -> None:
@@ -86,7 +86,7 @@ def batches(
     in evaluation mode while it lasts, and a line of progress now and then."""
     device = accelerator.device
     loader = DataLoader(
-        Centred(source, share(source), encoder.image_size),
+        CentreCropped(source, share(source), encoder.image_size),
         batch_size=batch_size,
         num_workers=default_workers(device) if workers is None else workers,
         collate_fn=_collate,
@@ -136,9 +136,10 @@ def extract(
     for value in values.values():
         check_finite(value[:done], getattr(encoder, "architecture", "the encoder"))
     found = {
-        pool: features_of(value[:done], numbers[:done], source, len(source) - total) for pool, value in values.items()
+        pool: label_features(value[:done], numbers[:done], source, len(source) - total)
+        for pool, value in values.items()
     }
-    return {pool: gathered(part) for pool, part in found.items()} if whole else found
+    return {pool: gather_features(part) for pool, part in found.items()} if whole else found
 
 
 def room_for(rows: int, width: int, folder: Path | None) -> Tensor:
@@ -155,13 +156,13 @@ def room_for(rows: int, width: int, folder: Path | None) -> Tensor:
     return torch.empty(rows, width)
 
 
-def features_of(values: Tensor, index: Tensor, source: Source, unreadable: int) -> Features:
+def label_features(values: Tensor, index: Tensor, source: Source, unreadable: int) -> Features:
     """[n, D], [n] numbers of images -> the same with their labels."""
     labels = torch.full_like(index, -1) if source.labels is None else torch.from_numpy(source.labels)[index]
     return Features(values, labels, source.classes, index, unreadable)
 
 
-def gathered(part: Features, everywhere: bool = True) -> Features | None:
+def gather_features(part: Features, everywhere: bool = True) -> Features | None:
     """The whole from each process's share, on every process, or on the first alone and None on the others. All call it,
     and it passes them in blocks, so that nobody holds much more than the whole once."""
     if world_size() == 1:

@@ -7,8 +7,8 @@ recipe=mae    He et al., 2022, appendix A.2 and the released FINETUNE.md, with t
 recipe=small  for some hundreds or thousands of images: crops and flips only, the head first, then one block after
               the other from the top. For any model of timm that has one linear head.
 
-Every key that is null has the recipe's value. Nothing is chosen by the test images, nor by anything else: the weights
-after the last epoch see them once, at the end. holdout= shows how a part of the training images fares meanwhile.
+A key that is null takes the recipe's value. Nothing is chosen on the test images: they are seen once, by the weights
+after the last epoch. holdout= keeps a part of the training images out and logs their score after each epoch.
 """
 
 import hashlib
@@ -20,26 +20,36 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import optim, pretrained, rng, timm_folder
+from .. import pretrained, rng
+from ..checkpoints import timm_format
 from ..data import BadImage, Source
 from ..data.cache import Memory, cached
 from ..data.loader import make_layout
 from ..distributed import on_first_process, rank, say, world_size
 from ..errors import UserError, check_range, check_share
-from ..hardware import choose_attention, versions
-from ..stopping import Stop, listening
-from . import classifier as building
-from . import protocol, scores
-from .classifier import Classifier, average_statistics
-from .features import extract
-from .kept import digest
-from .sets import Chosen
-from .supervised import Part, Recipe, Training
-from .targets import Targets, read_targets, split, standard_scores
+from ..hardware import choose_attention
+from ..stopping import StopRequest, stop_requests
+from . import Column, Command, protocol, scores
+from .feature_cache import digest
+from .features import Features, extract
+from .finetuning.classifier import POOLING, Classifier, build_classifier
+from .finetuning.targets import Targets, read_targets, split, standardise_targets
+from .finetuning.training import Examples, Recipe, Training
+from .subset import Subset
 
-NOUN = {"single": "classes", "multilabel": "labels", "regression": "numbers"}
-SAMPLE = 2048  # training images that say what the mean and deviation of the features are
-SHOWN = 100  # classes up to which each has a line on the console; the file has all of them
+COMMAND = Command(
+    "run=... data.train=... data.test=...",
+    "train the whole encoder with labels, by a published recipe",
+    (
+        Column("fine-tuned", "top1"),
+        Column("fine-tuned", "map", kind="multilabel map"),
+        Column("fine-tuned", "mae", kind="regression mae", unit=""),
+    ),
+)
+
+OUTPUTS = {"single": "classes", "multilabel": "labels", "regression": "numbers"}
+STANDARDISE_IMAGES = 2048  # training images from which standardise=true takes mean and standard deviation
+MAX_ROWS = 100  # with more classes, the table of classes is in the file only
 
 RECIPES = {
     "mae": Recipe(
@@ -58,76 +68,78 @@ RECIPES = {
 
 
 @dataclass
-class Config(protocol.Subject):
-    data: protocol.Sets = field(default_factory=protocol.Sets)
-    recipe: Literal["mae", "small"] = "mae"  # see above; small: for little data
+class Config(protocol.EncoderConfig):
+    data: protocol.LabelledSets = field(default_factory=protocol.LabelledSets)
+    recipe: Literal["mae", "small"] = "mae"  # the published recipe of MAE; small: for little data
     task: Literal["auto", "single", "multilabel", "regression"] = "auto"  # auto: single, one class for each image
     image_size: int | tuple[int, int] | None = None  # pixels; null: the encoder's own. Positions are resampled
-    labels_share: float = 1.0  # of the labelled training images, of each class the same, at least one; by the seed
-    seeds: tuple[int, ...] | None = None  # a training for each, with mean and deviation; null: seed
-    holdout: float = 0.0  # share of each class (or of all images without one) left out to show its score by epoch
+    labels_share: float = 1.0  # share of the labelled training images of each class that is used, at least one image
+    seeds: tuple[int, ...] | None = None  # train once for each seed, report mean and deviation; null: seed
+    holdout: float = 0.0  # share of the training images of each class that is kept out and scored after each epoch
     save: str = ""  # a folder for checkpoints: the same command goes on where it stopped; empty: none
     out_model: str = ""  # a folder for the trained model with its head, for timm; empty: none
-    global_batch_size: int | None = None  # images for one optimizer step, over all processes
-    batch_size: int | None = None  # images at once, on each process; null: its share of the global batch
+    global_batch_size: int | None = None  # images in one optimizer step, over all processes
+    batch_size: int | None = None  # images at once on each process; null: its share of the global batch
     epochs: int | None = None  # passes over the training images
-    base_lr: float | None = None  # learning rate of the last layer at a global batch of 256 images; scaled linearly
-    min_lr: float | None = None  # at the end, times the layer's share
-    warmup_epochs: float | None = None  # linear from 0
+    base_lr: float | None = None  # learning rate of the top layer at a global batch of 256 images; scaled linearly
+    min_lr: float | None = None  # learning rate of the top layer at the end
+    warmup_epochs: float | None = None  # linear warm-up of the learning rate from 0
     weight_decay: float | None = None  # of all but biases, norms, positions and tokens
-    layer_decay: float | None = None  # a layer's learning rate is this share of that of the layer above it
-    head_lr: float | None = None  # the head's learning rate is so many times base_lr
-    standardise: bool | None = None  # the head sees features shifted and scaled by their first mean and deviation
-    drop_path: float | None = None  # stochastic depth, up to this in the last block
+    layer_decay: float | None = None  # learning rate of a layer divided by that of the layer above it
+    head_lr: float | None = None  # learning rate of the head, in units of base_lr
+    standardise: bool | None = None  # shift and scale the features that the head sees, by their first statistics
+    drop_path: float | None = None  # stochastic depth: probability in the last block, linear from 0 in the first
     clip: float | None = None  # largest gradient norm
     crop_scale: tuple[float, float] | None = None  # share of the image's area
-    flip_prob: float | None = None  # left-right
-    randaugment: str | None = None  # timm's words for it, such as rand-m9-mstd0.5-inc1, or none
-    erasing: float | None = None  # share of the images that get noise in a box
-    mixup: float | None = None  # parameter of its beta distribution; 0: none. Never for regression
-    cutmix: float | None = None  # likewise
-    smoothing: float | None = None  # of labels; for one class an image only
-    head_epochs: float | None = None  # the head alone learns so long
-    unfreeze_epochs: float | None = None  # then one block more after each so many; 0: all at once
+    flip_prob: float | None = None  # horizontal flip
+    randaugment: str | None = None  # in timm's notation, for example rand-m9-mstd0.5-inc1; none: off
+    erasing: float | None = None  # probability of random erasing
+    mixup: float | None = None  # alpha of the beta distribution; 0: none. Not for regression
+    cutmix: float | None = None  # alpha of the beta distribution; 0: none. Not for regression
+    smoothing: float | None = None  # label smoothing; for one class an image only
+    head_epochs: float | None = None  # epochs in which only the head is trained
+    unfreeze_epochs: float | None = None  # then unfreeze one more block every so many epochs; 0: all at once
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train and test for each seed; prints and writes <run>/eval/finetune.json. Raises UserError, and Stopped."""
-    recipe, seeds = resolve(config), config.seeds or (config.seed,)
-    check(config, recipe, seeds)
-    with listening(None) if config.save else nullcontext() as stop:
+    seeds = config.seeds or (config.seed,)
+    check(config, resolve(config), seeds)
+    results: list[dict[str, Any]] = []
+    with stop_requests(None) if config.save else nullcontext() as stop:
         frozen, sources, targets = prepare(replace(config, seed=seeds[0]))
-        recipe, results = resolve(config, targets.task), []
+        recipe = resolve(config, targets.task)
         for seed in seeds:
-            if results:  # weights that a seed decides, random:'s, are another's
+            if results:  # the weights of random: depend on the seed
                 frozen = load(replace(config, seed=seed))
-            found, record = train_and_test(config, recipe, seed, frozen, sources, targets, stop)
-            results.append(found)
-    results_by_seed = [{"seed": seed, **found} for seed, found in zip(seeds, results, strict=True)]
-    whole = {**scores.summary(results), "seeds": results_by_seed} if len(seeds) > 1 else results_by_seed[0]
-    if len(seeds) > 1:
-        record["seed"] = list(seeds)
-        name = scores.FIRST[targets.task]
-        if name in whole:
-            say(f"test {name} {whole[name]:.2f} +- {whole[f'{name}_deviation']:.2f} over the seeds {list(seeds)}")
-    protocol.file(config, frozen.subject, "finetune", {**record, "results": whole})
-    return whole
+            scored, record = train_and_test(config, recipe, seed, frozen, sources, targets, stop)
+            results.append({"seed": seed, **scored})
+    if len(seeds) == 1:
+        record["results"] = results[0]
+    else:
+        summary, name = scores.summary(results), scores.MAIN_SCORE[targets.task]
+        if name in summary:
+            say(f"test {name} {summary[name]:.2f} +- {summary[f'{name}_deviation']:.2f} over the seeds {list(seeds)}")
+        record |= {"seed": list(seeds), "results": {**summary, "seeds": results}}
+    protocol.save_record(config, frozen, record)
+    return record["results"]
 
 
 def resolve(config: Config, task: str = "single") -> Recipe:
-    """The recipe with what the user gave in its place, and without what the task cannot have. Raises UserError."""
+    """The recipe with the values that the user gave, and without what the task cannot have. Raises UserError."""
     given = {f.name: getattr(config, f.name) for f in fields(Recipe) if getattr(config, f.name) is not None}
     recipe = replace(RECIPES[config.recipe], **given)
-    without = {"single": (), "multilabel": ("smoothing",), "regression": ("smoothing", "mixup", "cutmix")}[task]
-    for name in without:  # two pictures pasted together have no number
+    excluded = {"single": (), "multilabel": ("smoothing",), "regression": ("smoothing", "mixup", "cutmix")}[task]
+    for name in excluded:
         if given.get(name):
             raise UserError(f"{name}={given[name]:g} has no meaning for task={task}: leave it out.")
-    return replace(recipe, **dict.fromkeys(without, 0.0))
+        recipe = replace(recipe, **{name: 0.0})
+    return recipe
 
 
 def check(config: Config, recipe: Recipe, seeds: tuple[int, ...]) -> None:
     """Raises UserError for values without a meaning."""
-    protocol.both_sets(config, "finetune")
+    protocol.set_specs(config, "finetune")
     check_range("", recipe, 1, None, "epochs", "global_batch_size")
     check_range("", config, 1, None, "image_size", "batch_size")
     check_range(
@@ -154,7 +166,7 @@ def check(config: Config, recipe: Recipe, seeds: tuple[int, ...]) -> None:
     if config.out_model and len(seeds) > 1:
         raise UserError(f"out_model= is for one training, and seeds={list(seeds)} are {len(seeds)}: give one seed.")
     if config.out_model:
-        timm_folder.refuse_foreign(Path(config.out_model))
+        timm_format.refuse_foreign(Path(config.out_model))
     for key in ("out", "out_model"):
         try:  # now, and not after hours
             Path(getattr(config, key)).parent.mkdir(parents=True, exist_ok=True)
@@ -163,10 +175,10 @@ def check(config: Config, recipe: Recipe, seeds: tuple[int, ...]) -> None:
 
 
 def load(config: Config) -> protocol.Frozen:
-    """The pretrained encoder on the CPU, to be copied from. Raises UserError."""
-    own_size = config.run.startswith(("timm:", "random:"))  # which timm makes for any size; others are resampled here
-    frozen = protocol.load(replace(config, image_size=config.image_size if own_size else None))
-    encoder = frozen.subject.encoder
+    """The pretrained encoder, on the CPU: each training copies it. Raises UserError."""
+    made_for_size = config.run.startswith(("timm:", "random:"))  # others are resampled by build_classifier
+    frozen = protocol.load(replace(config, image_size=config.image_size if made_for_size else None))
+    encoder = frozen.encoder
     if isinstance(encoder, pretrained.Pixels):
         raise UserError("run=pixels is no encoder that could be trained: give a run directory.")
     if config.recipe == "mae" and not encoder.is_vit:
@@ -175,165 +187,158 @@ def load(config: Config) -> protocol.Frozen:
         )
     if config.recipe == "mae" and config.pool == "auto":
         frozen.pool = "mean"
-    if encoder.is_vit and frozen.pool not in building.POOLING:
-        raise UserError(
-            f"pool={frozen.pool} is something that timm's models do not have: use {' or '.join(building.POOLING)}."
-        )
+    if encoder.is_vit and frozen.pool not in POOLING:
+        raise UserError(f"pool={frozen.pool} does not exist in timm's models: use {' or '.join(POOLING)}.")
     encoder.to("cpu")
     size = config.image_size or encoder.image_size
-    encoder.image_size = (size, size) if isinstance(size, int) else tuple(size)  # what images are opened for
+    h, w = (size, size) if isinstance(size, int) else size
+    encoder.image_size = (h, w)  # the images are opened for this size
     return frozen
 
 
-def prepare(config: Config) -> tuple[protocol.Frozen, list[Source], Targets]:
-    """The encoder, both sets and their targets. Raises UserError."""
+def prepare(config: Config) -> tuple[protocol.Frozen, tuple[Source, Source], Targets]:
+    """The encoder, both sets of images and their targets. Raises UserError."""
     frozen = load(config)
-    words = (config.data.train, config.data.test)
-    sources = [frozen.open(word, config.data.download_dir) for word in words]
-    targets = read_targets(config.task, sources, words)
-    protocol.refuse_same(*sources, words)
-    for source, known, word in zip(sources, targets.known, words, strict=True):
-        if not len(known):
-            raise UserError(f"{word} has no image with a label: fine-tuning needs them in both sets.")
-        _check_sample(config, frozen, source, word)
-    return frozen, sources, targets
+    specs = config.data.train, config.data.test
+    train, test = (frozen.open(spec, config.data.download_dir) for spec in specs)
+    targets = read_targets(config.task, (train, test), specs)
+    protocol.refuse_same_images(train, test, specs)
+    for source, labelled, spec in zip((train, test), targets.labelled, specs, strict=True):
+        if not len(labelled):
+            raise UserError(f"{spec} has no image with a label: fine-tuning needs labels in both sets.")
+        _check_first_image(config, frozen, source, spec)
+    return frozen, (train, test), targets
 
 
-def _check_sample(config: Config, frozen: protocol.Frozen, source: Source, word: str) -> None:
-    """Raises UserError if the first image that can be read is not what the encoder or the recipe takes."""
+def _check_first_image(config: Config, frozen: protocol.Frozen, source: Source, spec: str) -> None:
+    """Raises UserError if the first image that can be read does not fit the encoder or the recipe."""
     for index in range(min(50, len(source))):
         try:
             image = source.read(index)
         except BadImage:
             continue
-        in_chans = frozen.subject.encoder.in_chans
+        in_chans = frozen.encoder.in_chans
         if len(image) != in_chans:
-            raise UserError(f"{word} has images of {len(image)} channels, and {config.run} takes {in_chans}.")
+            raise UserError(f"{spec} has images of {len(image)} channels, and {config.run} takes {in_chans}.")
         if image.is_floating_point() and resolve(config).randaugment != "none":
-            raise UserError(f"{word} has images of more than 8 bits, which RandAugment has not: use randaugment=none.")
+            raise UserError(f"{spec} has images of more than 8 bits, and RandAugment takes 8: use randaugment=none.")
         return
-    raise UserError(f"Many images in a row cannot be read in {word}, the first is {source.name(0)}.")
+    raise UserError(f"{spec} has many images in a row that cannot be read, the first is {source.name(0)}.")
 
 
 def train_and_test(
-    config: Config, recipe: Recipe, seed: int, frozen: protocol.Frozen, sources: list[Source], targets: Targets,
-    stop: Stop | None,
+    config: Config, recipe: Recipe, seed: int, frozen: protocol.Frozen, sources: tuple[Source, Source],
+    targets: Targets, stop: StopRequest | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """One training and its test: (scores, record of the protocol). Raises UserError, and Stopped."""
-    accelerator, subject, task = frozen.accelerator, frozen.subject, targets.task
+    accelerator, subject, pool, task = frozen.accelerator, frozen.subject, frozen.pool, targets.task
     learned, held_out = split(targets, config.labels_share, config.holdout, seed)
-    values, unit = (
-        standard_scores(targets.train[learned]) if task == "regression" else (targets.train[learned], (0.0, 1.0))
-    )
+    train_targets, (mean, std) = standardise_targets(task, targets.train[learned])
     layout = make_layout(
         recipe.global_batch_size, config.batch_size, len(learned), world_size(), rank(), config.data.train
     )
     if (recipe.mixup or recipe.cutmix) and layout.batch_size % 2:
-        raise UserError(f"mixup and cutmix need pairs of images, and batch_size={layout.batch_size} is odd.")
-    fresh_norm = config.recipe == "mae" and frozen.pool == "mean"
-    classifier = building.build(
-        subject, frozen.pool, len(targets.names), subject.encoder.image_size, recipe.drop_path, fresh_norm, seed
+        raise UserError(f"mixup and cutmix mix pairs of images, and batch_size={layout.batch_size} is odd.")
+    fresh_norm = config.recipe == "mae" and pool == "mean"
+    classifier = build_classifier(
+        subject, pool, len(targets.names), frozen.encoder.image_size, recipe.drop_path, fresh_norm, seed
     ).to(accelerator.device)
     choose_attention(classifier, accelerator.device, frozen.precision)
     memory = Memory()
 
-    def part(index: Tensor, of_part: Tensor) -> Part:
-        return Part(cached(Chosen(sources[0], index), None, seed, memory), of_part)
+    def training_images(index: Tensor, of_index: Tensor) -> Examples:
+        return Examples(cached(Subset(sources[0], index), None, seed, memory), of_index)
 
-    def judge(judged: Part) -> tuple[dict[str, Any], int]:
-        """Scores, and the number of images that cannot be read."""
-        average_statistics(classifier)
-        size = config.batch_size or min(256, layout.batch_size)
-        found = extract(classifier, judged.source, frozen.normalize, accelerator, (frozen.pool,), size, config.workers)[
-            frozen.pool
-        ]
-        outputs, truth = found.values * unit[1] + unit[0], judged.targets[found.index]
-        return on_first_process(lambda: scores.measure(task, outputs, truth, targets.names, seed)), found.unreadable
+    def forward_all(model: Any, source: Source) -> Features:
+        batch_size = config.batch_size or min(256, layout.batch_size)
+        return extract(model, source, frozen.normalize, accelerator, (pool,), batch_size, config.workers)[pool]
 
-    train_part = part(learned, values)
+    def evaluate(examples: Examples) -> tuple[dict[str, Any], int]:
+        outputs = forward_all(classifier, examples.source)
+        predictions, truth = outputs.values * std + mean, examples.targets[outputs.index]
+        scored = on_first_process(lambda: scores.measure(task, predictions, truth, targets.names, seed))
+        return scored, outputs.unreadable
+
+    train = training_images(learned, train_targets)
+    valid = training_images(held_out, targets.train[held_out]) if len(held_out) else None
     if recipe.standardise:
-        some = rng.permutation(rng.fold_in(seed, "standardise"), len(learned))[:SAMPLE]
-        found = extract(
-            classifier.encoder, Chosen(train_part.source, some), frozen.normalize, accelerator, (frozen.pool,),
-            config.batch_size or min(256, layout.batch_size), config.workers,
-        )[frozen.pool]  # fmt: skip
-        classifier.standardise(found.values)
-    held_part = part(held_out, targets.train[held_out]) if len(held_out) else None
-    settings = {  # what a checkpoint has to agree with
-        "run": config.run, "weights": digest(subject.encoder), "recipe": config.recipe, **asdict(recipe),
-        "pool": frozen.pool, "image_size": list(classifier.image_size), "task": task,
+        some = rng.permutation(rng.fold_in(seed, "standardise"), len(learned))[:STANDARDISE_IMAGES]
+        classifier.standardise(forward_all(classifier.encoder, Subset(train.source, some)).values)
+    settings = {  # a checkpoint of others is refused
+        "run": config.run, "weights": digest(frozen.encoder), "recipe": config.recipe, **asdict(recipe),
+        "pool": pool, "image_size": list(classifier.image_size), "task": task,
         "labels_share": config.labels_share, "holdout": config.holdout, "seed": seed, "classes": targets.names,
-        "images": sources[0].identity(), "targets": hashlib.sha256(values.numpy().tobytes()).hexdigest(),
+        "images": sources[0].identity(), "targets": hashlib.sha256(train_targets.numpy().tobytes()).hexdigest(),
     }  # fmt: skip
-    size = "x".join(map(str, classifier.image_size))
+    training = Training(recipe, seed, frozen, classifier, train, layout, task, config.workers, settings)
+    test_index = targets.labelled[1]
     say(
-        f"finetune of {config.run}, recipe {config.recipe}, seed {seed}: {size} pixels, {len(learned)} training and "
-        f"{len(targets.known[1])} test images, {len(targets.names)} {NOUN[task]}",
-        f"{recipe.epochs} epochs of {len(learned) // layout.global_batch_size} steps, global batch "
+        f"finetune of {config.run}, recipe {config.recipe}, seed {seed}: {'x'.join(map(str, classifier.image_size))} "
+        f"pixels, {len(learned)} training and {len(test_index)} test images, {len(targets.names)} {OUTPUTS[task]}",
+        f"{recipe.epochs} epochs of {training.steps_per_epoch} steps, global batch "
         f"{layout.global_batch_size} = {layout.batch_size} x {layout.accumulate} micro-batches x {layout.world_size} "
-        f"processes, learning rate {recipe.base_lr * layout.global_batch_size / optim.REFERENCE_BATCH:.3g}, "
-        f"{accelerator.device}, {frozen.precision}",
+        f"processes, learning rate {training.peak_lr:.3g}, {accelerator.device}, {frozen.precision}",
     )
-    training = Training(recipe, seed, frozen, classifier, train_part, layout, task, config.workers, settings)
-    training.run(Path(config.save) / f"seed_{seed}" if config.save else None, stop, held_part, judge)
-    test_index = targets.known[1]
-    found, unreadable = judge(Part(Chosen(sources[1], test_index), targets.test[test_index]))
-    say(*shown(task, found))
+    training.run(Path(config.save) / f"seed_{seed}" if config.save else None, stop, valid, evaluate)
+
+    scored, unreadable = evaluate(Examples(Subset(sources[1], test_index), targets.test[test_index]))
+    say(*result_lines(task, scored))
     if config.out_model:
-        on_first_process(lambda: write_model(Path(config.out_model), subject, classifier, targets.names, unit))
-    record = {
-        "evaluation": "finetune", "run": config.run, **subject.detail, "recipe": config.recipe,
-        "settings": asdict(recipe), "task": task,
-        "train": {
-            "data": config.data.train, "images": len(learned), "held_out": len(held_out),
-            "unreadable": training.num_unreadable,
-        },
-        "test": {"data": config.data.test, "images": len(test_index) - unreadable, "unreadable": unreadable},
-        "labels_share": config.labels_share, "classes": len(targets.names),
-        "features": protocol.describe_pool(frozen.pool) + " before a norm of its own" * fresh_norm,
-        "image_size": list(classifier.image_size), "precision": frozen.precision, "seed": seed,
-        "processes": world_size(), "versions": versions(),
-    }  # fmt: skip
-    return {**found, "seconds": round(training.run_state.seconds), "history": training.history}, record
+        on_first_process(lambda: write_model(Path(config.out_model), subject, classifier, targets.names, mean, std))
+    record = protocol.make_record(
+        config, frozen, "finetune", recipe=config.recipe, settings=asdict(recipe), task=task,
+        train=protocol.describe_set(config.data.train, len(learned), training.num_unreadable, held_out=len(held_out)),
+        test=protocol.describe_set(config.data.test, len(test_index) - unreadable, unreadable),
+        labels_share=config.labels_share, classes=len(targets.names),
+        features=protocol.describe_pool(pool) + " before a norm of its own" * fresh_norm,
+        image_size=list(classifier.image_size), seed=seed, processes=world_size(),
+    )  # fmt: skip
+    return {**scored, "seconds": round(training.progress.seconds), "history": training.history}, record
 
 
-def shown(task: str, found: dict[str, Any]) -> list[str]:
-    """The result, for the console."""
+def result_lines(task: str, scored: dict[str, Any]) -> list[str]:
+    """The scores of the test images, for the console."""
+
+    def interval(name: str, form: str = "") -> str:
+        low, high = scored[f"{name}_interval"]
+        return f"{low:{form}} - {high:{form}}"
+
     if task == "single":
-        rows = [[name, "-" if value is None else f"{value:.2f}"] for name, value in found["per_class"].items()]
-        low, high = found["top1_interval"]
-        top5 = f", top-5 {found['top5']:.2f}%" if "top5" in found else ""
-        head = ["class", "accuracy %"]
-        last = f"test top-1 {found['top1']:.2f}% (95 % interval {low:.1f} - {high:.1f}){top5}, loss {found['loss']:.4f}"
+        header = ["class", "accuracy %"]
+        rows = [[name, "-" if value is None else f"{value:.2f}"] for name, value in scored["per_class"].items()]
+        top5 = f", top-5 {scored['top5']:.2f}%" if "top5" in scored else ""
+        summary = (
+            f"top-1 {scored['top1']:.2f}% (95 % interval {interval('top1', '.1f')}){top5}, loss {scored['loss']:.4f}"
+        )
     elif task == "multilabel":
-        rows = [[name, f"{v['ap']:.2f}", f"{v['auroc']:.2f}"] for name, v in found["per_class"].items()]
-        head = ["label", "AP %", "AUROC %"]
-        last = (
-            f"test mAP {found['map']}% (95 % interval {found['map_interval'][0]} - {found['map_interval'][1]}), "
-            f"AUROC {found['auroc']}% ({found['auroc_interval'][0]} - {found['auroc_interval'][1]})"
+        header = ["label", "AP %", "AUROC %"]
+        rows = [[name, f"{v['ap']:.2f}", f"{v['auroc']:.2f}"] for name, v in scored["per_class"].items()]
+        summary = (
+            f"mAP {scored['map']}% (95 % interval {interval('map')}), AUROC {scored['auroc']}% ({interval('auroc')})"
         )
     else:
-        rows = [[name, f"{v['mae']:g}", f"{v['r2']}"] for name, v in found["per_target"].items()]
-        head = ["target", "mean absolute error", "R2"]
-        last = (
-            f"test mean absolute error {found['mae']:g} (95 % interval {found['mae_interval'][0]:g} - "
-            f"{found['mae_interval'][1]:g}), R2 {found['r2']} ({found['r2_interval'][0]} - {found['r2_interval'][1]})"
+        header = ["target", "mean absolute error", "R2"]
+        rows = [[name, f"{v['mae']:g}", f"{v['r2']}"] for name, v in scored["per_target"].items()]
+        summary = (
+            f"mean absolute error {scored['mae']:g} (95 % interval {interval('mae', 'g')}), R2 {scored['r2']} "
+            f"({interval('r2')})"
         )
-    return [*(protocol.table(head, rows) if len(rows) <= SHOWN else []), last]
+    return [*(protocol.table(header, rows) if len(rows) <= MAX_ROWS else []), f"test {summary}"]
 
 
 @torch.no_grad()
 def write_model(
-    out: Path, subject: pretrained.Pretrained, classifier: Classifier, names: list[str], unit: tuple
+    out: Path, subject: pretrained.Pretrained, classifier: Classifier, names: list[str], mean: Tensor, std: Tensor
 ) -> None:
-    """A folder from which timm makes the trained model with its head, whose outputs are in the targets' units."""
-    model, head = classifier.float().cpu().eval(), classifier.head
+    """Write a folder from which timm makes the trained model with its head. Its outputs are in the targets' units.
+
+    mean, std: of the targets, [] or [T].
+    """
+    model, head, encoder = classifier.float().cpu().eval(), classifier.head, classifier.encoder
     model.fold()
-    mean, std = (torch.as_tensor(value, dtype=torch.float32) for value in unit)
     head.weight.mul_(std.view(-1, 1) if std.ndim else std)
     head.bias.mul_(std).add_(mean)
-    encoder = classifier.encoder
     images = torch.randn(2, encoder.in_chans, *encoder.image_size, generator=torch.Generator().manual_seed(0))
-    config = timm_folder.record(encoder, classifier.model_args, subject.mean, subject.std, encoder.width, classes=names)
-    timm_folder.write(out, config, model.model, images, model(images))
+    config = timm_format.record(encoder, classifier.model_args, subject.mean, subject.std, encoder.width, classes=names)
+    timm_format.write(out, config, model.model, images, model(images))
     say(f'{out}: timm.create_model("local-dir:{out}", pretrained=True) gives the {len(names)} outputs, checked')

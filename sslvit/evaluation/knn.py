@@ -19,8 +19,14 @@ from .. import rng
 from ..distributed import gather_objects, on_first_process, say, world_size
 from ..errors import UserError, check_range
 from ..hardware import evaluation_threads
-from . import confusion, pictures, protocol, scores
+from . import Column, Command, confusion, pictures, protocol, scores
 from .features import Features
+
+COMMAND = Command(
+    "run=... data.train=... data.test=...",
+    "k-NN classification with frozen features",
+    (Column("k-NN", "top1", rows="neighbours", settings={"k": "k", "temperature": "T"}, usual=(20, 0.07)),),
+)
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -46,20 +52,20 @@ class Labelled:
 
     values: Tensor  # [N, D] float32 of unit length
     labels: Tensor  # [N] int64
-    numbers: Tensor  # [N] int64, of the images in their source
+    indices: Tensor  # [N] int64, of the images in their source
 
     def __len__(self) -> int:
         return len(self.values)
 
     def __getitem__(self, rows: Tensor | slice) -> "Labelled":
-        return Labelled(self.values[rows], self.labels[rows], self.numbers[rows])
+        return Labelled(self.values[rows], self.labels[rows], self.indices[rows])
 
 
-class Judged(NamedTuple):
-    """What the neighbours of Q queries made of them."""
+class Prediction(NamedTuple):
+    """What the neighbours of Q queries vote for."""
 
-    place: Tensor  # [Q] int64: how many classes come before the right one
-    told: Tensor  # [Q] int64: the class with most votes, of equals the smaller number
+    rank: Tensor  # [Q] int64: how many classes have more votes than the right one; 0: it is right
+    label: Tensor  # [Q] int64: the class with most votes; of equal votes the smaller class number
 
 
 def labelled(features: Features) -> Labelled:
@@ -76,37 +82,37 @@ def run(config: Config) -> dict[str, Any]:
         )
     check_range("", config, 1, None, "shots", "repeats", "probes")
     pictures.check(config.picture)
-    alone = not config.data.test
+    leave_one_out = not config.data.test
     ks = tuple(config.k)
 
     def enough(images: int) -> None:
         if ks != KS:  # those that were asked for; how many images have labels and can be read is seen later
-            _check(ks, images - alone)
+            _check(ks, images - leave_one_out)
 
-    task = protocol.prepare(config, "knn", alone=alone, check=enough)
+    task = protocol.prepare(config, "knn", leave_one_out=leave_one_out, check=enough)
     bank = labelled(task.train)
-    queries = bank if alone else labelled(task.test)
-    ks = _possible(ks, sum(gather_objects(len(bank))) - alone)
+    queries = bank if leave_one_out else labelled(task.test)
+    ks = _possible(ks, sum(gather_objects(len(bank))) - leave_one_out)
     index = None if config.index == "exact" else _approximate(config, bank.values)
-    votes = classify(bank, queries, len(task.classes), ks, config.temperature, alone, index)
-    results: dict[str, Any] = {"protocol": "leave-one-out" if alone else "train and test"}
-    results["neighbours"] = [_row(key, judged.place) for key, judged in votes.items()]
+    votes = classify(bank, queries, len(task.classes), ks, config.temperature, leave_one_out, index)
+    results: dict[str, Any] = {"protocol": "leave-one-out" if leave_one_out else "train and test"}
+    results["neighbours"] = [_row(key, prediction.rank) for key, prediction in votes.items()]
     say(*_table(results["neighbours"]))
     if config.picture:
         shown = (20, TEMPERATURE) if (20, TEMPERATURE) in votes else next(iter(votes))
-        labels = torch.cat(gather_objects(queries.labels))[torch.cat(gather_objects(queries.numbers)).argsort()]
-        matrix = confusion.confusion(votes[shown].told, labels, len(task.classes))
+        labels = torch.cat(gather_objects(queries.labels))[torch.cat(gather_objects(queries.indices)).argsort()]
+        matrix = confusion.confusion(votes[shown].label, labels, len(task.classes))
         on_first_process(lambda: confusion.picture(matrix, task.classes, config.picture))
     if index is not None:
         k = min(max(ks), 20)
-        results["recall"] = _recall(bank, queries, k, index, alone)
+        results["recall"] = _recall(bank, queries, k, index, leave_one_out)
         say(
             f"{config.index} with {index.nprobe} of {index.nlist} cells found {results['recall']:.2f} % of the {k} "
             f"nearest images that an exact search finds, for {min(RECALL_QUERIES, len(queries))} images."
         )
     if config.shots:
-        results["few_shot"] = _few_shot(config, len(task.classes), bank, queries, alone)
-    protocol.write(config, task, "knn", results)
+        results["few_shot"] = _few_shot(config, len(task.classes), bank, queries, leave_one_out)
+    protocol.save_record(config, task.frozen, {**task.record, "results": results})
     return results
 
 
@@ -125,11 +131,12 @@ def _check(ks: Sequence[int], most: int) -> None:
         raise UserError(f"k={max(ks)} is larger than the {most} labelled training images: use a k of at most that.")
 
 
-def _row(key: tuple[int, float], places: Tensor) -> dict[str, Any]:
-    top1, top5 = top(places, 1), top(places, min(5, key[0]))
+def _row(key: tuple[int, float], ranks: Tensor) -> dict[str, Any]:
+    top1, top5 = top_accuracy(ranks, 1), top_accuracy(ranks, min(5, key[0]))
+    right = ranks == 0
     return {
         "k": key[0], "temperature": key[1], "top1": round(top1, 4), "top5": round(top5, 4),
-        "top1_interval": scores.interval(int((places == 0).sum()), len(places)), "right": protocol.packed(places == 0),
+        "top1_interval": scores.accuracy_interval(int(right.sum()), len(right)), "right": protocol.pack_bits(right),
     }  # fmt: skip
 
 
@@ -141,9 +148,11 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     )  # fmt: skip
 
 
-def _few_shot(config: Config, num_classes: int, bank: Labelled, queries: Labelled, alone: bool) -> list[dict[str, Any]]:
+def _few_shot(
+    config: Config, num_classes: int, bank: Labelled, queries: Labelled, leave_one_out: bool
+) -> list[dict[str, Any]]:
     """Accuracy with few training images of each class: mean and deviation over the draws. Raises UserError."""
-    numbers, labels = torch.cat(gather_objects(bank.numbers)), torch.cat(gather_objects(bank.labels))
+    numbers, labels = torch.cat(gather_objects(bank.indices)), torch.cat(gather_objects(bank.labels))
     order = numbers.argsort()  # so that the draw does not depend on the number of processes
     numbers, labels = numbers[order], labels[order]
     counts = torch.bincount(labels, minlength=num_classes)
@@ -155,14 +164,14 @@ def _few_shot(config: Config, num_classes: int, bank: Labelled, queries: Labelle
         )
     results = []
     for shots in config.shots:
-        ks = tuple(k for k in config.k if k <= shots * present - alone) or (1,)
+        ks = tuple(k for k in config.k if k <= shots * present - leave_one_out) or (1,)
         found: dict[tuple[int, float], list[float]] = {}
         for repeat in range(config.repeats):
             shuffled = rng.permutation(rng.fold_in(config.seed, "shots", shots, repeat), len(labels))
             drawn = torch.cat([shuffled[labels[shuffled] == c][:shots] for c in range(num_classes)])
-            few = bank[torch.isin(bank.numbers, numbers[drawn])]
-            for key, judged in classify(few, queries, num_classes, ks, config.temperature, alone).items():
-                found.setdefault(key, []).append(top(judged.place, 1))
+            few = bank[torch.isin(bank.indices, numbers[drawn])]
+            for key, prediction in classify(few, queries, num_classes, ks, config.temperature, leave_one_out).items():
+                found.setdefault(key, []).append(top_accuracy(prediction.rank, 1))
         results += [
             {"shots": shots, "k": k, "temperature": t, "top1": round(float(np.mean(values)), 4),
              "std": round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else 0.0, "repeats": config.repeats}
@@ -183,20 +192,20 @@ def neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # Without an index, which would be a second copy of the bank.
     values, wanted = np.ascontiguousarray(bank.numpy()), min(k + 1, len(bank))
 
-    def look(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def nearest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         found = faiss.knn(np.ascontiguousarray(x.numpy()), values, count, metric=faiss.METRIC_INNER_PRODUCT)
         return _in_order(*map(torch.from_numpy, found))
 
-    similarity, rows = look(queries, wanted)
+    similarity, rows = nearest(queries, wanted)
     shared = (similarity[:, -1] == similarity[:, k - 1]) if wanted > k else torch.zeros(len(queries), dtype=torch.bool)
     similarity, rows = similarity[:, :k].contiguous(), rows[:, :k].contiguous()
     most = min(max(k + 1, LONGEST_TIE), len(bank))
     while wanted < most and shared.any():  # faiss kept whichever it saw first: look further, until the tie has an end
         wanted = min(4 * wanted, most)
-        places = shared.nonzero().squeeze(1)
-        further, found = look(queries[places], wanted)
-        similarity[places], rows[places] = further[:, :k], found[:, :k]
-        shared[places] = further[:, -1] == further[:, k - 1]
+        tied = shared.nonzero().squeeze(1)
+        further, found = nearest(queries[tied], wanted)
+        similarity[tied], rows[tied] = further[:, :k], found[:, :k]
+        shared[tied] = further[:, -1] == further[:, k - 1]
     return similarity, rows
 
 
@@ -211,14 +220,15 @@ def _in_order(similarity: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def search(
-    bank: Labelled, x: Tensor, numbers: Tensor, k: int, alone: bool, index: faiss.Index | None
+    bank: Labelled, x: Tensor, numbers: Tensor, k: int, leave_one_out: bool, index: faiss.Index | None
 ) -> tuple[Tensor, Tensor]:
     """[Q, D] queries of unit length, the same on every process -> [Q, k] similarities, best first, and labels of the
     nearest images of all processes' banks, on every process.
 
-    numbers: [Q] of the queries, which do not find themselves if `alone`. index: an approximate one over bank.values.
+    numbers: [Q] indices of the queries. With `leave_one_out` a query does not find itself. index: an approximate one
+    over bank.values.
     """
-    count = min(k + alone, len(bank))
+    count = min(k + leave_one_out, len(bank))
     if not count:
         similarity, rows = torch.empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.long)
     elif index is None:
@@ -226,8 +236,8 @@ def search(
     else:
         similarity, rows = map(torch.from_numpy, index.search(np.ascontiguousarray(x.numpy()), count))
     missing = rows < 0  # an approximate search may find fewer
-    labels, found = bank.labels[rows.clamp(min=0)], bank.numbers[rows.clamp(min=0)]
-    if alone:
+    labels, found = bank.labels[rows.clamp(min=0)], bank.indices[rows.clamp(min=0)]
+    if leave_one_out:
         missing |= found == numbers.unsqueeze(1)
     elif world_size() == 1 and index is None:
         return similarity, labels
@@ -246,7 +256,7 @@ def vote(similarity: Tensor, labels: Tensor, num_classes: int, k: int, temperatu
     return torch.zeros(len(similarity), num_classes, dtype=torch.float64).scatter_add_(1, labels[:, :k], weights)
 
 
-def place(votes: Tensor, labels: Tensor) -> Tensor:
+def rank_of_label(votes: Tensor, labels: Tensor) -> Tensor:
     """[Q, C] votes, [Q] labels -> [Q] int64: how many classes come before the right one; of equal votes the smaller
     class number does."""
     right = votes.gather(1, labels.unsqueeze(1))
@@ -254,37 +264,37 @@ def place(votes: Tensor, labels: Tensor) -> Tensor:
     return (votes > right).sum(dim=1) + ((votes == right) & before).sum(dim=1)
 
 
-def top(places: Tensor, count: int) -> float:
-    """Share of places below `count`, in percent."""
-    return 100 * (places < count).double().mean().item()
+def top_accuracy(ranks: Tensor, count: int) -> float:
+    """Share of ranks below `count`, in percent."""
+    return 100 * (ranks < count).double().mean().item()
 
 
 def classify(
     bank: Labelled, queries: Labelled, num_classes: int, ks: Sequence[int] = KS,
-    temperatures: Sequence[float] = (TEMPERATURE,), alone: bool = False, index: faiss.Index | None = None,
-) -> dict[tuple[int, float], Judged]:  # fmt: skip
+    temperatures: Sequence[float] = (TEMPERATURE,), leave_one_out: bool = False, index: faiss.Index | None = None,
+) -> dict[tuple[int, float], Prediction]:  # fmt: skip
     """{(k, T): what the votes say}, for the queries of all processes in the order of their numbers, on every process.
 
-    bank, queries: of this process. alone: the queries are the bank, and none finds itself. As in the published code,
-    classes without a vote count in their order. Raises UserError for a k above the size of the bank.
+    bank, queries: of this process. leave_one_out: the queries are the bank, and none finds itself. As in the published
+    code, classes without a vote count in their order. Raises UserError for a k above the size of the bank.
     """
-    _check(ks, sum(gather_objects(len(bank))) - alone)
-    found: dict[tuple[int, float], list[Judged]] = {(k, t): [] for k in ks for t in temperatures}
+    _check(ks, sum(gather_objects(len(bank))) - leave_one_out)
+    found: dict[tuple[int, float], list[Prediction]] = {(k, t): [] for k in ks for t in temperatures}
     order, block = [], max(1, QUERIES // world_size())
     for start in range(0, max(gather_objects(len(queries))), block):
-        asked = queries[slice(start, start + block)]
+        batch = queries[slice(start, start + block)]
         # Copies, as pickling a part of a tensor takes all of it along.
-        parts = gather_objects([part.clone() for part in (asked.values, asked.labels, asked.numbers)])
+        parts = gather_objects([part.clone() for part in (batch.values, batch.labels, batch.indices)])
         x, labels, numbers = (torch.cat([part[i] for part in parts]) for i in range(3))
-        similarity, voters = search(bank, x, numbers, max(ks), alone, index)
-        for (k, temperature), judged in found.items():
+        similarity, voters = search(bank, x, numbers, max(ks), leave_one_out, index)
+        for (k, temperature), predictions in found.items():
             votes = vote(similarity, voters, num_classes, k, temperature)
-            judged.append(Judged(place(votes, labels), votes.argmax(dim=1)))
+            predictions.append(Prediction(rank_of_label(votes, labels), votes.argmax(dim=1)))
         order.append(numbers)
     in_order = torch.cat(order).argsort()
     return {
-        key: Judged(*(torch.cat(parts)[in_order] for parts in zip(*judged, strict=True)))
-        for key, judged in found.items()
+        key: Prediction(*(torch.cat(parts)[in_order] for parts in zip(*predictions, strict=True)))
+        for key, predictions in found.items()
     }
 
 
@@ -309,16 +319,16 @@ def _approximate(config: Config, bank: Tensor) -> faiss.Index:
     return index
 
 
-def _recall(bank: Labelled, queries: Labelled, k: int, index: faiss.Index, alone: bool = False) -> float:
-    """Share of the exact k nearest of the first process's images that its index finds, in percent. alone: a query is
-    an image of the bank, and finding itself counts for nothing."""
+def _recall(bank: Labelled, queries: Labelled, k: int, index: faiss.Index, leave_one_out: bool = False) -> float:
+    """Share of the exact k nearest of the first process's images that its index finds, in percent. With `leave_one_out`
+    a query is an image of the bank, and does not count."""
 
     def measure() -> float:
         x = queries.values[:RECALL_QUERIES]
-        exact = neighbours(bank.values, x, min(k + alone, len(bank)))[1]
-        found = torch.from_numpy(index.search(np.ascontiguousarray(x.numpy()), k + alone)[1])
+        exact = neighbours(bank.values, x, min(k + leave_one_out, len(bank)))[1]
+        found = torch.from_numpy(index.search(np.ascontiguousarray(x.numpy()), k + leave_one_out)[1])
         hits = (exact.unsqueeze(2) == found.unsqueeze(1)).any(dim=2)
-        own = bank.numbers[exact] == queries.numbers[: len(x)].unsqueeze(1) if alone else torch.zeros_like(hits)
+        own = bank.indices[exact] == queries.indices[: len(x)].unsqueeze(1) if leave_one_out else torch.zeros_like(hits)
         return 100 * hits[~own].double().mean().item()
 
     return round(on_first_process(measure), 2)

@@ -15,15 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError, check_range
-from . import linear, pictures, protocol
-from .linear import Setting
+from . import Column, Command, pictures, protocol
+from .probes import ProbeConfig, Setting, choose_and_test, for_each_seed, pools_to_try, warn_at_edge
+
+COMMAND = Command(
+    "run=... data.train=... data.test=...",
+    "logistic regression on frozen features",
+    (Column("logistic", "top1"),),
+)
 
 ROWS = 2**15  # features in a part of the sum over images
 CURVATURE = 0.1  # of cross-entropy along a logit, about p (1 - p)
 
 
 @dataclass
-class Config(linear.Choice):
+class Config(ProbeConfig):
     l2: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # penalty: l2 / 2 * sum of squared weights; one is chosen
     iterations: int = 100  # of L-BFGS at most
 
@@ -34,7 +40,7 @@ def run(config: Config) -> dict[str, Any]:
         raise UserError(f"l2={list(config.l2)} must be numbers above 0.")
     check_range("", config, 1, None, "iterations")
     pictures.check(config.picture)
-    task = protocol.prepare(config, "logistic", linear.pools(config))
+    task = protocol.prepare(config, "logistic", pools_to_try(config))
     device = task.frozen.accelerator.device
 
     def train(x: Tensor, labels: Tensor, chosen: Sequence[Setting]) -> Tensor:
@@ -42,9 +48,9 @@ def run(config: Config) -> dict[str, Any]:
         return solve(x.to(device), labels.to(device), len(task.classes), penalties, config.iterations).cpu()
 
     settings = [{"l2": l2} for l2 in config.l2]
-    results = linear.repeated(config, lambda one: linear.choose(one, task, settings, train))
-    linear.say_ends([one["setting"]["l2"] for one in results.get("seeds", [results])], config.l2, "penalty")
-    protocol.write(config, task, "logistic", results)
+    results = for_each_seed(config, lambda config: choose_and_test(config, task, settings, train))
+    warn_at_edge(results, "l2", config.l2, "penalty")
+    protocol.save_record(config, task.frozen, {**task.record, "results": results})
     return results
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.folder import Folder
+from ..data.sources.folder import Folder
 from ..errors import UserError
 
 UNKNOWN = 255

@@ -9,16 +9,16 @@ import torch
 from accelerate import Accelerator
 
 from .. import data, rng
-from ..augment import Normalize
 from ..data import Source, open_source
+from ..data.augment import Normalize
 from ..data.cache import Memory, cached
 from ..distributed import gather_objects
-from ..encoder import Encoder
 from ..errors import UserError
 from ..hardware import first_on_each_machine
-from .classes import renumbered, same_classes
-from .features import Centred, extract
-from .knn import TEMPERATURE, classify, labelled, top
+from ..model.encoder import Encoder
+from .classes import match_classes, remap_labels
+from .features import CentreCropped, extract
+from .knn import TEMPERATURE, classify, labelled, top_accuracy
 from .quality import effective_rank
 
 
@@ -30,7 +30,7 @@ class Config:
     k: int = 20  # neighbours that vote
 
 
-class OnlineKNN:
+class KnnMonitor:
     """Classifies `test` by `train` whenever asked. The sources are opened at once, so that mistakes show at the
     start."""
 
@@ -46,7 +46,7 @@ class OnlineKNN:
         for name in (config.train, config.test):
             source = first_on_each_machine(accelerator, partial(open_source, name, data_config))
             self.sources.append(cached(source, data_config.cache, seed, memory))
-        self.numbers = same_classes(*self.sources, (config.train, config.test))
+        self.numbers = match_classes(*self.sources, (config.train, config.test))
         if config.k > len(self.sources[0]):
             raise UserError(f"eval.k={config.k} is larger than the {len(self.sources[0])} images of {config.train}.")
 
@@ -56,13 +56,13 @@ class OnlineKNN:
         for source, numbers in zip(self.sources, (None, self.numbers), strict=True):
             features = extract(encoder, source, self.normalize, self.accelerator, (pool,), whole=False)[pool]
             if numbers is not None:
-                features = replace(features, labels=renumbered(features.labels, numbers))
+                features = replace(features, labels=remap_labels(features.labels, numbers))
             banks.append(labelled(features))
         k, classes = self.config.k, len(self.sources[0].classes)
-        return top(classify(*banks, classes, (k,), (TEMPERATURE,))[k, TEMPERATURE].place, 1)
+        return top_accuracy(classify(*banks, classes, (k,), (TEMPERATURE,))[k, TEMPERATURE].rank, 1)
 
 
-class OnlineRank:
+class RankMonitor:
     """RankMe (see quality.py) of some images of the training set, the same ones throughout, whenever asked. They stay
     in memory as the encoder sees them, so that asking often is cheap."""
 
@@ -74,7 +74,7 @@ class OnlineRank:
     ) -> None:
         self.accelerator, self.normalize = accelerator, normalize
         places = torch.arange(min(len(source), self.IMAGES))[accelerator.process_index :: accelerator.num_processes]
-        chosen = Centred(source, rng.shuffled(rng.fold_in(seed, "rank"), len(source), places), encoder.image_size)
+        chosen = CentreCropped(source, rng.shuffled(rng.fold_in(seed, "rank"), len(source), places), encoder.image_size)
         images = [image for _, image in (chosen[place] for place in range(len(chosen))) if image is not None]
         self.images = torch.stack(images) if images else torch.zeros(0)
 

@@ -25,17 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import rng, schedules
-from ..augment import augment
+from ..data.augment import augment
+from ..data.crops import Crop, Views
 from ..data.loader import Layout, make_loader
 from ..distributed import gather_objects, on_first_process, rank, say, world_size
-from ..encoder import Pool
-from ..errors import UserError, check_range
+from ..errors import UserError
 from ..hardware import default_workers
+from ..model.encoder import Pool
 from ..optim import LARS
-from ..views import Crop, Views
-from . import linear, protocol
-from .classes import check_read, renumbered
-from .kept import extract_cached
+from . import protocol
+from .classes import check_readable, remap_labels
+from .feature_cache import extract_cached
+from .probes import report
 
 IGNORED = -1  # the label of an image that has none
 NORMED = 512  # features that BatchNorm sees at once
@@ -61,21 +62,15 @@ PROTOCOLS = {
 }
 
 
-def run(config: linear.Config) -> dict[str, Any]:
-    """Train the head on random crops, test it once; prints and writes <run>/eval/linear_<protocol>.json. Raises
-    UserError."""
-    name, published = config.protocol, PROTOCOLS[config.protocol]
-    if config.pools or config.seeds or config.weight_decay != linear.Config.weight_decay:
-        raise UserError(
-            f"pools, seeds and weight_decay belong to protocol=sweep: protocol={name} has one head without decay."
-        )
-    if config.lr != linear.LEARNING_RATES and len(config.lr) != 1:
-        raise UserError(f"lr={list(config.lr)}: protocol={name} has one learning rate, at a batch of 256 images.")
-    lr = published.lr if config.lr == linear.LEARNING_RATES else config.lr[0]
-    if lr <= 0 or config.holdout != linear.Config.holdout or config.probe_batch_size != linear.Config.probe_batch_size:
-        raise UserError(f"protocol={name} has a rate above 0, and neither holdout nor probe_batch_size.")
-    check_range("", config, 1, None, "epochs", "global_batch_size")
-    words = protocol.both_sets(config, "linear")
+def run(
+    config: protocol.Config, name: str, lr: float | None, epochs: int | None, global_batch_size: int | None
+) -> dict[str, Any]:
+    """Train the head on random crops, test it once; prints and writes <run>/eval/linear_<name>.json. Raises UserError.
+
+    lr (at a batch of 256 images), epochs, global_batch_size: None for the published value.
+    """
+    published = PROTOCOLS[name]
+    words = protocol.set_specs(config, "linear")
     frozen = protocol.load(config)
     encoder, accelerator = frozen.subject.encoder, frozen.accelerator
     if not encoder.is_vit:
@@ -87,10 +82,11 @@ def run(config: linear.Config) -> dict[str, Any]:
             f"{', '.join(encoder.pools())}."
         )
     train, test, numbers = frozen.open_both(config, words)
-    wanted = config.global_batch_size or published.global_batch_size
+    lr = lr or published.lr
+    wanted = global_batch_size or published.global_batch_size
     layout = _layout(config, min(wanted, len(train)))
     total = layout.global_batch_size
-    epochs, steps_per_epoch = config.epochs or published.epochs, len(train) // total
+    epochs, steps_per_epoch = epochs or published.epochs, len(train) // total
     warmup_steps = round(published.warmup_epochs * epochs / published.epochs * steps_per_epoch)
     asked = "" if total == wanted else f" of {wanted} asked"
     say(
@@ -117,33 +113,30 @@ def run(config: linear.Config) -> dict[str, Any]:
         optimizer.step()
         if place == steps_per_epoch - 1:
             say(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.4f} in the last step")
-    folder = frozen.kept(config.cache)
+    folder = frozen.cache_folder(config.cache)
     features = extract_cached(
         folder, encoder, test, frozen.normalize, accelerator, (pool,), config.batch_size, config.workers
     )[pool]
-    test_labels = renumbered(features.labels, numbers)
+    test_labels = remap_labels(features.labels, numbers)
     known = test_labels >= 0
-    check_read(labels, test_labels, words)
+    check_readable(labels, test_labels, words)
     head.eval().cpu()
     with torch.no_grad():
-        told = head(features.values[known]).argmax(dim=1)
+        predictions = head(features.values[known]).argmax(dim=1)
     how = f"by the protocol of {name}"
-    results = on_first_process(lambda: linear.outcome(config, train.classes, told, test_labels[known], how))
+    results = on_first_process(lambda: report(config, train.classes, predictions, test_labels[known], how))
     changed = {"epochs": (epochs, published.epochs), "global_batch_size": (total, published.global_batch_size),
                "lr": (lr, published.lr), "pool": (pool, published.pool)}  # fmt: skip
     departures = {key: {"here": here, "published": theirs} for key, (here, theirs) in changed.items() if here != theirs}
-    record = {
-        "evaluation": f"linear_{name}", "run": config.run, "settings": protocol.settings_of(config),
-        **frozen.subject.detail,
-        "train": {"data": words[0], "images": len(train)},
-        "test": {"data": words[1], "images": len(features), "unreadable": features.unreadable},
-        "classes": len(train.classes), "features": protocol.describe_pool(pool), "precision": frozen.precision,
-        "image_size": list(encoder.image_size), "seed": config.seed, "versions": protocol.versions(),
-        "departures": departures, "results": results,
-    }  # fmt: skip
+    record = protocol.make_record(
+        config, frozen, f"linear_{name}", settings=protocol.settings_of(config),
+        train=protocol.describe_set(words[0], len(train)),
+        test=protocol.describe_set(words[1], len(features), features.unreadable), classes=len(train.classes),
+        features=protocol.describe_pool(pool), departures=departures, results=results,
+    )  # fmt: skip
     for key, values in departures.items():
         say(f"not as published: {key} is {values['here']}, published {values['published']}")
-    protocol.file(config, frozen.subject, f"linear_{name}", record)
+    protocol.save_record(config, frozen, record)
     return results
 
 
@@ -169,7 +162,7 @@ class Head(nn.Module):
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / len(x)
 
 
-def _layout(config: linear.Config, total: int) -> Layout:
+def _layout(config: protocol.Config, total: int) -> Layout:
     """How a global batch of at most `total` images is dealt out."""
     size = min(config.batch_size, max(1, total // world_size()))
     return Layout(size, max(1, total // (size * world_size())), world_size(), rank())

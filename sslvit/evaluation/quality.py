@@ -25,24 +25,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import rng
-from ..augment import augment
 from ..data import Source
+from ..data.augment import augment
+from ..data.crops import Crop
 from ..data.loader import Cropped
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range, check_share
 from ..pretrained import Pixels
-from ..views import Crop
-from . import protocol
+from . import Column, Command, protocol
 from .features import extract
 from .knn import neighbours
-from .sets import Chosen
+from .subset import Subset
+
+COMMAND = Command(
+    "run=... data=...",
+    "rank, uniformity and alignment of features, without labels",
+    (Column("RankMe", "rankme", unit=""),),
+)
 
 NEIGHBOURS = 10
 DELTA = 1e-4  # LiDAR's: added to the covariance within images before it is inverted
 
 
 @dataclass
-class Config(protocol.Subject):
+class Config(protocol.EncoderConfig):
     data: str = ""  # images, labelled or not: a folder, or a set by name
     images: int = 2000  # of them, chosen by the seed
     views: int = 8  # augmented views of each
@@ -61,7 +67,7 @@ def run(config: Config) -> dict[str, float]:
     if len(source) < NEIGHBOURS + 2:
         raise UserError(f"{config.data} has {len(source)} images: quality needs at least {NEIGHBOURS + 2}.")
     index = rng.permutation(rng.fold_in(config.seed, "quality"), len(source))[: config.images]
-    chosen = Chosen(source, index)
+    chosen = Subset(source, index)
     encoder = frozen.subject.encoder
     whole = extract(
         encoder, chosen, frozen.normalize, frozen.accelerator, (frozen.pool,), config.batch_size, config.workers
@@ -71,13 +77,11 @@ def run(config: Config) -> dict[str, float]:
     say(f"quality of {config.run}: {features}, {whole.values.shape[1]} wide, "
         f"{frozen.precision}; {len(whole)} images in {config.views} views")  # fmt: skip
     say(*protocol.table(list(results), [[f"{value:.2f}" for value in results.values()]]))
-    record = {
-        "evaluation": "quality", "run": config.run, **frozen.subject.detail, "data": config.data, "images": len(whole),
-        "views": config.views, "crop_scale": list(config.crop_scale), "width": whole.values.shape[1],
-        "features": features, "precision": frozen.precision, "seed": config.seed,
-        "versions": protocol.versions(), "results": results,
-    }  # fmt: skip
-    protocol.file(config, frozen.subject, "quality", record)
+    record = protocol.make_record(
+        config, frozen, "quality", data=config.data, images=len(whole), views=config.views,
+        crop_scale=list(config.crop_scale), width=whole.values.shape[1], features=features, results=results,
+    )  # fmt: skip
+    protocol.save_record(config, frozen, record)
     return results
 
 

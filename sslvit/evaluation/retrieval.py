@@ -28,15 +28,21 @@ from torch import Tensor
 from .. import rng
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
-from . import protocol, scores, sets
-from .classes import renumbered
+from . import Column, Command, protocol, scores
+from .classes import remap_labels
+
+COMMAND = Command(
+    "run=... data.train=... [data.test=...]",
+    "retrieval with frozen features: mAP, recall, precision",
+    (Column("retrieval mAP", "map"),),
+)
 
 RANKED_AT_ONCE = 2**24  # similarities in memory: 200 MB with their places
 RESAMPLES = 2000  # of the bootstrap
 
 
 @dataclass
-class Sets(protocol.Sets):
+class Sets(protocol.LabelledSets):
     train: str = ""  # the gallery: labelled images to be found
     test: str = ""  # the queries; empty: each image of the gallery asks for the others
 
@@ -52,17 +58,17 @@ def run(config: Config) -> dict[str, Any]:
     check_range("", config, 1, None, "k")
     if not config.k:
         raise UserError("k is empty: give the ranks to report, such as k=[1,5,10].")
-    words, alone = protocol.both_sets(config, "retrieval", alone=True), not config.data.test
+    specs, leave_one_out = protocol.set_specs(config, "retrieval", leave_one_out=True), not config.data.test
     frozen = protocol.load(config)
-    *sources, numbers = frozen.open_both(config, words, alone=True)
-    gallery = sets.features(frozen, sources[0], config, config.cache)
-    queries = gallery if alone else sets.features(frozen, sources[1], config, config.cache)
-    labels, query_labels, classes = gallery.labels, renumbered(queries.labels, numbers), sources[0].classes
+    *sources, numbers = frozen.open_both(config, specs, leave_one_out=True)
+    gallery = frozen.features(sources[0], config, config.cache)
+    queries = gallery if leave_one_out else frozen.features(sources[1], config, config.cache)
+    labels, query_labels, classes = gallery.labels, remap_labels(queries.labels, numbers), sources[0].classes
     known, wanted = labels >= 0, query_labels >= 0
-    size = int(known.sum()) - alone
+    size = int(known.sum()) - leave_one_out
     if max(config.k) > size:
         raise UserError(f"k={max(config.k)} is larger than the {size} images that a query can find: use a smaller k.")
-    place = torch.arange(int(known.sum())) if alone else None
+    place = torch.arange(int(known.sum())) if leave_one_out else None
     found = on_first_process(
         lambda: rank_all(
             gallery.normalized()[known], labels[known], queries.normalized()[wanted], query_labels[wanted],
@@ -71,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
     )  # fmt: skip
     results = summarise(found, config.k, config.seed)
     say(
-        f"retrieval of {config.run}: {sets.describe(frozen)}, {gallery.values.shape[1]} wide, {frozen.precision}; "
+        f"retrieval of {config.run}: {frozen.describe()}, {gallery.values.shape[1]} wide, {frozen.precision}; "
         f"{len(found.precision)} queries, each with {size} images to find in {len(classes)} classes"
     )
     if results["without_answer"]:
@@ -79,14 +85,12 @@ def run(config: Config) -> dict[str, Any]:
     say("mAP {:.2f} % (95 % interval {:.1f} - {:.1f})".format(results["map"], *results["map_interval"]))
     rows = [[str(r["k"]), f"{r['recall']:.2f}", f"{r['precision']:.2f}"] for r in results["at"]]
     say(*protocol.table(["k", "recall@k %", "precision@k %"], rows))
-    record = sets.record(
-        frozen, config, "retrieval",
-        gallery={"data": words[0], "images": len(gallery), "unreadable": gallery.unreadable},
-        queries={"data": words[1], "images": len(queries), "unreadable": queries.unreadable},
-        leave_one_out=alone,
+    record = protocol.make_record(
+        config, frozen, "retrieval", gallery=protocol.describe_set(specs[0], len(gallery), gallery.unreadable),
+        queries=protocol.describe_set(specs[1], len(queries), queries.unreadable), leave_one_out=leave_one_out,
         classes=len(classes), width=gallery.values.shape[1], results=results,
     )  # fmt: skip
-    protocol.file(config, frozen.subject, "retrieval", record)
+    protocol.save_record(config, frozen, record)
     return results
 
 
@@ -165,7 +169,7 @@ def interval(values: Tensor, seed: int) -> tuple[float, float]:
     If all are 1 every draw is, and the interval is that of so many right answers.
     """
     if (values == 1).all():
-        return scores.interval(len(values), len(values))
+        return scores.accuracy_interval(len(values), len(values))
     generator, values = np.random.default_rng(seed), values.numpy()
     means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])

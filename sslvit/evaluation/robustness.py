@@ -29,12 +29,18 @@ from torch.utils.data import DataLoader
 
 from .. import rng
 from ..data import BadImage, Source
+from ..data.crops import centre
 from ..distributed import all_reduce_sum, on_first_process, say
 from ..errors import UserError, check_range
-from ..views import centre
-from . import corruptions, linear, pictures, protocol, scores, sets
-from .classes import check_read, renumbered
-from .features import CROP_RATIO, Centred, Features, extract
+from . import Command, corruptions, linear, pictures, probes, protocol, scores
+from .classes import check_readable, remap_labels
+from .features import CROP_RATIO, CentreCropped, Features, extract
+from .subset import random_subset
+
+COMMAND = Command(
+    "run=... data.train=... data.test=...",
+    "the linear probe on corrupted and attacked images",
+)
 
 
 @dataclass
@@ -65,15 +71,15 @@ class Classifier(NamedTuple):
 def run(config: Config) -> dict[str, Any]:
     """Probe, corruptions, attacks; prints tables and writes <run>/eval/robustness.json. Raises UserError."""
     check(config)
-    names = protocol.both_sets(config, "robustness")
+    names = protocol.set_specs(config, "robustness")
     frozen = protocol.load(config)
     train_source, whole, numbers = frozen.open_both(config, names)
     classes = train_source.classes
-    source = sets.choose(whole, config.images, config.seed, "robustness")
-    train = sets.features(frozen, train_source, config, config.cache, centred=False)
+    source = random_subset(whole, config.images, config.seed, "robustness")
+    train = frozen.features(train_source, config, config.cache, subtract_mean=False)
     clean = extracted(config, frozen, source)
-    labels = renumbered(clean.labels, numbers)
-    check_read(train.labels, labels, names)
+    labels = remap_labels(clean.labels, numbers)
+    check_readable(train.labels, labels, names)
     classifier, setting = on_first_process(lambda: fit(config, train, len(classes)))
     aligned = torch.full((len(source),), -1)
     aligned[clean.index] = labels  # by the number of the image in the source
@@ -84,24 +90,23 @@ def run(config: Config) -> dict[str, Any]:
 
     images = int((labels >= 0).sum())
     say(
-        f"robustness of {config.run}: {sets.describe(frozen)}, {train.values.shape[1]} wide, {frozen.precision}; "
+        f"robustness of {config.run}: {frozen.describe()}, {train.values.shape[1]} wide, {frozen.precision}; "
         f"linear classifier with lr {setting['lr']:g} from {len(train)} training images; {images} test images in "
         f"{len(classes)} classes"
     )
     results: dict[str, Any] = {"setting": setting, "images": images, "clean": round(accuracy(clean), 4)}
-    results["clean_interval"] = scores.interval(round(results["clean"] * images / 100), images)
+    results["clean_interval"] = scores.accuracy_interval(round(results["clean"] * images / 100), images)
     say("clean top-1 {:.2f} % (95 % interval {:.1f} - {:.1f})".format(results["clean"], *results["clean_interval"]))
     if config.corruptions:
         results["corruptions"] = corrupted(config, frozen, source, accuracy, results["clean"])
     if config.attacks:
         results["attacks"] = attacked(config, frozen, source, aligned, classifier)
-    record = sets.record(
-        frozen, config, "robustness",
-        train={"data": names[0], "images": len(train), "unreadable": train.unreadable},
-        test={"data": names[1], "images": len(clean), "unreadable": clean.unreadable, "of": len(whole)},
+    record = protocol.make_record(
+        config, frozen, "robustness", train=protocol.describe_set(names[0], len(train), train.unreadable),
+        test=protocol.describe_set(names[1], len(clean), clean.unreadable, of=len(whole)),
         classes=len(classes), width=train.values.shape[1], results=results,
     )  # fmt: skip
-    protocol.file(config, frozen.subject, "robustness", record)
+    protocol.save_record(config, frozen, record)
     if config.picture:
         on_first_process(lambda: draw(config, frozen, source))
     return results
@@ -126,10 +131,10 @@ def check(config: Config) -> None:
 def fit(config: linear.Config, features: Features, num_classes: int) -> tuple[Classifier, dict[str, float]]:
     """The classifier of `sslvit linear` on one way of pooling, and its settings. Raises UserError."""
     train, settings = linear.trainer(config, num_classes, torch.device("cpu")), linear.grid(config)
-    best = linear.best_of(linear.try_all(config, features, settings, train))
+    best = probes.best_of(probes.try_settings(config, features, settings, train))
     setting = {name: best[name] for name in settings[0]}
-    known, *_ = linear.split(config, features.labels)
-    heads, mean, std = linear.fit(features, known, [setting], train)
+    known, *_ = probes.split(config, features.labels)
+    heads, mean, std = probes.fit(features, known, [setting], train)
     return Classifier(mean, std, heads[0]), setting
 
 
@@ -166,7 +171,7 @@ class Corrupted:
 
 
 def centred(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """As `features.Centred` does it."""
+    """As `features.CentreCropped` does it."""
     return image if tuple(image.shape[-2:]) == size else centre(image, size, CROP_RATIO)
 
 
@@ -217,7 +222,7 @@ def attacked(
     cells = [(name, eps) for name in config.attacks for eps in config.eps]
     right, asked = (torch.zeros(n, dtype=torch.long, device=device) for n in (len(cells), 1))
     batch_size = max(1, config.batch_size // 8)  # gradients need the memory of every block
-    loader = DataLoader(Centred(source, mine, encoder.image_size), batch_size, collate_fn=_readable)
+    loader = DataLoader(CentreCropped(source, mine, encoder.image_size), batch_size, collate_fn=_readable)
     for index, images in loader:
         if not len(index):
             continue

@@ -11,10 +11,10 @@ from torch import Tensor
 
 DRAWS = 500  # of the bootstrap
 NORMAL = 1.959964  # deviations to each side that hold 95 % of a normal distribution
-FIRST = {"single": "top1", "multilabel": "map", "regression": "mae"}  # the number that a result is known by
+MAIN_SCORE = {"single": "top1", "multilabel": "map", "regression": "mae"}  # the number that a result is known by
 
 
-def interval(right: int, count: int) -> tuple[float, float]:
+def accuracy_interval(right: int, count: int) -> tuple[float, float]:
     """The 95 % interval, in percent, of the accuracy that `right` of `count` test images were classified rightly.
 
     Wilson's (JASA 22, 1927), which Brown, Cai and DasGupta ("Interval Estimation for a Binomial Proportion",
@@ -44,7 +44,7 @@ def single(outputs: Tensor, labels: Tensor, names: Sequence[str], seed: int) -> 
     }
     return {
         "top1": round(top1, 4),
-        "top1_interval": interval(int(correct[:, 0].sum()), len(labels)),
+        "top1_interval": accuracy_interval(int(correct[:, 0].sum()), len(labels)),
         **({"top5": round(100 * correct.any(dim=1).double().mean().item(), 4)} if len(names) > 5 else {}),
         "loss": round(F.cross_entropy(outputs.double(), labels).item(), 6),
         "per_class": per_class,
@@ -171,7 +171,7 @@ def _of_share(score: float | None, ends: tuple, count: int) -> tuple[float | Non
     if score is None:
         return ends
     if score > 100 - 1e-9:
-        return interval(count, count)
+        return accuracy_interval(count, count)
     return tuple(_rounded(min(100.0, max(0.0, end))) for end in ends)
 
 

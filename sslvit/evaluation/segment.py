@@ -31,15 +31,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import rng, schedules
 from ..data import BadImage, Source
+from ..data.crops import resize
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from ..hardware import default_workers, free_memory
 from ..stopping import ignore_in_worker
-from ..views import resize
-from . import linear, pictures, protocol, sets
+from . import Command, linear, pictures, protocol
 from .confusion import confusion
 from .masked import UNKNOWN, Masked, check_classes, check_shape, colours, count_classes, patch_targets
+from .probes import mean_and_std, warn_at_edge
 from .strata import check_holdout
+
+COMMAND = Command(
+    "run=... data.train=... data.test=...",
+    "segmentation by a linear classifier of patch tokens: mean IoU",
+)
 
 SHOWN = 6  # test images in the picture
 
@@ -53,7 +59,7 @@ class Sets:
 
 
 @dataclass
-class Config(protocol.Subject):
+class Config(protocol.EncoderConfig):
     data: Sets = field(default_factory=Sets)
     size: int | tuple[int, int] | None = None  # pixels at which the encoder sees the images; null: its own size
     lr: tuple[float, ...] = (*linear.LEARNING_RATES, 3.0)  # of SGD at a batch of 1024 patches; one is chosen
@@ -72,15 +78,14 @@ def run(config: Config) -> dict[str, Any]:
     size = image_size(frozen, config.size)
     words = (config.data.train, config.data.test)
     train, test = (Masked(word, frozen.subject.encoder.in_chans) for word in words)
-    protocol.refuse_same(train.images, test.images, words)
+    protocol.refuse_same_images(train.images, test.images, words)
     results, shown = on_first_process(lambda: probe(config, frozen, train, test, size))
-    record = sets.record(
-        frozen, config, "segment", train={"data": config.data.train, "images": results.pop("train_images")},
-        test={"data": config.data.test, "images": results.pop("test_images")}, size=list(size),
+    record = protocol.make_record(
+        config, frozen, "segment", train=protocol.describe_set(words[0], results.pop("train_images")),
+        test=protocol.describe_set(words[1], results.pop("test_images")), features="patch tokens", size=list(size),
         patches=list(frozen.subject.encoder.grid(size)), width=frozen.subject.encoder.width, results=results,
     )  # fmt: skip
-    record["features"] = "patch tokens"
-    protocol.file(config, frozen.subject, "segment", record)
+    protocol.save_record(config, frozen, record)
     if config.picture:
         on_first_process(lambda: draw(config, test, shown, size))
     return results
@@ -154,7 +159,7 @@ def probe(
         if not chosen.any():
             raise UserError(f"The masks of {config.data.train} know no pixel of the images to learn from.")
         features = x[rows][chosen]
-        mean, std = linear.standardisation(features)
+        mean, std = mean_and_std(features)
         features = (features - mean) / std
         return mean, std, train_heads(features, targets[rows][chosen], weights[rows][chosen], lrs, config)
 
@@ -213,7 +218,7 @@ class Resized(Dataset):
 
 
 def tokens(
-    frozen: protocol.Frozen, masked: Masked, index: Tensor, size: tuple[int, int], config: protocol.Subject
+    frozen: protocol.Frozen, masked: Masked, index: Tensor, size: tuple[int, int], config: protocol.EncoderConfig
 ) -> Iterator[tuple[int, Tensor]]:
     """(number of the image, [P, D] float32 patch tokens on the CPU) for each image that can be read.
 
@@ -304,7 +309,7 @@ def report(config: Config, results: dict[str, Any], best: int) -> None:
         f"test mean IoU {results['miou']:.2f} %, pixel accuracy {results['pixel_accuracy']:.2f} % on "
         f"{results['test_images']} images, with lr {results['lr']:g}, chosen on the held-out part"
     )
-    linear.say_ends([config.lr[best]], config.lr, "learning rate")
+    warn_at_edge({"setting": {"lr": config.lr[best]}}, "lr", config.lr, "learning rate")
 
 
 def draw(config: Config, test: Masked, shown: list[Shown], size: tuple[int, int]) -> None:

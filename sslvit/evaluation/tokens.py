@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..data import Source
 from ..distributed import any_process, barrier, gather_objects, rank, say
-from ..encoder import Encoder
 from ..errors import UserError
+from ..model.encoder import Encoder
+from .feature_cache import digest, place_of
 from .features import batches
-from .kept import digest, place_of
 from .protocol import Frozen
 
 

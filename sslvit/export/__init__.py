@@ -1,4 +1,7 @@
-"""Writing a pretrained encoder in the form that other programs load; each form ends by checking its own output."""
+"""Writing a pretrained encoder in the form that other programs load; each form ends by checking its own output.
+
+Imports pretrained.py, model/ and the helpers below them, never objectives or evaluations.
+"""
 
 from dataclasses import dataclass
 from typing import Literal

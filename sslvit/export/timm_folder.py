@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import timm_folder
+from ..checkpoints import timm_format
 from ..distributed import say
-from ..encoder import Encoder
+from ..model.encoder import Encoder
 from ..pretrained import Pretrained
 
 
@@ -18,9 +18,9 @@ def export(subject: Pretrained, out: str | Path) -> Path:
     norm (not timm's usual norm after the mean, which would need weights that were never trained).
     """
     out = Path(out)
-    timm_folder.refuse_foreign(out)
+    timm_format.refuse_foreign(out)
     encoder = subject.encoder.float().cpu().eval()
-    timm_folder.write(out, timm_config(subject), encoder.model, *example(encoder))
+    timm_format.write(out, timm_config(subject), encoder.model, *example(encoder))
     say(
         f'{out}: timm.create_model("local-dir:{out}", pretrained=True) gives {encoder.feature_dim()} features an image',
         "checked in a new process: no missing or unexpected weight, equal features",
@@ -34,7 +34,7 @@ def timm_config(subject: Pretrained) -> dict:
     args = dict(encoder.model_args)
     if encoder.is_vit:
         args |= {"global_pool": "token"} if encoder.pool == "cls" else {"global_pool": "avg", "fc_norm": False}
-    config = timm_folder.record(encoder, args, subject.mean, subject.std, encoder.feature_dim())
+    config = timm_format.record(encoder, args, subject.mean, subject.std, encoder.feature_dim())
     # Not timm's: what an evaluation of the folder needs to read deep images as the run did.
     return config | ({"value_range": list(subject.value_range)} if subject.value_range else {})
 
@@ -48,4 +48,4 @@ def example(encoder: Encoder) -> tuple[Tensor, Tensor]:
 
 def check(encoder: Encoder, folder: Path) -> None:
     """Load the folder with timm in a new process and compare its features with the encoder's. Raises UserError."""
-    timm_folder.check(folder, *example(encoder), encoder.architecture)
+    timm_format.check(folder, *example(encoder), encoder.architecture)

@@ -1,46 +1,93 @@
-"""Pretraining objectives: one module a method, found by its name.
+"""Pretraining objectives: one module a method, found by its name. A method of your own is one file, given by its dotted
+name (`method=my.simmim`) from any folder on the Python path.
 
-A module defines `Config` (its dataclass), `DEFAULTS` (the paper's values for the sections that methods share),
-`views(config, data)`, and `build(config, ...)`, which returns an Objective. It may define `PRESETS`: {name: values of
-its keys} for `objective.preset`, which is then a key of its Config. A dotted name may live outside the package.
+May import data, model and the pure helpers; nothing outside of this folder knows a method's name or class.
+
+A module defines
+    Config     its dataclass: `objective.*`; the comment beside a field is its help
+    DEFAULTS   the paper's values for the sections that methods share: {"epochs": 800, "optim": {"base_lr": 1.5e-4}}
+    views      (config, data config) -> the crops of an image: {name: [Crop, ...]}, see data/crops.py
+    build      (config, model config, data config, steps_per_epoch, steps) -> an Objective
+and may define
+    PRESETS    {name: values of its keys} for `objective.preset`, which is then a key of its Config
+    SMALL      values of its keys that make it small, for the tests that every method has to pass
+    hidden     (config, encoder, keys [B]) -> [B, N] bool, the patches that `sslvit data picture=` shows as hidden
+
+The smallest one, which pulls two crops of an image together (and would collapse):
+
+    @dataclass
+    class Config:
+        low: float = 0.4  # smallest share of the image's area
+
+    DEFAULTS = {"epochs": 100}
+
+    def views(config, data_config):
+        return {"pair": [Crop(data.image_size(data_config), (config.low, 1.0))] * 2}
+
+    def build(config, model, data_config, steps_per_epoch, steps):
+        return Pair(factory.create(model, data.image_size(data_config), data_config.in_chans))
+
+    class Pair(Objective):
+        def __init__(self, encoder):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, views, step):  # {"key": [B] int64, "pair": [2, B, C, H, W] normalised}
+            first, second = (self.encoder.features(crop, key=views["key"]) for crop in views["pair"])
+            return {"loss": (first - second).square().mean()}
+
+        def exported_encoder(self):
+            return self.encoder
+
+`SSLVIT_METHODS=my.pair python -m pytest tests/objectives/test_all.py` runs the tests that every method has to pass. A
+whole method in 90 lines: tests/objectives/simmim.py.
 """
 
-import difflib
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import rng
-from ..encoder import Encoder
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
+from ..model.encoder import Encoder
 
 
-class Objective(Protocol):
-    """Student, teacher, heads and decoder in one nn.Module, which is what DDP, FSDP and torch.compile want.
+class Objective(nn.Module):
+    """Student, teacher, heads and decoder in one module, which is what DDP, FSDP and torch.compile want.
 
-    With shard=true every parameter is this process's part of it (distributed.local), but for those of a block or a head
-    while that is called, and those outside of them within __call__.
+    With shard=true every parameter is this process's part of it (distributed.local_shard), but for those of a block or
+    a head while that is called, and those outside of them within __call__.
     """
 
-    def __call__(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """{"loss": scalar, others to log} of one micro-batch. Writes nothing but sums that `after_step` consumes, so
-        that accumulation and the number of processes do not change a run (but for koleo_weight, off by default).
+    def forward(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """{"key": [B] int64, name: [V, B, C, h, w] float32} -> {"loss": scalar, others to log} of one micro-batch.
+
+        What is random is drawn from the images' keys (rng.py). Writes nothing but sums that `after_step` consumes. So
+        neither accumulation nor the number of processes changes a run (but for koleo_weight, off by default).
         """
+        raise NotImplementedError
+
+    def exported_encoder(self) -> Encoder:
+        """The part that is evaluated and exported, with its pooling."""
+        raise NotImplementedError
 
     def before_step(self, step: int) -> None:
         """Gradients are final (averaged, unscaled, clipped) and the optimizer has not stepped."""
 
     def after_step(self, step: int) -> None:
-        """The optimizer has stepped; called once a step."""
+        """The optimizer has stepped. Called once a step."""
 
-    # May also have `alarm(values) -> str | None`: what the means of a logged line say of collapse, the same everywhere.
+    def scheduled(self, step: int) -> dict[str, float]:
+        """Values of the method's own schedules, for the log."""
+        return {}
 
-    def exported_encoder(self) -> Encoder:
-        """The part that is evaluated and exported, with its pooling."""
+    def alarm(self, values: dict[str, float]) -> str | None:
+        """What the means of a logged line say of collapse, as a sentence with what to change; None if all is well."""
+        return None
 
 
 REQUIRED = ("Config", "DEFAULTS", "views", "build")
@@ -53,9 +100,7 @@ def names() -> list[str]:
 def find(method: str) -> ModuleType:
     """The module of a method: `mae`, `dino`, or a dotted name of one's own. Raises UserError."""
     if "." not in method and method not in names():
-        near = difflib.get_close_matches(method, names(), n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"method={method} is not one of {', '.join(names())}.{hint}")
+        raise UserError(f"method={method} is not one of {', '.join(names())}.{did_you_mean(method, names())}")
     try:
         module = importlib.import_module(method if "." in method else f"{__name__}.{method}")
     except (ImportError, TypeError, ValueError) as error:  # the last two for names such as `.x` and `x.`
@@ -71,3 +116,10 @@ def start(config: Any, steps_per_epoch: int, steps: int) -> Objective:
     UserError."""
     torch.manual_seed(int(rng.fold_in(config.seed, "weights")))
     return find(config.method).build(config.objective, config.model, config.data, steps_per_epoch, steps)
+
+
+def location(objective: Objective) -> dict[str, str]:
+    """Where in the objective's state dict the exported encoder's model is, and how its tokens become one feature."""
+    encoder = objective.exported_encoder()
+    prefix = next(name for name, module in objective.named_modules() if module is encoder)
+    return {"prefix": f"{prefix}.model.", "pool": encoder.pool}

@@ -1,27 +1,30 @@
 """DINO: a student sees crops of an image, a teacher that is its moving average sees the large ones, and they agree.
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021 (arXiv 2104.14294). Sections below
-are of that paper. The released code computes one softmax for each of the (teacher crop, student crop) pairs; here the
+are of that paper. The released code computes one softmax for each of the (teacher crop, student crop) pairs. Here the
 teacher's distributions are summed first, so each student crop needs one, with the same loss and gradients.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from .. import data, encoder, masks, schedules
-from ..distributed import all_reduce_sum, local, world_size
-from ..encoder import Encoder
+from .. import data, schedules
+from ..data.crops import Crop, Views, crop_key
+from ..distributed import all_reduce_sum, world_size
 from ..errors import UserError, check_range, check_share
-from ..heads import DINOHead
-from ..losses import koleo
-from ..views import Crop, Views, crop_key
+from ..model import ema, factory, masks
+from ..model.encoder import Encoder, Resampling
+from ..model.heads import DINOHead
+from ..model.losses import koleo
+from . import Objective
 
 Preset = Literal["photo", "gray", "xray", "microscopy", "satellite", "channels", "dinov2_released"]
-FEW = 8  # images of a micro-batch, from which their mean answer is logged
+ENOUGH_IMAGES = 8  # in a micro-batch, for its mean output to be logged
 
 
 @dataclass
@@ -36,13 +39,13 @@ class Config:
     teacher_temp: float = 0.04  # of the teacher's softmax, after its warm-up
     teacher_temp_start: float = 0.04  # at the start of its warm-up
     teacher_temp_warmup_epochs: float = 0.0  # whole epochs: changes once an epoch, as published; else smoothly
-    center_momentum: float = 0.9  # of the running mean that is taken off the teacher's output
+    center_momentum: float = 0.9  # of the running mean that is subtracted from the teacher's output
     momentum: float = 0.996  # of the teacher at the start; 0.9995 for a global batch of 256
     momentum_end: float = 1.0  # reached on half a cosine
-    freeze_last_layer_epochs: float = 1.0  # the prototypes do not learn before
+    freeze_last_layer_epochs: float = 1.0  # until then the prototypes do not learn
     student_keep: float = 1.0  # share of a global crop's patches that the student sees; below 1 is not in the paper
     init: Literal["vit", "mae"] = "vit"  # of the encoder; mae, not in the paper: Xavier weights, sin-cos positions
-    pack: bool = False  # one pass of the student for crops of both sizes: meant for GPUs, not measured there
+    position_resampling: Resampling = "published"  # of position embeddings for small crops; timm: with antialiasing
     koleo_weight: float = 0.0  # of DINOv2's term that spreads features (0.1 there, 0 in DINO); within micro-batches
     drop_path: float = 0.1  # stochastic depth of the student, rising linearly over its blocks
     global_crop_size: int | tuple[int, int] | None = None  # pixels; null: data.image_size
@@ -53,11 +56,11 @@ class Config:
     preset: Preset = "photo"  # images: photo, gray, xray, microscopy, satellite, channels; or dinov2_released
     flip_prob: float = 0.5  # left-right, of every crop
     vertical_flip_prob: float = 0.0  # upside down, of every crop
-    rotate_prob: float = 0.0  # by 90, 180 or 270 degrees, of every crop; 0.75 makes all four ways up alike
+    rotate_prob: float = 0.0  # by 90, 180 or 270 degrees, of every crop; 0.75 makes all four orientations equal
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
     channel_jitter: tuple[float, float] = (0.0, 0.0)  # brightness, contrast of each channel by itself
     jitter_prob: float = 0.8  # of both kinds of jitter
-    gray_prob: float = 0.2  # of losing the colours
+    gray_prob: float = 0.2  # of becoming gray
     blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)  # first global, second global, local crops
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize_prob: float = 0.2  # of the second global crop
@@ -71,7 +74,7 @@ DEFAULTS = {
         "base_lr": 5e-4,
         "min_lr": 1e-6,
         "warmup_epochs": 10,
-        "lr_schedule": "dino",
+        "lr_schedule": "linspace_cosine",
         "weight_decay": 0.04,
         "weight_decay_end": 0.4,
         "betas": (0.9, 0.999),
@@ -80,53 +83,54 @@ DEFAULTS = {
     },
 }
 
-NO_WAY_UP = {"vertical_flip_prob": 0.5, "rotate_prob": 0.75}
+SMALL = {"prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 16, "local_crops": 2, "local_crop_size": 16}
+
+ANY_ORIENTATION = {"vertical_flip_prob": 0.5, "rotate_prob": 0.75}
 NO_COLOURS = {"gray_prob": 0.0, "solarize_prob": 0.0}
-# What `preset` sets of the keys above: keys given by a recipe or a word win. Beside the paper's (photo) they follow
-# from what must not change in such images, and none is tuned. DINOv2's released code, and so its models, gave its blur
-# to the crops with one minus the probabilities that it states (dinov3 issue 286).
-PRESETS = {
+# What `preset` sets of the keys above. Keys of a recipe or a command win. All but the paper's (photo) follow from what
+# must not change in such images, and none is tuned. DINOv2's released code, and so its models, gave its blur to the
+# crops with one minus the probabilities that it states (dinov3 issue 286).
+PRESETS: dict[str, dict[str, Any]] = {
     "photo": {},
-    # No colours to change, and a solarised one is another substance or another organ. They have a way up.
+    # There are no colours to change. A solarised image shows another substance or organ. They have an upright
+    # orientation.
     "gray": NO_COLOURS | {"jitter": (0.2, 0.2, 0.0, 0.0)},
     "xray": NO_COLOURS | {"jitter": (0.1, 0.2, 0.0, 0.0), "blur_prob": (0.5, 0.1, 0.1), "blur_sigma": (0.1, 1.0)},
-    # No way up. The hue is that of a stain, or of what grows there.
-    "microscopy": NO_COLOURS | NO_WAY_UP | {"jitter": (0.4, 0.4, 0.2, 0.0)},
-    "satellite": NO_COLOURS | NO_WAY_UP | {"jitter": (0.4, 0.4, 0.2, 0.0)},
-    # Any number of them, each with a gain of its own.
+    # No upright orientation. The hue is that of a stain, or of what grows there.
+    "microscopy": NO_COLOURS | ANY_ORIENTATION | {"jitter": (0.4, 0.4, 0.2, 0.0)},
+    "satellite": NO_COLOURS | ANY_ORIENTATION | {"jitter": (0.4, 0.4, 0.2, 0.0)},
+    # Any number of channels, each with a gain of its own.
     "channels": NO_COLOURS | {"jitter": (0.0, 0.0, 0.0, 0.0), "channel_jitter": (0.4, 0.4)},
     "dinov2_released": {"blur_prob": (0.0, 0.9, 0.5)},
 }
 
 
 def views(config: Config, data_config: data.Config) -> Views:
-    """Two global crops and several local ones (section 3.1, multi-crop), with BYOL's colours (section 3.2)."""
+    """Two global crops and several local ones (section 3.1, multi-crop), with BYOL's photometric augmentation (section
+    3.2)."""
 
     def crop(
         size: int | tuple[int, int], scale: tuple[float, float], blur_prob: float, solarize_prob: float = 0.0
     ) -> Crop:
         return Crop(
-            size=(size, size) if isinstance(size, int) else tuple(size),
-            scale=tuple(scale),
+            size=(size, size) if isinstance(size, int) else size,
+            scale=scale,
             flip_prob=config.flip_prob,
             vertical_flip_prob=config.vertical_flip_prob,
             rotate_prob=config.rotate_prob,
-            channel_jitter=tuple(config.channel_jitter),
-            jitter=tuple(config.jitter),
+            channel_jitter=config.channel_jitter,
+            jitter=config.jitter,
             jitter_prob=config.jitter_prob,
             gray_prob=config.gray_prob,
             blur_prob=blur_prob,
-            blur_sigma=tuple(config.blur_sigma),
+            blur_sigma=config.blur_sigma,
             solarize_prob=solarize_prob,
         )
 
     size, scale = config.global_crop_size or data.image_size(data_config), config.global_crop_scale
-    crops = {
-        "global": [
-            crop(size, scale, config.blur_prob[0]),
-            crop(size, scale, config.blur_prob[1], config.solarize_prob),
-        ]
-    }
+    first = crop(size, scale, config.blur_prob[0])
+    second = crop(size, scale, config.blur_prob[1], config.solarize_prob)
+    crops = {"global": [first, second]}
     if config.local_crops:
         local = crop(config.local_crop_size, config.local_crop_scale, config.blur_prob[2])
         crops["local"] = [local] * config.local_crops
@@ -134,7 +138,7 @@ def views(config: Config, data_config: data.Config) -> Views:
 
 
 def check(config: Config) -> None:
-    """Raises UserError for numbers without a meaning."""
+    """Raises UserError for values that cannot be used."""
     for key in ("student_temp", "teacher_temp", "teacher_temp_start"):
         if not getattr(config, key) > 0:
             raise UserError(f"objective.{key}={getattr(config, key)} must be above 0.")
@@ -156,7 +160,8 @@ def check(config: Config) -> None:
         raise UserError(f"objective.blur_sigma={list(config.blur_sigma)} must be two widths, 0 < low <= high.")
 
 
-def build(config: Config, model: encoder.Config, data_config: data.Config, steps_per_epoch: int, steps: int) -> "DINO":
+def build(config: Config, model: factory.Config, data_config: data.Config, steps_per_epoch: int, steps: int) -> "DINO":
+    """Raises UserError for settings and models that cannot work."""
     check(config)
     if config.teacher_temp_warmup_epochs * steps_per_epoch > steps:
         raise UserError(
@@ -164,8 +169,8 @@ def build(config: Config, model: encoder.Config, data_config: data.Config, steps
             f"{steps / steps_per_epoch:g} epochs: lower it, or set it to 0 and teacher_temp to the value that you want."
         )
     size = data.image_size(data_config)
-    student = encoder.create(model, size, data_config.in_chans, drop_path=config.drop_path)
-    teacher = encoder.create(model, size, data_config.in_chans)
+    student = factory.create(model, size, data_config.in_chans, drop_path=config.drop_path)
+    teacher = factory.create(model, size, data_config.in_chans)
     if config.pool != "auto":
         if not student.is_vit or (config.pool == "cls" and not student.model.has_class_token):
             raise UserError(f"objective.pool={config.pool} is not something that {model.name} has: use pool=auto.")
@@ -175,13 +180,6 @@ def build(config: Config, model: encoder.Config, data_config: data.Config, steps
         raise UserError(
             f"objective.student_keep={config.student_keep} drops patches, and {model.name} cannot: {reason}."
         )
-    if config.pack and not config.local_crops:
-        raise UserError(
-            "objective.pack=true packs crops of two resolutions, and objective.local_crops=0 leaves one: leave it out."
-        )
-    reason = student.why_sizes_cannot_be_packed()
-    if config.pack and reason:
-        raise UserError(f"objective.pack=true cannot pack crops for {model.name}: {reason}. Leave it out.")
     if config.init == "mae":
         if not student.takes_sincos_positions():
             raise UserError(
@@ -195,7 +193,7 @@ def build(config: Config, model: encoder.Config, data_config: data.Config, steps
 
 @torch.no_grad()
 def _check_crop_sizes(config: Config, data_config: data.Config, built: Encoder, name: str) -> None:
-    """Ask the model itself whether it takes crops of every size: families differ, and few say so."""
+    """Try crops of every size on the model itself: families differ in what they take, and few say so."""
     for crops in views(config, data_config).values():
         h, w = crops[0].size
         try:
@@ -213,52 +211,53 @@ def _check_crop_sizes(config: Config, data_config: data.Config, built: Encoder, 
 class Network(nn.Module):
     """An encoder and a head: what the student and the teacher are."""
 
-    def __init__(self, encoder: Encoder, head: DINOHead) -> None:
+    def __init__(self, encoder: Encoder, head: DINOHead, resampling: Resampling) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self.encoder, self.head, self.resampling = encoder, head, resampling
 
-    def features(self, resolutions: list[tuple[Tensor, Tensor]], keep: float = 1.0, pack: bool = False) -> Tensor:
+    def features(self, resolutions: list[tuple[Tensor, Tensor]], keep: float = 1.0) -> Tensor:
         """For each resolution crops [R, C, h, w] and their keys [R] -> [sum of R, D] float32 features.
 
-        Crops of one resolution pass the encoder together (section 3.2), with pack those of all. keep: share of the
-        patches of the first resolution that the encoder sees, others for each crop.
+        Crops of one resolution pass the encoder together (section 3.2). keep: share of the patches of the first
+        resolution that the encoder sees, others for each crop.
         """
-        crops, keys = [crops for crops, _ in resolutions], [key for _, key in resolutions]
-        kept: list[Tensor | None] = [None] * len(crops)
-        if keep < 1:
-            h, w = self.encoder.grid(tuple(crops[0].shape[-2:]))
-            kept[0] = masks.random_order(keys[0], h * w)[:, : max(1, round(h * w * keep))]
-        if pack:
-            return self.encoder.packed_features(crops, keys, kept).float()
-        passes = zip(crops, keys, kept, strict=True)
-        return torch.cat([self.encoder.features(c, key=key, keep=keep).float() for c, key, keep in passes])
+        features = []
+        for i, (crops, key) in enumerate(resolutions):
+            kept = None
+            if keep < 1 and i == 0:
+                h, w = self.encoder.grid((crops.shape[-2], crops.shape[-1]))
+                kept = masks.random_order(key, h * w)[:, : max(1, round(h * w * keep))]
+            features.append(self.encoder.features(crops, key=key, keep=kept, resampling=self.resampling).float())
+        return torch.cat(features)
 
     def forward(self, resolutions: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The same -> [sum of R, K] float32 logits; all crops pass the head together."""
         return self.head(self.features(resolutions))
 
 
-class DINO(nn.Module):
+class DINO(Objective):
+    center: Tensor
+    logit_sum: Tensor
+    logit_count: Tensor
+
     def __init__(self, config: Config, student: Encoder, teacher: Encoder, steps_per_epoch: int, steps: int) -> None:
         super().__init__()
-        self.config, self.steps_per_epoch, self.steps = config, steps_per_epoch, steps
+        self.config, self.steps_per_epoch = config, steps_per_epoch
+        self.ema = ema.EMA(config.momentum, config.momentum_end, steps)
 
         def network(encoder: Encoder, train_gain: bool) -> Network:
-            head = DINOHead(
-                encoder.feature_dim(), config.prototypes, config.hidden_dim, config.bottleneck_dim, config.head_layers,
-                train_gain,
-            )  # fmt: skip
-            return Network(encoder, head)
+            widths = config.prototypes, config.hidden_dim, config.bottleneck_dim, config.head_layers
+            head = DINOHead(encoder.feature_dim(), *widths, train_gain)
+            return Network(encoder, head, config.position_resampling)
 
         self.student = network(student, train_gain=not config.norm_last_layer)
         self.teacher = network(teacher, train_gain=False)
-        for module in (
-            student.modules() if config.init == "vit" else ()
-        ):  # the released ViT draws its class token like the weights; timm smaller
-            if isinstance(getattr(module, "cls_token", None), nn.Parameter):
-                nn.init.trunc_normal_(module.cls_token, std=0.02)
-        self.teacher.load_state_dict(self.student.state_dict())
-        self.teacher.requires_grad_(False)
+        cls_token = getattr(student.model, "cls_token", None)
+        if config.init == "vit" and cls_token is not None:
+            # As the released ViT draws it; timm's standard deviation is 1e-6. By timm's function: the numbers that
+            # torch's draws differ between 2.11 and 2.15.
+            trunc_normal_(cls_token, std=0.02)
+        ema.begin(self.teacher, self.student)
         self.register_buffer("center", torch.zeros(1, config.prototypes))
         # What the micro-batches of a step leave for after_step.
         self.register_buffer("logit_sum", torch.zeros(1, config.prototypes), persistent=False)
@@ -275,7 +274,7 @@ class DINO(nn.Module):
             teacher_logits = self.teacher(resolutions[:1])
             self.logit_sum += teacher_logits.sum(dim=0, keepdim=True)
             self.logit_count += len(teacher_logits)
-        features = self.student.features(resolutions, self.config.student_keep, self.config.pack)
+        features = self.student.features(resolutions, self.config.student_keep)
         values = self.loss(self.student.head(features), teacher_logits, self.teacher_temp(step))
         if self.config.koleo_weight:
             spread = koleo(features[: len(teacher_logits)].unflatten(0, (2, -1)))
@@ -295,27 +294,9 @@ class DINO(nn.Module):
         pairs = 2 * (num_views - 1)
         loss = -(targets * log_p).sum() / (len(first) * pairs)
         values = {"loss": loss, "teacher_entropy": _entropy(target).mean()}
-        if len(first) >= FEW:  # of fewer images the mean says little
+        if len(first) >= ENOUGH_IMAGES:
             values["teacher_mean_entropy"] = _entropy(target.mean(dim=0))
         return values
-
-    def alarm(self, values: dict[str, float]) -> str | None:
-        """What the means of some steps say of collapse (section 5.3, "avoiding collapse"), as a sentence with what to
-        change; None if all is well."""
-        highest = math.log(self.config.prototypes)
-        if values["teacher_entropy"] > 0.99 * highest:
-            return (
-                f"DINO has collapsed to one even answer: the teacher's entropy is {values['teacher_entropy']:.3f} of "
-                f"ln({self.config.prototypes}) = {highest:.3f}, so it tells no images apart. Lower objective."
-                "teacher_temp, or lower optim.base_lr or warm it up longer."
-            )
-        if values.get("teacher_mean_entropy", highest) < 0.1:
-            return (
-                "DINO has collapsed to one prototype: the teacher gives it to all images (entropy of its mean answer "
-                f"{values['teacher_mean_entropy']:.3f}). Lower objective.center_momentum to 0.9, raise objective."
-                "teacher_temp, lower optim.base_lr, or freeze the prototypes longer (freeze_last_layer_epochs)."
-            )
-        return None
 
     def teacher_temp(self, step: int) -> float:
         """Changes once an epoch if its warm-up is given in whole epochs, as in the released code, else every step."""
@@ -323,12 +304,9 @@ class DINO(nn.Module):
         epoch = step // self.steps_per_epoch if warmup == int(warmup) else step / self.steps_per_epoch
         return schedules.teacher_temperature(epoch, c.teacher_temp_start, c.teacher_temp, warmup)
 
-    def momentum(self, step: int) -> float:
-        return schedules.cosine(self.config.momentum, self.config.momentum_end, step / self.steps)
-
     def before_step(self, step: int) -> None:
-        """Hold the prototypes (section 3.2, "avoiding collapse" in the code): without a gradient AdamW skips them, with
-        a gradient of zeros it would still decay them."""
+        """Freeze the prototypes at first (section 3.2, "avoiding collapse" in the code). Without a gradient AdamW skips
+        them, with a gradient of zeros it would still decay them."""
         if step < self.config.freeze_last_layer_epochs * self.steps_per_epoch:
             for parameter in self.student.head.last_layer.parameters():
                 parameter.grad = None
@@ -337,9 +315,7 @@ class DINO(nn.Module):
     def after_step(self, step: int) -> None:
         """Move the teacher and the center (algorithm 1). The center of a step is the one before it: equation 4 comes
         after the loss."""
-        # Sharded, both have the same parts on each process.
-        teacher, student = ([local(p) for p in network.parameters()] for network in (self.teacher, self.student))
-        torch._foreach_lerp_(teacher, student, 1 - self.momentum(step))  # parameters only: buffers are not averaged
+        self.ema.update(self.teacher, self.student, step)
         mean = all_reduce_sum(self.logit_sum) / (self.logit_count * world_size())
         self.center.lerp_(mean, 1 - self.config.center_momentum)
         self.logit_sum.zero_()
@@ -347,6 +323,26 @@ class DINO(nn.Module):
 
     def exported_encoder(self) -> Encoder:
         return self.teacher.encoder
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        return {"momentum": self.ema.momentum(step), "teacher_temp": self.teacher_temp(step)}
+
+    def alarm(self, values: dict[str, float]) -> str | None:
+        """See section 5.3, "avoiding collapse"."""
+        highest = math.log(self.config.prototypes)
+        if values["teacher_entropy"] > 0.99 * highest:
+            return (
+                f"DINO has collapsed to one even answer: the teacher's entropy is {values['teacher_entropy']:.3f} of "
+                f"ln({self.config.prototypes}) = {highest:.3f}, so it tells no images apart. Lower objective."
+                "teacher_temp or optim.base_lr, or raise optim.warmup_epochs."
+            )
+        if values.get("teacher_mean_entropy", highest) < 0.1:
+            return (
+                "DINO has collapsed to one prototype: the teacher gives it to all images (entropy of its mean answer "
+                f"{values['teacher_mean_entropy']:.3f}). Lower objective.center_momentum to 0.9, raise objective."
+                "teacher_temp, lower optim.base_lr, or freeze the prototypes longer (freeze_last_layer_epochs)."
+            )
+        return None
 
 
 def _entropy(p: Tensor) -> Tensor:

@@ -2,24 +2,26 @@
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022 (arXiv 2111.06377). Sections below are of that
 paper. The released code sorts twice, embeds and predicts patches that it throws away, and puts tokens back in order for
-the decoder; here the decoder sees [kept, hidden] with their positions, which attention cannot tell from the ordered
+the decoder. Here the decoder sees [kept, hidden] with their positions, which attention cannot tell from the ordered
 sequence, and only hidden patches are predicted. Losses and gradients are the same.
 """
 
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .. import blocks, data, encoder, masks
-from ..encoder import Encoder, patchify, sincos, take, xavier
+from .. import data
+from ..data.crops import Crop, Views
 from ..errors import UserError, check_range, check_share
-from ..losses import koleo
-from ..views import Crop, Views
+from ..model import blocks, factory, masks
+from ..model.encoder import Encoder, patchify, sincos, take, xavier
+from ..model.losses import koleo
+from . import Objective
 
 Preset = Literal["photo", "gray", "xray", "microscopy", "satellite", "channels"]
 
@@ -27,7 +29,7 @@ Preset = Literal["photo", "gray", "xray", "microscopy", "satellite", "channels"]
 @dataclass
 class Config:
     mask_ratio: float = 0.75  # share of patches hidden from the encoder
-    norm_pix: bool = True  # predict pixels normalised by the mean and deviation of their patch
+    norm_pix: bool = True  # predict pixels normalised by the mean and standard deviation of their patch
     decoder_width: int = 512  # channels of a decoder token
     decoder_depth: int = 8  # blocks
     decoder_heads: int = 16  # attention heads of a block
@@ -36,7 +38,7 @@ class Config:
     preset: Preset = "photo"  # kind of images: photo, gray, xray, microscopy, satellite, channels
     flip_prob: float = 0.5  # left-right
     vertical_flip_prob: float = 0.0  # upside down
-    rotate_prob: float = 0.0  # by 90, 180 or 270 degrees; 0.75 makes all four ways up alike
+    rotate_prob: float = 0.0  # by 90, 180 or 270 degrees; 0.75 makes all four orientations equally likely
 
 
 # The recipe of appendix A.1, table 8.
@@ -45,29 +47,30 @@ DEFAULTS = {
     "global_batch_size": 4096,
     "optim": {"base_lr": 1.5e-4, "min_lr": 0.0, "warmup_epochs": 40, "weight_decay": 0.05, "betas": (0.9, 0.95)},
 }
+SMALL = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}
 
-NO_WAY_UP = {"vertical_flip_prob": 0.5, "rotate_prob": 0.75}
-# What `preset` sets of the keys above: keys given by a recipe or a word win. MAE changes no colours of any images: that
-# made it worse in the paper (table 1e). Only those without a way up are seen in all of them.
-PRESETS = {"photo": {}, "gray": {}, "xray": {}, "microscopy": NO_WAY_UP, "satellite": NO_WAY_UP, "channels": {}}
+ANY_ORIENTATION = {"vertical_flip_prob": 0.5, "rotate_prob": 0.75}
+# What `preset` sets of the keys above. Keys of a recipe or a command win. MAE changes the colours of no images: that
+# made it worse in the paper (table 1e). Images that have no upright orientation are seen in all four.
+PRESETS: dict[str, dict[str, Any]] = {
+    "photo": {}, "gray": {}, "xray": {}, "microscopy": ANY_ORIENTATION, "satellite": ANY_ORIENTATION, "channels": {},
+}  # fmt: skip
 
 
 def views(config: Config, data_config: data.Config) -> Views:
-    """One crop and a flip, no colours (section 4.1, "Data augmentation")."""
-    return {
-        "image": [
-            Crop(
-                data.image_size(data_config),
-                tuple(config.crop_scale),
-                flip_prob=config.flip_prob,
-                vertical_flip_prob=config.vertical_flip_prob,
-                rotate_prob=config.rotate_prob,
-            )
-        ]
-    }
+    """One crop and a flip, no photometric augmentation (section 4.1, "Data augmentation")."""
+    crop = Crop(
+        data.image_size(data_config),
+        config.crop_scale,
+        flip_prob=config.flip_prob,
+        vertical_flip_prob=config.vertical_flip_prob,
+        rotate_prob=config.rotate_prob,
+    )
+    return {"image": [crop]}
 
 
-def build(config: Config, model: encoder.Config, data_config: data.Config, steps_per_epoch: int, steps: int) -> "MAE":
+def build(config: Config, model: factory.Config, data_config: data.Config, steps_per_epoch: int, steps: int) -> "MAE":
+    """Raises UserError for settings and models that cannot work."""
     if not 0 < config.mask_ratio < 1:
         raise UserError(f"objective.mask_ratio={config.mask_ratio} must lie between 0 and 1, both excluded.")
     check_range("objective.", config, 0, None, "koleo_weight")
@@ -79,38 +82,38 @@ def build(config: Config, model: encoder.Config, data_config: data.Config, steps
             f"objective.decoder_width={config.decoder_width} must be divisible by decoder_heads="
             f"{config.decoder_heads}, and by 4 for the position embedding."
         )
-    built = encoder.create(model, data.image_size(data_config), data_config.in_chans)
-    reason = built.why_tokens_cannot_be_dropped()
+    encoder = factory.create(model, data.image_size(data_config), data_config.in_chans)
+    reason = encoder.why_tokens_cannot_be_dropped()
     if reason:
         raise UserError(
             f"method=mae drops hidden patches before the encoder, and {model.name} cannot do without them: {reason}. "
             "Use a plain ViT (vit_*, deit_*) or method=dino."
         )
-    if not built.takes_sincos_positions():
+    if not encoder.takes_sincos_positions():
         raise UserError(f"method=mae needs a position embedding whose width is divisible by 4, not {model.name}.")
-    return MAE(config, built)
+    return MAE(config, encoder)
 
 
-class MAE(nn.Module):
+class MAE(Objective):
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
         self.config = config
         self.encoder = encoder
         encoder.pool = "mean"
-        self.patch_size, self.grid = encoder.patch_size, encoder.grid()
-        self.num_patches = self.grid[0] * self.grid[1]
+        self.patch_size, grid = encoder.patch_size, encoder.grid()
+        self.num_patches = grid[0] * grid[1]
         self.num_kept = masks.num_kept(self.num_patches, config.mask_ratio)
         if not 0 < self.num_kept < self.num_patches:
             raise UserError(
                 f"objective.mask_ratio={config.mask_ratio} leaves {self.num_kept} of {self.num_patches} patches "
-                "visible: some must be, and some must not."
+                "visible: at least one must be visible and one hidden."
             )
         num_prefix, width = encoder.model.num_prefix_tokens, config.decoder_width
 
         self.decoder_embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_pos_embed = nn.Parameter(sincos(width, self.grid, num_prefix), requires_grad=False)
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.decoder_pos_embed = nn.Parameter(sincos(width, grid, num_prefix), requires_grad=False)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.decoder_blocks = nn.ModuleList(
             Block(width, config.decoder_heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm)
             for _ in range(config.decoder_depth)
@@ -129,8 +132,8 @@ class MAE(nn.Module):
     def loss(self, images: Tensor, order: Tensor) -> dict[str, Tensor]:
         """[B, C, H, W], [B, N] -> mean squared error over the pixels of hidden patches (section 3), a scalar.
 
-        With koleo_weight the mean of the kept patches, which is what is exported, is spread over the sphere: by itself
-        it stays in a few directions, as measured here and by Zhang et al. (2022, arXiv 2210.08344), who add a
+        koleo_weight spreads the mean of the kept patches, which is what is exported, over the sphere. Without it the
+        mean stays in a few directions, as measured here and by Zhang et al. (2022, arXiv 2210.08344), who add a
         uniformity term for it.
         """
         keep, hide = masks.split(order, self.num_kept)
@@ -167,7 +170,7 @@ class MAE(nn.Module):
     def target(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, N, p*q*C], pixels of a patch in row, column, channel order ("Reconstruction target").
 
-        With norm_pix by the mean and the unbiased variance over all values of the patch, 1e-6 inside the root.
+        norm_pix: normalised by the mean and the unbiased variance over all values of the patch, 1e-6 inside the root.
         """
         patches = patchify(images, self.patch_size, channels_last=True)
         if self.config.norm_pix:
@@ -175,11 +178,12 @@ class MAE(nn.Module):
             patches = (patches - mean) / (variance + 1e-6).sqrt()
         return patches
 
-    def before_step(self, step: int) -> None:
-        pass
-
-    def after_step(self, step: int) -> None:
-        pass
-
     def exported_encoder(self) -> Encoder:
         return self.encoder
+
+
+def hidden(config: Config, encoder: Encoder, key: Tensor) -> Tensor:
+    """[B] -> [B, N] bool, the patches that `forward` hides of the images with these keys."""
+    num_patches = math.prod(encoder.grid())
+    _, hide = masks.split(masks.random_order(key, num_patches), masks.num_kept(num_patches, config.mask_ratio))
+    return masks.from_indices(hide, num_patches)

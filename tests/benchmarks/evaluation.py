@@ -67,7 +67,7 @@ def compare_knn() -> None:
             if temperature == TEMPERATURES[0]:
                 times["one temperature"].append(total)
         times["three temperatures"].append(total)
-        off = max(abs(knn.top(judged.place, 1) - theirs[key]) for key, judged in found.items())
+        off = max(abs(knn.top_accuracy(prediction.rank, 1) - theirs[key]) for key, prediction in found.items())
         if off > 0.05:  # equal similarities and rounding may move a handful of 10,000
             sys.exit(f"the accuracies differ by {off:.2f} points")
     mine = statistics.median(times["ours"])
@@ -122,7 +122,7 @@ def large_bank() -> None:
     stored = knn.Labelled(bank, labels, torch.arange(len(bank)))
     queries = knn.Labelled(bank[:2000].clone(), labels[:2000], torch.arange(2000))
     spent, found = seconds(lambda: knn.classify(stored, queries, CLASSES, (1, 20, 200)))
-    assert knn.top(found[1, knn.TEMPERATURE].place, 1) == 100  # each finds itself
+    assert knn.top_accuracy(found[1, knn.TEMPERATURE].rank, 1) == 100  # each finds itself
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
         f"k-NN, 1,000,000 x 2,000 x {WIDTH}: {spent:.1f} s; peak of the process {peak / 2**20:.2f} GiB, "

@@ -4,7 +4,7 @@
 
 Without folders it makes both from the fractals: JPEG files of the size of ImageNet's photos, and PNG files of 32 x 32.
 Published: each image opened by PIL once and then augmented crop by crop in the loader, by torchvision's transforms for
-PIL images. v2: decoded by torchvision, the same steps on uint8 tensors by torchvision.transforms.v2. Ours: what a
+PIL images. v2: decoded as ours, the same steps on uint8 tensors by torchvision.transforms.v2. Ours: what a
 worker does (`loader.Cropped`: read, decode, cut), and beside it what the training device does for all images of a batch
 at once (`augment`), here on the same core; with `data.cache=ram`, images are decoded once, and with `data.cache=device`
 they are cut a batch at a time. DINO's crops are 2 x 224 and 8 x 96 pixels of photos, 2 x 32 and 6 x 16 of the small
@@ -33,19 +33,19 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from sslvit import data, rng
-from sslvit.augment import Normalize, augment
+from sslvit.data.augment import Normalize, augment
 from sslvit.data.cache import Cached, on_device
-from sslvit.data.folder import Folder
-from sslvit.data.fractals import Fractals
+from sslvit.data.crops import Views
 from sslvit.data.loader import Cropped, CroppedOnDevice, Layout, make_loader
-from sslvit.data.names import Names
+from sslvit.data.sources.decode import decode
+from sslvit.data.sources.folder import Folder
+from sslvit.data.sources.fractals import Fractals
+from sslvit.data.sources.names import Names
 from sslvit.hardware import peak_memory
 from sslvit.objectives import dino, mae
-from sslvit.views import Views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -145,7 +145,7 @@ def pil_image(path: str) -> Image.Image:
 
 def tensor_image(path: str) -> Tensor:
     with open(path, "rb") as file:
-        return decode_image(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8), ImageReadMode.RGB)
+        return decode(file.read(), 3)
 
 
 def our_views(method: str, sizes: Sizes) -> Views:

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit import config as configuration
-from sslvit import masks, objectives, optim
-from sslvit.bench import matmul_rate
+from sslvit import objectives, optim
 from sslvit.hardware import choose_attention, keep_memory, peak_memory, start_accelerator
 from sslvit.metrics import Window
-from sslvit.pretrain import train_step
+from sslvit.model import masks
+from sslvit.step import train_step
+from sslvit.tools.bench import matmul_rate
 
 from . import plain
 
@@ -114,7 +115,9 @@ def ours(case: Case, precision: str, drop_path: float) -> tuple[Step, dict[str, 
         for group in optimizer.param_groups:
             group["lr"] = LR
         before = window.sums.get("loss", 0)
-        train_step(config, plan, accelerator, model, optimizer, iter([batch]), number, window)
+        train_step(
+            accelerator, model, optimizer, [batch], number, window, accumulate=1, seed=config.seed, config=config.optim
+        )
         return window.sums["loss"] - before
 
     return step, weights

@@ -12,9 +12,9 @@ import tifffile
 from PIL import Image
 
 from sslvit.data import BadImage, Config, open_source
-from sslvit.data.decode import decode
+from sslvit.data.sources.decode import decode
 from tests.conftest import words, write_images
-from tests.data.test_depth import png16
+from tests.data.sources.test_depth import png16
 
 
 def photo(kind: str = "JPEG") -> bytes:

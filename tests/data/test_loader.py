@@ -13,9 +13,9 @@ import torch.distributed as dist
 from sslvit import rng
 from sslvit.data import BadImage, Config, cache, loader, open_source
 from sslvit.data.cache import Cached, Memory, cached, on_device
+from sslvit.data.crops import Crop
 from sslvit.data.loader import Layout, Order, make_loader
 from sslvit.errors import UserError
-from sslvit.views import Crop
 
 VIEWS = {"image": [Crop((16, 16), (0.2, 1.0))]}
 CPU = torch.device("cpu")

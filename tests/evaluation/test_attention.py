@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sslvit import encoder
-from sslvit.augment import Normalize
+from sslvit.data.augment import Normalize
 from sslvit.evaluation import attention
+from sslvit.model import factory
 from tests.conftest import TINY_MODEL
 
 PLAIN = Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -17,7 +17,7 @@ PLAIN = Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 def build(size=(32, 32), **more):
     torch.manual_seed(0)
-    built = encoder.create(encoder.Config("vit_tiny_patch16_224", {**TINY_MODEL, **more}), size).eval()
+    built = factory.create(factory.Config("vit_tiny_patch16_224", {**TINY_MODEL, **more}), size).eval()
     for block in built.model.blocks:
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.3)  # attention that is not even
         for norm in (block.attn.q_norm, block.attn.k_norm):

@@ -10,7 +10,7 @@ from sslvit.evaluation import compare, protocol
 
 def record(right, top1=None, **more) -> dict:
     right = torch.tensor(right)
-    results = {"top1": 100 * right.double().mean().item() if top1 is None else top1, "right": protocol.packed(right)}
+    results = {"top1": 100 * right.double().mean().item() if top1 is None else top1, "right": protocol.pack_bits(right)}
     test = {"data": "x", "images": len(right), "unreadable": 0}
     return {"test": test, "train": {"data": "t"}, "precision": "bf16", "seed": 0, "results": results, **more}
 
@@ -22,21 +22,21 @@ def write(run, name, content):
 
 def test_what_is_packed_is_unpacked():
     right = torch.rand(37, generator=torch.Generator().manual_seed(0)) < 0.5
-    assert protocol.unpacked(protocol.packed(right)).tolist() == right.tolist()
+    assert protocol.unpack_bits(protocol.pack_bits(right)).tolist() == right.tolist()
 
 
 def test_the_interval_of_a_difference_is_that_of_drawing_images_in_pairs():
     generator = np.random.default_rng(0)
     a = generator.random(400) < 0.6
     b = np.where(generator.random(400) < 0.2, ~a, a)
-    found = compare.difference(*(protocol.packed(torch.from_numpy(right)) for right in (a, b)), seed=1)
+    found = compare.difference(*(protocol.pack_bits(torch.from_numpy(right)) for right in (a, b)), seed=1)
     assert found["difference"] == pytest.approx(100 * (b.mean() - a.mean()), abs=1e-3)
     drawn = generator.integers(0, 400, (4000, 400))
     slow = 100 * (b[drawn].mean(axis=1) - a[drawn].mean(axis=1))
     assert found["interval"] == pytest.approx(np.percentile(slow, [2.5, 97.5]), abs=0.35)
 
 
-def test_runs_stand_side_by_side_and_other_rulers_are_named(cli, tmp_path):
+def test_runs_stand_side_by_side_and_other_protocols_are_named(cli, tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     right = [True] * 60 + [False] * 40
     write(a, "linear", record(right))
@@ -49,16 +49,16 @@ def test_runs_stand_side_by_side_and_other_rulers_are_named(cli, tmp_path):
     assert table[1] == [str(a), "60.00"]
     assert table[2] == [str(b), "80.00", "12.50"]
     assert f"linear: {b} +20.00 against {a} (95 % interval" in printed
-    assert 'Not by one ruler, linear: precision is "bf16"' in printed
+    assert 'Protocols of linear differ: precision is "bf16"' in printed
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["results"][str(b)] == {"linear": 80.0, "quality": 12.5}
     assert report["differences"][0]["interval"][0] > 0
 
 
-def test_a_difference_that_other_images_could_turn_round_is_called_so(cli, tmp_path):
+def test_a_difference_that_other_images_could_reverse_is_called_so(cli, tmp_path):
     write(tmp_path / "a", "linear", record([True, False] * 50))
     write(tmp_path / "b", "linear", record([False, True] * 49 + [True, True]))
-    assert "other test images could turn it round" in cli("compare", tmp_path / "a", tmp_path / "b")[1]
+    assert "other test images could reverse the order" in cli("compare", tmp_path / "a", tmp_path / "b")[1]
 
 
 def votes(*rows: tuple[int, float, list]) -> dict:
@@ -78,7 +78,7 @@ def test_k_nn_by_other_k_and_t_is_in_columns_of_its_own(cli, tmp_path):
     assert "k=20" not in printed
     assert "k-NN k=5 T=0.1: " in printed
     assert "-40.00 against" in printed
-    assert "Not by one ruler" not in printed
+    assert "differ: " not in printed
     assert json.loads((tmp_path / "out.json").read_text())["results"][str(a)] == {"knn k=5 T=0.1": 90.0}
     printed = cli("compare", a, c)[1]
     assert "k-NN k=20 T=0.07 %" in printed
@@ -115,6 +115,6 @@ def test_real_results_of_a_run_and_of_its_beginning(cli, fails, labelled, colour
     assert cli("knn", f"run={checkpoint}", *sets)[0] == 0
     assert f"{checkpoint} +0.00 against {run}" in cli("compare", run, checkpoint)[1]
     (run / "eval" / "knn.json").write_text("{}")
-    assert "is no result of this version" in fails("compare", run)
+    assert "is not a result that this version can read" in fails("compare", run)
     assert "compare needs runs" in fails("compare")
     assert "Did you mean seed?" in fails("compare", run, "sed=1")

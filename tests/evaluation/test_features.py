@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from sslvit.evaluation import features, kept, linear, protocol
+from sslvit.evaluation import feature_cache, features, linear, probes, protocol
 from sslvit.evaluation.features import Features
 from tests import processes
 
@@ -35,8 +35,8 @@ def random_features(count: int, width: int) -> Features:
 
 def written(folder: Path, name: str, part: Features) -> Features:
     """What is read from the file that it was written to."""
-    kept._write(folder, name, {}, part)
-    return kept._read(folder, name, {}, Labels(part))
+    feature_cache._write(folder, name, {}, part)
+    return feature_cache._read(folder, name, {}, Labels(part))
 
 
 def test_kept_features_are_what_was_computed_and_have_the_mode_of_other_files(tmp_path):
@@ -83,7 +83,7 @@ def choose(folder: str) -> None:
         train = written(Path(folder), pool, random_features(count, width))
         sets[pool] = (train, replace(random_features(100, width), classes=train.classes))
     before = unbacked()
-    linear.choose(linear.Config(), protocol.Task(None, sets, list("abcd"), {}), [{"lr": 0.1}], untrained)
+    probes.choose_and_test(linear.Config(), protocol.Task(None, sets, list("abcd"), {}), [{"lr": 0.1}], untrained)
     print(json.dumps([(now - before) / (4 * count * width) for now in found]))
 
 
@@ -129,7 +129,7 @@ def gather(rank: int, folder: Path) -> None:
     rows = rows[rows != 4]
     part = Features(whole.values[rows], whole.labels[rows], whole.classes, whole.index[rows], 1)
     for everywhere in (True, False):
-        found = features.gathered(part, everywhere)
+        found = features.gather_features(part, everywhere)
         if not everywhere and rank:
             assert found is None
             continue

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from sslvit import state
+from sslvit.checkpoints import state
 from sslvit.errors import UserError
 from sslvit.evaluation import finetune
-from sslvit.evaluation.targets import Targets
+from sslvit.evaluation.finetuning import training
+from sslvit.evaluation.finetuning.targets import Targets
 from tests import processes
 from tests.conftest import TINY_MODEL
 
@@ -41,8 +42,8 @@ def words(run, labelled, *more: str) -> list[str]:
 
 def test_an_image_that_cannot_be_read_is_replaced_with_its_substitutes_own_label(labelled, tmp_path):
     from sslvit.data import Config, open_source
+    from sslvit.data.crops import Crop
     from sslvit.data.loader import Cropped
-    from sslvit.views import Crop
 
     shutil.copytree(labelled / "train", tmp_path / "train")
     (tmp_path / "train" / "class0" / "0.png").write_bytes(b"no image")
@@ -226,6 +227,31 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(labelled, col
     assert {**results[0], "seconds": 0} == {**results[1], "seconds": 0}
 
 
+def test_statistics_of_batch_norm_survive_a_stop_of_two_processes_within_an_epoch(labelled, tmp_path):
+    """Each process has those of its own images; the checkpoint has the mean."""
+
+    def arguments(name: str) -> list[str]:
+        return [
+            "finetune", "run=random:test_resnet", *sets(labelled), "recipe=small", "image_size=32", "epochs=2",
+            "global_batch_size=6", "head_epochs=0", "unfreeze_epochs=0", "workers=0", "precision=float32",
+            "warmup_epochs=0", f"save={tmp_path / name}", f"out={tmp_path / name}.json",
+        ]  # fmt: skip
+
+    processes.launch(arguments("whole"), tmp_path / "log", world_size=2)
+    log = tmp_path / "log2"
+    started = processes.start_several(arguments("cut"), log, world_size=2)
+    while not log.exists() or "epochs of" not in log.read_text():
+        time.sleep(0.01)
+    for process in started:
+        os.kill(process.pid, signal.SIGTERM)
+    for process in started:
+        assert "after step 10 of 12" in processes.finish(process, log, status=75)
+    processes.launch(arguments("cut"), tmp_path / "log3", world_size=2)
+    ours, theirs = weights(tmp_path / "cut" / "seed_0"), weights(tmp_path / "whole" / "seed_0")
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_a_finished_training_is_only_tested_again_and_other_settings_are_refused(
     cli, fails, labelled, colour_run, tmp_path
 ):
@@ -240,6 +266,27 @@ def test_a_finished_training_is_only_tested_again_and_other_settings_are_refused
     (tmp_path / "save" / "seed_1").mkdir()
     (tmp_path / "save" / "seed_1" / "mine.txt").write_text("mine")
     assert "holds other things" in fails(*base, "head_epochs=1", "seed=1")
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_said(cli, fails, labelled, colour_run, tmp_path, monkeypatch):
+    """Of six steps the second; a training whose steps are all such ends with a message."""
+    loss_of, calls = training.loss_of, []
+
+    def nan_in_second_step(*arguments):
+        calls.append(None)
+        return loss_of(*arguments) * (torch.nan if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(training, "loss_of", nan_in_second_step)
+    base = words(colour_run, labelled, "recipe=small", "head_epochs=1", f"out={tmp_path / 'r.json'}")
+    status, printed, _ = cli(*base)
+    assert status == 0
+    assert "1 of 3 steps skipped in epoch 1" in printed
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert [line.get("skipped") for line in results["history"]] == [1, None]
+    assert all(np.isfinite([line["loss"] for line in results["history"]]))
+    assert np.isfinite(results["loss"])
+    monkeypatch.setattr(training, "loss_of", lambda *arguments: loss_of(*arguments) * torch.nan)
+    assert "has diverged: no step of epoch 1" in fails(*base)
 
 
 def test_seeds_are_trainings_of_their_own_with_mean_and_deviation(cli, labelled, colour_run, tmp_path):
@@ -271,7 +318,7 @@ def test_seeds_are_trainings_of_their_own_with_mean_and_deviation(cli, labelled,
         (["seeds=[1,1]"], "must differ"),
         (["seeds=[0,1]", "out_model=x"], "give one seed"),
         (["pool=cls+mean"], "use cls or mean"),
-        (["recipe=small", "head_epochs=1", "pool=last4"], "pool=last4 is something that timm's models do not have"),
+        (["recipe=small", "head_epochs=1", "pool=last4"], "pool=last4 does not exist in timm's models"),
         (["holdout=0.99"], "global_batch_size=12 is larger than the 3 images"),
         (["drop_path=1"], "below 1"),
         (["base_lr=0"], "must be above 0"),
@@ -315,4 +362,4 @@ def test_other_channels_are_refused(labelled):
 
     config, (frozen, *_) = prepared(labelled)
     with pytest.raises(UserError, match="images of 1 channels"):
-        finetune._check_sample(config, frozen, Gray(), "gray")
+        finetune._check_first_image(config, frozen, Gray(), "gray")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sslvit.__main__ import main
 from sslvit.evaluation import knn
-from sslvit.evaluation.classes import renumbered, same_classes
+from sslvit.evaluation.classes import match_classes, remap_labels
 from tests import processes
 from tests.conftest import words as training_words
 
@@ -49,7 +49,7 @@ def images_of(values, labels) -> knn.Labelled:
 def accuracies(*arguments, **more) -> dict:
     found = knn.classify(*arguments, **more)
     assert all(((p == 0) == (told == arguments[1].labels)).all() for p, told in found.values())
-    return {key: (knn.top(p, 1), knn.top(p, min(5, key[0]))) for key, (p, _) in found.items()}
+    return {key: (knn.top_accuracy(p, 1), knn.top_accuracy(p, min(5, key[0]))) for key, (p, _) in found.items()}
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_places_are_those_of_a_stable_sort():
     torch.manual_seed(0)
     votes, labels = torch.randint(0, 4, (200, 6)).double(), torch.randint(0, 6, (200,))
     ranked = votes.argsort(dim=1, descending=True, stable=True)
-    assert torch.equal(knn.place(votes, labels), (ranked == labels.unsqueeze(1)).int().argmax(dim=1))
+    assert torch.equal(knn.rank_of_label(votes, labels), (ranked == labels.unsqueeze(1)).int().argmax(dim=1))
 
 
 @pytest.mark.parametrize("k", [1, 7, 39])
@@ -117,10 +117,10 @@ def test_leave_one_out_equals_classifying_each_image_by_the_others(k):
     torch.manual_seed(0)
     values = F.normalize(torch.randn(20, 4), dim=1).repeat(2, 1)
     bank = images_of(values, torch.randint(0, 3, (40,)))
-    ours = knn.classify(bank, bank, 3, (k,), (0.2,), alone=True)[k, 0.2].place
+    ours = knn.classify(bank, bank, 3, (k,), (0.2,), leave_one_out=True)[k, 0.2].rank
     for i in range(40):
         others = torch.arange(40) != i
-        assert knn.classify(bank[others], bank[~others], 3, (k,), (0.2,))[k, 0.2].place.item() == ours[i]
+        assert knn.classify(bank[others], bank[~others], 3, (k,), (0.2,))[k, 0.2].rank.item() == ours[i]
 
 
 def test_few_shots_use_so_many_images_of_each_class_and_say_how_much_the_draw_matters(cli, fails, labelled_sets):
@@ -141,7 +141,7 @@ def test_few_shots_use_only_the_drawn_images(monkeypatch):
     monkeypatch.setattr(knn, "classify", lambda few, *a: banks.append(few) or classify(few, *a))
     knn._few_shot(knn.Config(k=(1,), shots=(2, 5), repeats=4), 3, bank, bank[:7], False)
     assert [torch.bincount(few.labels).tolist() for few in banks] == [[2, 2, 2]] * 4 + [[5, 5, 5]] * 4
-    assert len({tuple(few.numbers.tolist()) for few in banks}) == 8
+    assert len({tuple(few.indices.tolist()) for few in banks}) == 8
 
 
 def test_without_test_images_each_training_image_is_left_out_once(cli, fails, labelled_sets):
@@ -167,7 +167,7 @@ def test_an_approximate_search_says_what_it_misses(kind):
     if kind == "ivf":
         assert recall[1] > 99.9
         exact, approximate = (
-            knn.classify(bank, queries, 40, (10,), index=i)[10, 0.07].told for i in (None, everywhere)
+            knn.classify(bank, queries, 40, (10,), index=i)[10, 0.07].label for i in (None, everywhere)
         )
         assert torch.equal(exact, approximate)
         assert 20 < recall[0] <= recall[1]
@@ -183,8 +183,8 @@ def source(labels, classes):
 
 
 def test_labels_are_matched_by_the_names_of_the_classes():
-    numbers = same_classes(source([0, 1, 2], ["ant", "bee", "cat"]), source([0, 1, -1], ["bee", "cat"]), ("a", "b"))
-    assert renumbered(torch.tensor([0, 1, -1]), numbers).tolist() == [1, 2, -1]
+    numbers = match_classes(source([0, 1, 2], ["ant", "bee", "cat"]), source([0, 1, -1], ["bee", "cat"]), ("a", "b"))
+    assert remap_labels(torch.tensor([0, 1, -1]), numbers).tolist() == [1, 2, -1]
 
 
 @pytest.mark.parametrize("command", ["knn", "linear"])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sslvit import rng, schedules
-from sslvit.evaluation import linear, protocol
+from sslvit.evaluation import linear, probes, protocol
 from sslvit.evaluation.features import Features
 
 
@@ -17,12 +17,17 @@ def clouds(n: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor
     return F.pad(corners[labels], (0, 4)) + spread * torch.randn(n, 6, generator=generator), labels
 
 
+def accuracy(heads: torch.Tensor, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[H] top-1 in percent."""
+    return 100 * (probes.predict(heads, x, labels)[0] == labels).double().mean(dim=1)
+
+
 def test_separable_clouds_are_separated_and_overlapping_ones_at_the_bayes_rate():
     for spread, low, high in ((0.1, 99.9, 100.0), (1.0, 67.0, 74.5)):  # Bayes: P(|z| < 1)^2 with z normal = 70.8 %
         x, labels = clouds(4000, spread, seed=0)
         test_x, test_labels = clouds(4000, spread, seed=1)
         heads = linear.train_heads(x, labels, 4, [0.1], 20, 0.0, 256, seed=0)
-        assert low <= linear.accuracy(heads, test_x, test_labels).item() <= high
+        assert low <= accuracy(heads, test_x, test_labels).item() <= high
 
 
 def test_heads_trained_together_equal_heads_trained_alone():
@@ -63,16 +68,16 @@ def test_the_rate_is_chosen_on_held_out_images_and_useless_features_stay_at_chan
     torch.manual_seed(0)
     noise, labels = torch.randn(2000, 8), torch.randint(0, 4, (2000,))
     heads = linear.train_heads(noise[:1000], labels[:1000], 4, [0.1], 20, 0.0, 256, seed=0)
-    assert linear.accuracy(heads, noise[1000:], labels[1000:]).item() == pytest.approx(25, abs=5)
+    assert accuracy(heads, noise[1000:], labels[1000:]).item() == pytest.approx(25, abs=5)
 
 
 def test_losses_and_hits_equal_torchs():
     x, labels = clouds(64, 0.5, seed=0)
     heads = linear.train_heads(x, labels, 4, [0.1, 1.0], 20, 0.0, 16, seed=0)
-    told, loss = linear.judge(heads, x, labels)
+    predictions, loss = probes.predict(heads, x, labels)
     for i, head in enumerate(heads):
         logits = x @ head[:-1] + head[-1]
-        assert torch.equal(told[i], logits.argmax(dim=1))
+        assert torch.equal(predictions[i], logits.argmax(dim=1))
         assert loss[i].item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
 
 
@@ -93,7 +98,7 @@ def test_what_a_head_reads_and_how_it_is_trained_is_chosen_on_held_out_images_on
         return linear.train_heads(x, labels, 4, rates, 10, [one["weight_decay"] for one in settings], 64, 0)
 
     settings = [{"lr": lr, "weight_decay": 0.0} for lr in (1e-6, 0.3)]
-    results = linear.choose(config, task, settings, train)
+    results = probes.choose_and_test(config, task, settings, train)
     assert (results["pool"], results["setting"]) == ("cls", settings[1])
     assert results["holdout_top1"] == 100
     assert results["top1"] < 40
@@ -111,7 +116,7 @@ def test_each_head_has_its_own_weight_decay():
 
 def test_standardised_features_have_mean_zero_and_deviation_one():
     x = torch.randn(500, 3) * torch.tensor([1.0, 100.0, 0.01]) + 7
-    mean, std = linear.standardisation(x)
+    mean, std = probes.mean_and_std(x)
     z = (x - mean) / std
     assert z.mean(0).abs().max() < 1e-4
     assert (z.std(0, unbiased=False) - 1).abs().max() < 0.01

@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from sslvit import data
-from sslvit.augment import Normalize
-from sslvit.evaluation.online import OnlineRank, rank_alarm
+from sslvit.data.augment import Normalize
+from sslvit.evaluation.online import RankMonitor, rank_alarm
 from sslvit.evaluation.quality import effective_rank
 
 from .. import processes
@@ -49,14 +49,14 @@ class Linear(torch.nn.Module):
 def test_the_rank_is_that_of_all_images_and_a_collapse_is_said_in_plain_words(images, collapsed):
     source, encoder = data.open_source(str(images), data.Config()), Linear(collapsed)
     normalize = Normalize((0.5,) * 3, (0.25,) * 3)
-    rank = OnlineRank(source, encoder, normalize, 0, Accelerator(cpu=True))
+    rank = RankMonitor(source, encoder, normalize, 0, Accelerator(cpu=True))
     whole = torch.cat([encoder.features(normalize(source.read(i)[None].float() / 255)) for i in range(len(source))])
     assert rank(encoder) == pytest.approx(effective_rank(torch.linalg.svdvals(whole.double())), rel=1e-5)
     assert (rank_alarm(rank(encoder)) is not None) == collapsed
 
 
 def test_features_that_are_not_finite_have_no_rank():
-    rank = OnlineRank.__new__(OnlineRank)
+    rank = RankMonitor.__new__(RankMonitor)
     rank.images, rank.normalize = torch.ones(3, 3, 8, 8), lambda x: x * torch.nan
     rank.accelerator = Accelerator(cpu=True)
     assert math.isnan(rank(Linear(False)))

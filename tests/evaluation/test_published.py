@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sslvit import rng
+from sslvit.data.crops import Crop, draw_boxes
 from sslvit.evaluation import published
-from sslvit.views import Crop, draw_boxes
 from tests import processes
 from tests.conftest import TINY_MODEL
 
@@ -102,8 +102,8 @@ def test_maes_crop_is_one_draw_clamped_to_the_image():
 def test_what_the_protocol_has_not_gets_a_sentence(fails, sets):
     assert "one learning rate" in fails("linear", *sets, "protocol=mae", "lr=[1,2]")
     assert "epochs=0 must be 1 or above" in fails("linear", *sets, "protocol=mae", "epochs=0")
-    assert "neither holdout" in fails("linear", *sets, "protocol=mae", "holdout=0.5")
-    assert "belong to protocol=sweep" in fails("linear", *sets, "protocol=dino", "pools=[cls]")
+    assert "holdout belongs to protocol=sweep" in fails("linear", *sets, "protocol=mae", "holdout=0.5")
+    assert "pools belongs to protocol=sweep" in fails("linear", *sets, "protocol=dino", "pools=[cls]")
     assert "belongs to protocol=mae" in fails("linear", *sets, "global_batch_size=8")
     pixels = ["run=pixels", "image_size=32", *sets[1:]]
     for name in ("mae", "dino"):

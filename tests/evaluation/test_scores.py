@@ -15,8 +15,8 @@ from sslvit.evaluation import retrieval, scores
 )
 def test_the_interval_of_an_accuracy_is_that_of_published_tables(right, count, expected):
     """Newcombe, Statistics in Medicine 17 (1998), table I, method 3: Wilson's score interval."""
-    assert scores.interval(right, count) == pytest.approx(expected)
-    low, high = scores.interval(count - right, count)
+    assert scores.accuracy_interval(right, count) == pytest.approx(expected)
+    low, high = scores.accuracy_interval(count - right, count)
     assert (100 - high, 100 - low) == pytest.approx(expected)
 
 
@@ -24,12 +24,12 @@ def test_for_many_images_the_interval_is_that_of_drawing_them_anew():
     correct = np.arange(10_000) < 5200
     generator = np.random.default_rng(1)
     means = [100 * correct[generator.integers(0, 10_000, 10_000)].mean() for _ in range(2000)]
-    assert scores.interval(5200, 10_000) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.1)
+    assert scores.accuracy_interval(5200, 10_000) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.1)
 
 
 def test_it_holds_the_true_accuracy_in_95_of_100_test_sets_and_has_a_width_at_both_ends():
     """Over all true accuracies, of 20 images: every number of right answers by its binomial probability."""
-    ends = [scores.interval(right, 20) for right in range(21)]
+    ends = [scores.accuracy_interval(right, 20) for right in range(21)]
     covered = [
         sum(
             math.comb(20, k) * p**k * (1 - p) ** (20 - k)

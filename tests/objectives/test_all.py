@@ -1,12 +1,17 @@
 """What every objective promises (sslvit/objectives/__init__.py); a new one is found here by its file."""
 
+import shutil
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from sslvit import config, data, hardware, objectives
-from sslvit.pretrain import where
-from tests.conftest import words
+from sslvit import config, hardware, objectives
+from tests.conftest import METHODS, words
+from tests.processes import final_weights
 
+OUTSIDE = "my.simmim"  # a copy of simmim.py in a folder outside the package
 VARIANTS = {
     "plain": [],
     "registers": ["model.args.reg_tokens=3"],
@@ -16,6 +21,19 @@ VARIANTS = {
     "patch 4": ["model.args.patch_size=4"],
     "checkpointed": ["model.grad_checkpointing=true"],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def outside(tmp_path_factory):
+    """The folder with my/simmim.py is on Python's path."""
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "my").mkdir()
+    shutil.copy(Path(__file__).parent / "simmim.py", folder / "my")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
+    sys.modules.pop("my", None)
+    sys.modules.pop(OUTSIDE, None)
 
 
 def build(method: str, *more: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
@@ -41,7 +59,7 @@ def gradients(objective: torch.nn.Module, batches: list[dict[str, torch.Tensor]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("method", objectives.names())
+@pytest.mark.parametrize("method", [*METHODS, OUTSIDE])
 def test_it_gives_a_loss_and_a_gradient_to_everything_that_learns(method, variant):
     objective, batch = build(method, *VARIANTS[variant])
     values = objective(batch, 0)
@@ -54,7 +72,7 @@ def test_it_gives_a_loss_and_a_gradient_to_everything_that_learns(method, varian
             assert torch.isfinite(parameter.grad).all(), name
 
 
-@pytest.mark.parametrize("method", objectives.names())
+@pytest.mark.parametrize("method", [*METHODS, OUTSIDE])
 def test_forward_leaves_nothing_behind_that_is_saved(method):
     objective, batch = build(method)
     before = {name: value.clone() for name, value in objective.state_dict().items()}
@@ -63,7 +81,7 @@ def test_forward_leaves_nothing_behind_that_is_saved(method):
     assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
 
 
-@pytest.mark.parametrize("method", objectives.names())
+@pytest.mark.parametrize("method", [*METHODS, OUTSIDE])
 def test_micro_batches_add_up_to_the_batch(method):
     objective, batch = build(method)
     whole = gradients(objective, [batch])
@@ -73,7 +91,7 @@ def test_micro_batches_add_up_to_the_batch(method):
         assert torch.allclose(gradient, parts[name], atol=1e-5), name
 
 
-@pytest.mark.parametrize("method", objectives.names())
+@pytest.mark.parametrize("method", [*METHODS, OUTSIDE])
 def test_the_same_keys_give_the_same_loss_and_others_another(method):
     objective, batch = build(method)
     first, again = objective(batch, 0)["loss"], objective(batch, 0)["loss"]
@@ -81,7 +99,7 @@ def test_the_same_keys_give_the_same_loss_and_others_another(method):
     assert not torch.equal(first, objective({**batch, "key": torch.arange(10, 16)}, 0)["loss"])
 
 
-@pytest.mark.parametrize("method", objectives.names())
+@pytest.mark.parametrize("method", [*METHODS, OUTSIDE])
 def test_bf16_keeps_losses_and_weights_in_float32(method):
     objective, batch = build(method)
     hardware.choose_attention(objective, torch.device("cpu"), "bf16")
@@ -95,10 +113,10 @@ def test_bf16_keeps_losses_and_weights_in_float32(method):
     assert all(value.dtype == torch.float32 for value in objective.state_dict().values() if value.is_floating_point())
 
 
-@pytest.mark.parametrize("method", objectives.names())
+@pytest.mark.parametrize("method", [*METHODS, OUTSIDE])
 def test_its_encoder_is_found_in_the_checkpoint_and_needs_nothing_else(method):
     objective, _ = build(method)
-    place = where(objective)
+    place = objectives.location(objective)
     stored = objective.state_dict()
     own = objective.exported_encoder().model.state_dict()
     assert {name[len(place["prefix"]) :] for name in stored if name.startswith(place["prefix"])} == set(own)
@@ -106,44 +124,52 @@ def test_its_encoder_is_found_in_the_checkpoint_and_needs_nothing_else(method):
     assert not any("mask_token" in name for name in own)  # timm would take such weights for DINOv2's
 
 
-def test_an_objective_may_live_outside_the_package(tmp_path, monkeypatch, cli, images):
-    """A file of one's own, by its dotted name: mean squared error between two crops' features."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "siamese.py").write_text(
-        """
-from dataclasses import dataclass
-from torch import nn
-from sslvit import data, encoder
-from sslvit.views import Crop
+def test_a_method_outside_the_package_is_trained_resumed_exported_and_evaluated(cli, images, labelled, tmp_path):
+    """SimMIM in one file, `method=my.simmim`: two epochs at once give what one epoch and its continuation give."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run = ["pretrain", str(images), *words(OUTSIDE, "warmup_epochs=0", "save.every_steps=4", "precision=float32")]
+    run = [word for word in run if not word.startswith("epochs=")]
+    assert cli(*run, f"out={whole}", "epochs=2")[0] == 0
+    assert cli(*run, f"out={parts}", "epochs=2", "max_hours=0")[0] == 75
+    status, printed, _ = cli(*run, f"out={parts}", "epochs=2")
+    assert status == 0
+    assert "Resuming" in printed
+    ours, theirs = final_weights(parts), final_weights(whole)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
-@dataclass
-class Config:
-    low: float = 0.4  # share of the image's area
+    assert cli("export", f"run={whole}", f"out={tmp_path / 'exported'}")[0] == 0
+    sets = [f"train={labelled / 'train'}", f"test={labelled / 'test'}", "k=[3]", "cache=false"]
+    results = [
+        cli("knn", f"run={where}", *sets, f"out={tmp_path / 'knn.json'}") for where in (whole, tmp_path / "exported")
+    ]
+    assert [status for status, _, _ in results] == [0, 0]
+    assert "mask_size=32" in cli("pretrain", f"method={OUTSIDE}", "--help")[1]
 
-DEFAULTS = {"epochs": 1}
 
-def views(config, data_config):
-    return {"pair": [Crop(data.image_size(data_config), (config.low, 1.0))] * 2}
+def test_simmims_loss_is_the_papers():
+    """Xie et al., section 3.4, by pixels: the mean absolute error of the hidden ones, of whole squares."""
+    objective, batch = build(OUTSIDE, "mask_size=16", "in_chans=1")
+    images, mask = batch["image"][0], objectives.find(OUTSIDE).hidden(objective.config, objective.encoder, batch["key"])
+    squares = mask.view(6, 2, 2, 2, 2).permute(0, 1, 3, 2, 4).flatten(3)
+    assert torch.equal(squares.any(dim=3), squares.all(dim=3))
+    assert (squares.all(dim=3).sum(dim=(1, 2)) == 3).all()  # ceil(0.6 * 4)
+    tokens = objective.encoder(images, replace=(mask, objective.mask_token)).patches
+    predicted = torch.pixel_shuffle(objective.head(tokens).transpose(1, 2).unflatten(2, (4, 4)), 8)
+    hidden = mask.view(6, 1, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    expected = (predicted - images).abs()[hidden].mean()
+    assert objective(batch, 0)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
-def build(config, model, data_config, steps_per_epoch, steps):
-    return Siamese(encoder.create(model, data.image_size(data_config), data_config.in_chans))
 
-class Siamese(nn.Module):
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder = encoder
-    def forward(self, views, step):
-        a, b = (self.encoder.features(crop, key=views["key"]) for crop in views["pair"])
-        return {"loss": (a - b).square().mean()}
-    def before_step(self, step): pass
-    def after_step(self, step): pass
-    def exported_encoder(self): return self.encoder
-"""
-    )
+def test_the_smallest_method_of_the_documentation_trains(cli, images, tmp_path, monkeypatch):
+    """The example in sslvit/objectives/__init__.py: no hook but the two that are needed."""
+    lines = objectives.__doc__.splitlines()
+    start = next(i for i, line in enumerate(lines) if line == "    @dataclass")
+    code = [line[4:] for line in lines[start:] if line.startswith("    ") or not line]
+    head = ["from dataclasses import dataclass", "from sslvit import data", "from sslvit.data.crops import Crop"]
+    head += ["from sslvit.model import factory", "from sslvit.objectives import Objective"]
+    (tmp_path / "example").mkdir()
+    (tmp_path / "example" / "pair.py").write_text("\n".join([*head, *code]))
     monkeypatch.syspath_prepend(tmp_path)
-    out = tmp_path / "run"
-    arguments = [word for word in words("mae", f"out={out}", "low=0.6") if not word.startswith(("method", "decoder"))]
-    status, printed, _ = cli("pretrain", images, "method=mine.siamese", *arguments)
+    status, printed, _ = cli("pretrain", images, *words("example.pair", f"out={tmp_path / 'run'}", "low=0.6"))
     assert status == 0
     assert "step 8/8" in printed
-    assert data.Config().train

@@ -2,17 +2,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sslvit import data, encoder, optim
+from sslvit import data, optim
 from sslvit.errors import UserError
+from sslvit.model import encoder, factory
 from sslvit.objectives import dino
 from tests.conftest import TINY_MODEL
 from tests.oracles import dino as oracle
 
-MODEL = encoder.Config("vit_tiny_patch16_224", TINY_MODEL)
+MODEL = factory.Config("vit_tiny_patch16_224", TINY_MODEL)
 SMALL = {"prototypes": 16, "hidden_dim": 24, "bottleneck_dim": 8, "local_crops": 2, "local_crop_size": 16}
 
 
-def build(model: encoder.Config = MODEL, size: int = 32, in_chans: int = 3, steps: int = 10, **settings) -> dino.DINO:
+def build(model: factory.Config = MODEL, size: int = 32, in_chans: int = 3, steps: int = 10, **settings) -> dino.DINO:
     torch.manual_seed(0)
     config = dino.Config(**SMALL | settings)
     return dino.build(config, model, data.Config(image_size=size, in_chans=in_chans), 5, steps)
@@ -66,9 +67,9 @@ def test_the_teacher_is_the_moving_average_of_the_students_parameters():
     module.after_step(0)
     for before, student, teacher in zip(old, module.student.parameters(), module.teacher.parameters(), strict=True):
         assert torch.allclose(teacher, 0.9 * before + 0.1 * student, atol=1e-6)
-    assert module.momentum(0) == 0.9
-    assert module.momentum(5) == pytest.approx(0.95)
-    assert 0.99 < module.momentum(9) < 1
+    assert module.ema.momentum(0) == 0.9
+    assert module.ema.momentum(5) == pytest.approx(0.95)
+    assert 0.99 < module.ema.momentum(9) < 1
 
 
 def test_student_and_teacher_begin_equal_and_only_the_student_learns():
@@ -170,7 +171,7 @@ CONVIT = {"depth": 2, "local_up_to_layer": 1, "embed_dim": 24}
 )
 def test_other_backbones_learn(name, args, size, local):
     """The student comes closer to a teacher that stands still, which then moves towards the student."""
-    model = encoder.Config(name, args)
+    model = factory.Config(name, args)
     module = build(model, size=size, local_crop_size=local, drop_path=0.0 if name == "resnet18" else 0.1).train()
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], 1e-3)
     views = batch(module, size=size, b=4)
@@ -194,7 +195,7 @@ def test_other_backbones_learn(name, args, size, local):
 
 def test_a_backbone_of_fixed_size_is_told_how_to_take_part():
     with pytest.raises(UserError, match=r"does not take crops of 16x16.*local_crop_size"):
-        build(encoder.Config("convit_tiny", {"depth": 2, "local_up_to_layer": 1}), size=32)
+        build(factory.Config("convit_tiny", {"depth": 2, "local_up_to_layer": 1}), size=32)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_the_head_sees_what_pool_names():
         assert module.exported_encoder().pool == pool
     with pytest.raises(UserError, match=r"objective\.pool=cls is not something that"):
         build(
-            encoder.Config("vit_tiny_patch16_224", TINY_MODEL | {"class_token": False, "global_pool": "avg"}),
+            factory.Config("vit_tiny_patch16_224", TINY_MODEL | {"class_token": False, "global_pool": "avg"}),
             pool="cls",
         )
 
@@ -265,7 +266,7 @@ def test_the_encoder_may_start_as_maes_does_and_its_positions_learn():
         assert vit.blocks[0].mlp.fc1.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
     assert module.student.encoder.model.pos_embed.requires_grad
     with pytest.raises(UserError, match=r"objective\.init=mae needs a ViT"):
-        build(encoder.Config("resnet18"), init="mae")
+        build(factory.Config("resnet18"), init="mae")
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"])
@@ -273,7 +274,7 @@ def test_drop_path_is_the_students_only_and_as_asked(name):
     """Swin has 0.1 by default in timm."""
     args = {"embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4} if "swin" in name else TINY_MODEL
     for asked in (0.0, 0.3):
-        module = build(encoder.Config(name, args), size=32, drop_path=asked, local_crop_size=32)
+        module = build(factory.Config(name, args), size=32, drop_path=asked, local_crop_size=32)
         rates = {
             which: [m.rate for m in network.modules() if isinstance(m, encoder.DropPath)]
             for which, network in (("student", module.student), ("teacher", module.teacher))
@@ -306,4 +307,4 @@ def test_numbers_without_a_meaning_are_refused(settings, expected):
 
 def test_a_model_that_cannot_drop_patches_is_refused_for_student_keep():
     with pytest.raises(UserError, match=r"student_keep=0\.5 drops patches, and mobilevitv2_050 cannot"):
-        build(encoder.Config("mobilevitv2_050"), student_keep=0.5)
+        build(factory.Config("mobilevitv2_050"), student_keep=0.5)

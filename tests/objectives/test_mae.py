@@ -3,18 +3,19 @@ import math
 import pytest
 import torch
 
-from sslvit import data, encoder, masks, rng
+from sslvit import data, rng
 from sslvit.errors import UserError
+from sslvit.model import factory, masks
 from sslvit.objectives import mae
 from tests.conftest import TINY_MODEL
 from tests.oracles import mae as oracle
 from tests.oracles.dino import koleo as koleo_oracle
 
-SMALL = encoder.Config("vit_tiny_patch16_224", TINY_MODEL | {"embed_dim": 16, "patch_size": 4})
+SMALL = factory.Config("vit_tiny_patch16_224", TINY_MODEL | {"embed_dim": 16, "patch_size": 4})
 CONFIG = {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
 
 
-def build(model: encoder.Config = SMALL, size: int | tuple[int, int] = 12, in_chans: int = 3, **settings) -> mae.MAE:
+def build(model: factory.Config = SMALL, size: int | tuple[int, int] = 12, in_chans: int = 3, **settings) -> mae.MAE:
     torch.manual_seed(0)
     return mae.build(mae.Config(**CONFIG | settings), model, data.Config(image_size=size, in_chans=in_chans), 1, 2)
 
@@ -30,7 +31,7 @@ def test_the_loss_equals_a_slow_oracle(norm_pix, size, in_chans, ratio):
 
 
 def test_initialisation_is_the_papers():
-    module = build(encoder.Config("vit_tiny_patch16_224", {"depth": 2, "patch_size": 16}), size=64, decoder_width=128)
+    module = build(factory.Config("vit_tiny_patch16_224", {"depth": 2, "patch_size": 16}), size=64, decoder_width=128)
     vit = module.encoder.model
     for weight in (vit.blocks[0].attn.qkv.weight, vit.blocks[0].mlp.fc1.weight, module.decoder_pred.weight):
         bound = math.sqrt(6 / sum(weight.shape))  # Xavier on the matrix as it stands: the fused qkv is (3D, D)
@@ -77,7 +78,7 @@ def test_gray_patches_have_finite_targets():
 )
 def test_backbones_that_cannot_drop_tokens_are_refused_with_the_reason(name, reason):
     with pytest.raises(UserError) as error:
-        build(encoder.Config(name), size=224)
+        build(factory.Config(name), size=224)
     assert reason in str(error.value)
     assert "method=dino" in str(error.value)
 

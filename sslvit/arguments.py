@@ -1,0 +1,194 @@
+"""From the arguments of a command line and a YAML file to a typed dataclass, through OmegaConf, with errors that help.
+
+Every key is declared in a dataclass. An undeclared key is an error that names the nearest one. An argument may use a
+key's last name alone (`mask_ratio=0.6` for `objective.mask_ratio=0.6`) if no other key ends in it.
+"""
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from .errors import UserError, did_you_mean
+
+OPEN = ("model.args", "model_args")  # keys whose value is a dictionary that timm checks
+
+
+def parse(schema: Any, arguments: list[str], command: str) -> Any:
+    """key=value arguments into a copy of the dataclass instance `schema`. Raises UserError."""
+    config = OmegaConf.structured(schema)
+    for key, text in assignments(arguments):
+        key = full_key(key, list(flatten(config)), command)
+        config = merge(config, nested(key, value_of(config, key, text)), f"{key}={text}")
+    return OmegaConf.to_object(config)
+
+
+def assignments(arguments: list[str]) -> list[tuple[str, str]]:
+    """["optim.base_lr=1e-3", "--seed=1"] -> [("optim.base_lr", "1e-3"), ("seed", "1")]. Raises UserError."""
+    pairs = []
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key.strip("-"):
+            raise UserError(f"{argument} is not of the form key=value.")
+        pairs.append((key.lstrip("-"), text))
+    return pairs
+
+
+def split_own(arguments: list[str], schema: Any, section: str) -> tuple[list[str], list[str]]:
+    """(key=value with the keys of the dataclass instance `schema`, without `section.` before them; all others)."""
+    names = {item.name for item in dataclasses.fields(schema)}
+
+    def key(argument: str) -> str:
+        return argument.lstrip("-").partition("=")[0]
+
+    own = [one for one in arguments if "=" in one and (key(one) in names or key(one).startswith(f"{section}."))]
+    rest = [one for one in arguments if one not in own]
+    return [one.lstrip("-").removeprefix(f"{section}.") for one in own], rest
+
+
+def value_of(config: DictConfig, key: str, text: str) -> Any:
+    """The text itself for a key that holds text (a path may look like a number), else what YAML reads in it."""
+    current = OmegaConf.select(config, key)
+    if isinstance(current, str) and text != "null":
+        return text
+    try:
+        value = OmegaConf.from_dotlist([f"value={text}"]).value
+    except Exception as error:  # whatever YAML's parser raises
+        raise UserError(f"{key}={text} cannot be read: {first_line(error)}.") from error
+    return [value] if isinstance(current, Sequence) and isinstance(value, (int, float, str)) else value  # k=20: [20]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The plain values of a YAML file. No tag in it can make an object. Raises UserError."""
+    if not path.is_file():
+        beside = path.parent.glob("*.yaml") if path.parent.is_dir() else []
+        raise UserError(f"There is no file {path}.{did_you_mean(str(path), map(str, beside))}")
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:  # whatever YAML's parser raises, and OmegaConf for interpolations
+        raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, not a {type(values).__name__}.")
+    return values
+
+
+def flatten(config: DictConfig | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim.base_lr": 1.5e-4, ...}. The value of an open key (model.args) stays one dictionary."""
+    values: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and path not in OPEN:
+            leaves.update(flatten(value, f"{path}."))
+        else:
+            leaves[path] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+def check_keys(values: dict[str, Any], keys: list[str], where: str, command: str) -> None:
+    """Raises UserError for a key that is not among the declared ones."""
+    for key in flatten(values):
+        if key not in keys and not _is_open(key):
+            raise UserError(f"{where}: {_unknown(key, keys, command)}")
+
+
+def full_key(key: str, keys: list[str], command: str) -> str:
+    """The declared key that `key` means: itself, one inside an open value, or the only one that ends in it."""
+    sections = {full[: m.start()] for full in keys for m in re.finditer(r"\.", full)}
+    if key in keys or key in sections or _is_open(key):
+        return key
+    matches = [full for full in keys if full.endswith(f".{key}")]
+    if len(matches) > 1:
+        raise UserError(f"The key {key} could mean {' or '.join(matches)}: write it in full.")
+    if not matches:
+        raise UserError(_unknown(key, keys, command))
+    return matches[0]
+
+
+def _is_open(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in OPEN)
+
+
+def _unknown(key: str, keys: list[str], command: str) -> str:
+    by_last_name = {full.rsplit(".", 1)[-1]: full for full in keys}
+    hint = did_you_mean(key, keys) or did_you_mean(key.rsplit(".", 1)[-1], by_last_name, by_last_name)
+    return f"There is no key {key}.{hint} `sslvit {command} --help` lists them all."
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """("a.b", 1) -> {"a": {"b": 1}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def merge(config: DictConfig, values: dict[str, Any], where: str) -> DictConfig:
+    """The configuration with new values, checked against its types. Raises UserError that begins with `where`.
+
+    A list of texts (several folders) for a key that holds one text becomes the text that stands for it: ["a", "b"].
+    """
+    try:
+        merged = OmegaConf.merge(config, _lists_as_text(config, values))
+        assert isinstance(merged, DictConfig)
+        OmegaConf.to_object(merged)  # checks tuples and interpolations, ...
+        for key, value in flatten(merged).items():  # ... but not that the items of a tuple are single values
+            if isinstance(value, list) and any(isinstance(item, (list, tuple, dict)) for item in value):
+                raise ValueError(f"{key}={format_value(value)} holds a list or a dictionary: give single values")
+        return merged
+    except Exception as error:  # OmegaConf's own, and TypeError for a list in place of a dictionary
+        raise UserError(f"{where}: {first_line(error)}.") from error
+
+
+def _lists_as_text(config: DictConfig, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    converted = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in OPEN:
+            value = _lists_as_text(config, value, f"{key}.")
+        elif isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+            value = json.dumps(value, ensure_ascii=False) if isinstance(OmegaConf.select(config, key), str) else value
+        converted[name] = value
+    return converted
+
+
+def format_value(value: Any) -> str:
+    """A value as a user would write it: null, true, [1,2]."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(format_value, value))}]"
+    return str(value)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, with the key that OmegaConf names below it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key:")), "")
+    text = lines[0].rstrip(".").replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value")  # unfilled, of tuples
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def help_lines(node: Any, prefix: str = "") -> list[str]:
+    """A line for each key of a dataclass instance: default, and the comment beside the field in the source."""
+    comments = dict(
+        match
+        for cls in reversed(type(node).__mro__[:-1])
+        for match in re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(cls), flags=re.MULTILINE)
+    )
+    lines = []
+    for item in dataclasses.fields(node):
+        value = getattr(node, item.name)
+        if dataclasses.is_dataclass(value):
+            lines += help_lines(value, f"{prefix}{item.name}.")
+        else:
+            lines.append(
+                f"  {f'{prefix}{item.name}={format_value(value)}':<42}   {comments.get(item.name, '')}".rstrip()
+            )
+    return lines

@@ -1,0 +1,240 @@
+"""Checkpoints of a run: written beside, synced, renamed; with checksums; the newest that is whole is taken up again.
+
+A checkpoint is a folder `checkpoints/step_<n>` with model.safetensors (the whole objective: student, teacher, center),
+optimizer.safetensors (AdamW's moments by parameter name) and state.json (counters, checksums). There is no random state
+in it, because nothing random has one (see rng.py). Nothing is pickled, so a checkpoint from elsewhere cannot run code.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..distributed import full_tensor, rank, shard_like
+from ..errors import UserError
+from . import tensorfile
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "sha256.txt"
+
+
+@dataclass
+class Config:
+    every_minutes: float | None = 15.0  # a checkpoint each so often ...
+    every_steps: int | None = None  # ... and each so many steps; the end of the run always has one
+    keep_last: int = 2  # older ones are deleted ...
+    keep_every: int | None = None  # ... but for those at multiples of so many steps, which are also written
+    keep_best: bool = False  # ... and the one with the best k-NN on eval.test, which is then used for choosing
+
+
+@dataclass
+class RunState:
+    """All that a run knows beside its weights. Everything else is a function of `step` and the configuration."""
+
+    step: int = 0  # optimizer steps done
+    images_seen: int = 0
+    seconds: float = 0.0  # of training, over all starts
+    window: dict[str, Any] = field(default_factory=dict)  # sums of the unfinished line of metrics.jsonl
+    skipped: int = 0  # steps whose loss or gradients were not finite ...
+    skipped_in_a_row: int = 0  # ... and those of them that came last
+    best_step: int | None = None  # of the best k-NN accuracy, the untrained encoder's not counted
+    best_knn: float | None = None  # percent
+
+
+Tensors = tuple[dict[str, Tensor], dict[str, Tensor]]  # of the objective and of its optimizer, by name
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+def snapshot(objective: nn.Module, optimizer: torch.optim.Optimizer, into: Tensors | None = None) -> Tensors:
+    """A copy in main memory, which training can go on beside; into the memory of one before where it fits, as fresh
+    memory takes longer to get than to fill. All processes call this, and the first one gets the copy."""
+    old = into or ({}, {})
+    return _copy(objective.state_dict(), old[0]), _copy(optimizer_tensors(objective, optimizer), old[1])
+
+
+def record(run_state: RunState, extra: dict[str, Any]) -> dict[str, Any]:
+    """What state.json will hold."""
+    return {"format": FORMAT, **asdict(run_state), **extra, "written": time.strftime("%F %T%z")}
+
+
+def write(run_dir: Path, tensors: Tensors, record: dict[str, Any]) -> Path:
+    """Write `checkpoints/step_<n>` so that it is there whole or not at all. Raises OSError or SafetensorError."""
+    folder = run_dir / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder_of(run_dir, record["step"])
+    fresh = folder / f".writing_{record['step']:09d}"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        for name, values in zip((MODEL, OPTIMIZER), tensors, strict=True):
+            tensorfile.write(values, fresh / name)
+        (fresh / STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        names = (MODEL, OPTIMIZER, STATE)
+        sums = "".join(f"{_checksum(fresh / name)}  {name}\n" for name in names)  # what `sha256sum -c` reads
+        (fresh / SUMS).write_text(sums, encoding="utf-8")
+        for name in (*names, SUMS):
+            _sync(fresh / name)
+        _sync(fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)  # half a checkpoint on a full disk is in the way
+        raise
+    if final.exists():  # the same step, saved again: it was damaged, or the run would have begun there
+        _remove(final)
+    os.rename(fresh, final)
+    _sync(folder)
+    return final
+
+
+def save(
+    run_dir: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, run_state: RunState, extra: dict[str, Any]
+) -> Path:
+    """Write a checkpoint and wait for it. `extra` goes into state.json."""
+    return write(run_dir, snapshot(objective, optimizer), record(run_state, extra))
+
+
+def steps_saved(run_dir: Path) -> list[int]:
+    """The steps of which there are checkpoints, oldest first."""
+    found = (run_dir / "checkpoints").glob("step_*")
+    return sorted(int(path.name[5:]) for path in found if path.name[5:].isdigit())
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:09d}"
+
+
+def prune(run_dir: Path, keep_last: int, step: int, every: int | None = None, best: int | None = None) -> None:
+    """Delete all but the last checkpoints up to `step`, those at multiples of `every`, and that of step `best`. Later
+    ones are damaged, or the run would have begun there: they neither count nor are touched before the run has passed
+    them."""
+    for old in [saved for saved in steps_saved(run_dir) if saved <= step][: -max(1, keep_last)]:
+        if old != best and not (every and old % every == 0):
+            _remove(folder_of(run_dir, old))
+
+
+def sweep(run_dir: Path) -> None:
+    """Delete what a killed run was writing or deleting. Only for who holds the run's lock."""
+    for name in (".writing_*", ".deleting_*"):
+        for path in (run_dir / "checkpoints").glob(name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """At once, so that a kill leaves no half of it under its name."""
+    going = folder.with_name(folder.name.replace("step_", ".deleting_"))
+    shutil.rmtree(going, ignore_errors=True)
+    os.rename(folder, going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def read(folder: Path, *names: str) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    """state.json and the tensors of the named files, checked. Raises Damaged."""
+    try:
+        listed = dict(reversed(line.split("  ")) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())
+        for name in (STATE, *names):
+            if listed[name] != _checksum(folder / name):
+                raise Damaged(f"{name} is not what was written")
+        record = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise Damaged(f"its format is {record['format']}, and this version reads {FORMAT}")
+        return record, [load_file(folder / name) for name in names]
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename).name} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise Damaged(f"{type(error).__name__}: {error}") from error
+
+
+def latest(run_dir: Path, *names: str) -> tuple[Path, dict[str, Any], list[dict[str, Tensor]], list[str]]:
+    """The newest whole checkpoint: (folder, state.json, tensors of the named files, a sentence for each damaged one).
+
+    Raises UserError if there is none.
+    """
+    complaints: list[str] = []
+    for step in reversed(steps_saved(run_dir)):
+        folder = folder_of(run_dir, step)
+        try:
+            return folder, *read(folder, *names), complaints
+        except Damaged as error:
+            complaints.append(f"The checkpoint {folder} is damaged ({error}); the one before it is taken.")
+    if complaints:
+        raise UserError(
+            f"None of the {len(complaints)} checkpoints in {run_dir} can be read. {' '.join(complaints)[:600]} "
+            "Restore one of them, or begin anew with another out=."
+        )
+    raise UserError(f"{run_dir} has no checkpoint yet: run=<directory> must be that of a run that has saved one.")
+
+
+def restore(
+    run_dir: Path, objective: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[RunState, dict[str, Any], list[str]]:
+    """Load the newest whole checkpoint into objective and optimizer: (run state, state.json, complaints)."""
+    _, record, (weights, moments), complaints = latest(run_dir, MODEL, OPTIMIZER)
+    own = objective.state_dict()
+    objective.load_state_dict({name: shard_like(value, own.get(name)) for name, value in weights.items()})
+    load_optimizer_tensors(objective, optimizer, moments)
+    return RunState(**{name: record[name] for name in RunState.__annotations__ if name in record}), record, complaints
+
+
+def optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """{"<parameter>/exp_avg": ...}: by name, so that neither their order nor their grouping matters."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in objective.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    states: dict[str, dict[str, Tensor]] = {}
+    own = dict(objective.named_parameters())
+    for path, value in tensors.items():
+        name, key = path.rsplit("/", 1)
+        # a scalar, the count of steps, is not sharded
+        states.setdefault(name, {})[key] = shard_like(value, own.get(name)) if value.ndim else value
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    current = optimizer.state_dict()
+    current["state"] = {i: states[names[p]] for i, p in enumerate(parameters) if names[p] in states}
+    optimizer.load_state_dict(current)  # which brings each tensor to the device and type that the optimizer wants
+
+
+def size(tensors: dict[str, Tensor]) -> int:
+    """Bytes."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _copy(tensors: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
+    copies = {}
+    for name, tensor in tensors.items():
+        tensor = full_tensor(tensor)
+        if rank() != 0:
+            continue
+        copy = into.get(name)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies[name] = copy.copy_(tensor.detach())
+    return copies
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

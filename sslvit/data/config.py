@@ -1,0 +1,44 @@
+"""What a run says of its images: where they are, their size, their channels, how they are normalised."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Cache = bool | Literal["ram", "device"] | None
+
+
+@dataclass
+class Config:
+    train: str = "fractals"  # a folder, list, archive, table ... of images (see README), fractals, cifar10, stl10
+    image_size: int | tuple[int, int] = 224  # pixels, one number or [height, width]
+    in_chans: int = 3  # channels that the encoder sees; images are converted
+    mean: tuple[float, ...] | None = None  # of each channel, in [0, 1]; null: ImageNet's for 3 channels, 0.5 otherwise
+    std: tuple[float, ...] | None = None  # likewise; null: ImageNet's for 3 channels, 0.25 otherwise
+    download_dir: str = "~/.cache/sslvit"  # where what is downloaded or unpacked is or will be
+    value_range: tuple[float, float] | None = None  # deeper than 8 bits: what is black, white; null: [0,65535] or [0,1]
+    workers: int | None = None  # processes that load images, for each training process; null: by the number of cores
+    cache: Cache = None  # decoded images stay in memory: ram (or true), device, false; null: if of one size and fit
+    jpeg_scaling: bool = True  # JPEGs of 2 million pixels and more are decoded at 1/2 .. 1/8 if all crops are smaller
+    bad_ratio: float = 0.01  # the run stops when more than this share of the images cannot be read
+
+
+def image_size(config: Config) -> tuple[int, int]:
+    """(h, w) in pixels."""
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std), a number for each channel; raises UserError if their count is not in_chans."""
+    photo = config.in_chans == 3
+    mean = config.mean or (IMAGENET_MEAN if photo else (0.5,) * config.in_chans)
+    std = config.std or (IMAGENET_STD if photo else (0.25,) * config.in_chans)
+    for key, values in (("mean", mean), ("std", std)):
+        if len(values) != config.in_chans:
+            raise UserError(f"data.{key} has {len(values)} numbers for data.in_chans={config.in_chans}: give one each.")
+    if min(std) <= 0:
+        raise UserError(f"data.std={list(std)} must be above 0.")
+    return tuple(mean), tuple(std)

@@ -1,0 +1,111 @@
+"""A .npy file of images, mapped into memory, or an array of a .npz: [N, H, W] or [N, H, W, C] of uint8, uint16 or
+floats."""
+
+import hashlib
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ...errors import UserError
+from ..config import Config
+from .files import stamp
+from .names import numbered
+from .pixels import MAX_PIXELS, from_array
+from .source import BadImage, ValueRange
+from .syntax import split_part
+
+
+class Array:
+    """The images of an array, in its order. A file `x.labels.npy` beside `x.npy` holds their classes, [N] integers or
+    texts; of `x.npz:train_images` it is the array `train_labels`, as in MedMNIST."""
+
+    def __init__(self, path: Path, name: str, in_chans: int, value_range: ValueRange = None) -> None:
+        self.path, self.part, self.in_chans, self.value_range = path, name, in_chans, value_range
+        if path.suffix.lower() == ".npz":
+            self.pixels, labels, beside = _packed(path, name)
+        else:
+            beside = path.with_suffix(".labels.npy")
+            self.pixels, labels = _mapped(path), _mapped(beside) if beside.exists() else None
+        check_shape(self.pixels.shape, in_chans, str(path))
+        self.classes, self.labels = [], None
+        if labels is not None:
+            self.classes, self.labels = classes_of(labels, len(self), str(beside))
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}{f':{self.part}' if self.part else ''}[{index}]"
+
+    def identity(self) -> str:
+        """An array has no names: its shape and type have to do."""
+        return f"array-1:{self.pixels.shape},{self.pixels.dtype}"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.identity()},{self.part},{stamp(self.path)}".encode()).hexdigest()
+
+    def read(self, index: int) -> Tensor:
+        return from_array(self.pixels[index], self.in_chans, self.value_range)
+
+
+def open_array(word: str, config: Config) -> Array:
+    """`images.npy`, or `file.npz:name`, which is unpacked into memory."""
+    path, name = split_part(word)
+    return Array(Path(path).expanduser(), name, config.in_chans, config.value_range)
+
+
+def _packed(path: Path, name: str) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """Images, their labels, and what the labels are called. Raises UserError."""
+    try:
+        with np.load(path) as file:
+            names = list(file)
+            if not name and len(names) == 1:
+                name = names[0]
+            if name not in names:
+                raise UserError(
+                    f"data: {path} holds the arrays {', '.join(names)}: say which one has the images, "
+                    f"{path.name}:{(names or ['name'])[0]}."
+                )
+            beside = name.replace("images", "labels")
+            labels = file[beside] if beside != name and beside in names else None
+            return file[name], labels, f"{path}:{beside}"
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+        raise UserError(f"data: {path} cannot be read as arrays: {str(error).splitlines()[0]}.") from error
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError, OverflowError, MemoryError) as error:  # too short, absurd, no numbers
+        raise UserError(f"data: {path} cannot be read as an array: {str(error).splitlines()[0]}.") from error
+
+
+def check_shape(shape: tuple[int, ...], in_chans: int, where: str) -> None:
+    """Raises UserError for what is no pile of images of in_chans channels."""
+    if len(shape) not in (3, 4) or 0 in shape:
+        raise UserError(f"data: {where} has the shape {list(shape)}: images are [N, H, W] or [N, H, W, C].")
+    if shape[1] * shape[2] > MAX_PIXELS:
+        raise UserError(f"data: {where} has the shape {list(shape)}: an image has at most {MAX_PIXELS:,} pixels.")
+    try:
+        from_array(np.broadcast_to(np.uint8(0), shape[1:]), in_chans)
+    except BadImage as error:
+        raise UserError(
+            f"data: {where} has the shape {list(shape)}: {error}; give data.in_chans the number of channels."
+        ) from error
+
+
+def classes_of(values: np.ndarray, count: int, where: str) -> tuple[list[str], np.ndarray | None]:
+    """[N] integers or texts -> classes and labels; negative numbers are no label. Raises UserError."""
+    values = np.asarray(values)
+    if values.shape == (count, 1):
+        values = values[:, 0]
+    if values.shape != (count,) or values.dtype.kind not in "iubSUO":
+        raise UserError(f"data: {where} must hold one whole number for each of the {count} images.")
+    if values.dtype.kind in "iub":
+        return numbered(["" if value < 0 else str(int(value)) for value in values])
+    return numbered([value.decode() if isinstance(value, bytes) else str(value) for value in values])

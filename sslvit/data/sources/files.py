@@ -1,0 +1,136 @@
+"""What sources share whose images are encoded: files of a disk, members of an archive, cells of a table."""
+
+import hashlib
+import os
+import platform
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ...errors import UserError, require
+from .decode import decode, decode_smaller
+from .names import Names
+from .pixels import MODES
+from .source import BadImage, Reduction
+
+EXTENSIONS = frozenset([
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".jp2", ".j2k", ".ico", ".tga", ".avif",
+])  # fmt: skip
+SCIENTIFIC = frozenset([".dcm", ".dicom", ".npy"])  # looked for where there is none of the above
+DEEP = frozenset([".tif", ".tiff", *SCIENTIFIC])  # those that can have more than four channels
+SOME_EXTENSIONS = ".jpg, .png, .webp, .tif, .bmp and the like"
+MAX_BYTES = 2**31  # of one encoded image: more is no image, and reading it would fill the memory
+
+
+class Encoded:
+    """Images by number, each from its bytes."""
+
+    def __init__(
+        self,
+        names: Names,
+        in_chans: int,
+        value_range: tuple[float, float] | None = None,
+        classes: list[str] | None = None,
+        labels: np.ndarray | None = None,
+    ) -> None:
+        self.names, self.in_chans, self.value_range = names, in_chans, value_range
+        self.classes, self.labels = classes or [], labels
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def bytes_of(self, index: int) -> bytes:
+        """The encoded image; raises BadImage."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> Tensor:
+        return decode(self.bytes_of(index), self.in_chans, self.value_range)
+
+    def read_smaller(self, index: int, reduction: Reduction) -> tuple[Tensor, tuple[int, int]]:
+        """(image, its whole height and width), where it may be `reduction(height, width)` times smaller."""
+        return decode_smaller(self.bytes_of(index), self.in_chans, self.value_range, reduction)
+
+    def identity(self) -> str:
+        return self.names.digest()
+
+    def fingerprint(self) -> str:
+        raise NotImplementedError
+
+
+class Files(Encoded):
+    """Files below `root` (a path that is not relative stands for itself)."""
+
+    def __init__(
+        self,
+        root: Path,
+        names: Names,
+        classes: list[str],
+        labels: np.ndarray | None,
+        in_chans: int,
+        value_range: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(names, in_chans, value_range, classes, labels)
+        self.root = root
+
+    def name(self, index: int) -> str:
+        return str(self.root / self.names[index])
+
+    def bytes_of(self, index: int) -> bytes:
+        return read_file(self.name(index))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.identity().encode())
+        for index in range(len(self)):
+            digest.update(f"{stamp(self.name(index))};".encode())
+        return digest.hexdigest()
+
+
+def read_file(path: str) -> bytes:
+    """All of a file; raises BadImage."""
+    try:
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for ever
+            raise BadImage("it is a folder" if stat.S_ISDIR(about.st_mode) else "it is a device, not a file")
+        if about.st_size > MAX_BYTES:
+            raise BadImage(f"the file has {about.st_size / 2**30:.0f} GiB, which is no image")
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BadImage(error.strerror or type(error).__name__) from error
+
+
+def unfinished(path: Path) -> Path:
+    """Beside a file or folder that is being made: a name that no other process of any machine uses."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
+
+
+def stamp(path: str | Path) -> str:
+    """Changes when a file does: its size and the time of its last change."""
+    try:
+        about = os.stat(path)
+    except OSError:  # a link to nowhere, a file removed meanwhile: reading it is a BadImage
+        return "missing"
+    return f"{about.st_size},{about.st_mtime_ns}"
+
+
+def endings_of(names: Iterable[str]) -> set[str]:
+    return {os.path.splitext(name)[1].lower() for name in names}
+
+
+def check_channels(in_chans: int, endings: set[str], where: str) -> None:
+    """Raises UserError for more channels than files of these endings can have, and for those whose package is
+    missing."""
+    if in_chans not in MODES and not endings & DEEP:
+        raise UserError(
+            f"data.in_chans={in_chans}, but the images of {where} have 1 to 4 channels: use 1 or 3 "
+            "(TIFF, .npy, HDF5 and DICOM may have more)."
+        )
+    if endings & {".dcm", ".dicom"}:
+        require("pydicom", "dicom", "DICOM")

@@ -1,0 +1,91 @@
+"""Every page of TIFF files as an image of its own: `stack.tif`, or `pages:<folder or pattern>`."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ...errors import UserError
+from ..config import Config
+from . import open_source
+from .files import Files, stamp
+from .names import Names, top_folders
+from .pixels import from_array
+from .source import BadImage, ValueRange
+from .tiff import page_array, tifffile
+
+OPEN_FILES = 16  # of one process at a time
+ENDINGS = (".tif", ".tiff")
+
+
+class Pages:
+    """The pages of the first file, then those of the second ...; smaller copies of a page are left out. Labels are
+    class folders, as in a folder."""
+
+    def __init__(self, root: Path, names: list[str], in_chans: int, value_range: ValueRange = None) -> None:
+        self.root, self.names, self.in_chans, self.value_range = root, Names(names), in_chans, value_range
+        tifffile()  # refuses where it is missing
+        self.open: dict[int, Any] = {}  # of the process self.owner
+        self.owner = os.getpid()
+        places = [(i, page) for i, name in enumerate(names) for page in _pages(str(root / name))]
+        if not places:
+            raise UserError(f"data: none of {len(names)} TIFF files in {root} has a page that can be read.")
+        self.places = np.array(places, dtype=np.int64)
+        self.classes, labels = top_folders(names)
+        self.labels = labels[self.places[:, 0]] if labels is not None else None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, index: int) -> str:
+        number, page = self.places[index].tolist()
+        return f"{self.root / self.names[number]}[{page}]"
+
+    def identity(self) -> str:
+        digest = hashlib.sha256(self.names.digest().encode())
+        digest.update(self.places.tobytes())
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        stamps = [stamp(self.root / name) for name in self.names]
+        return hashlib.sha256(";".join([self.identity(), *stamps]).encode()).hexdigest()
+
+    def read(self, index: int) -> Tensor:
+        number, page = self.places[index].tolist()
+        if self.owner != os.getpid():  # files opened before the fork share their position with the parent's
+            self.open, self.owner = {}, os.getpid()
+        try:
+            if number not in self.open:
+                if len(self.open) >= OPEN_FILES:
+                    self.open.pop(next(iter(self.open))).close()
+                self.open[number] = tifffile().TiffFile(self.root / self.names[number])
+            return from_array(page_array(self.open[number].pages[page]), self.in_chans, self.value_range)
+        except BadImage:
+            raise
+        except Exception as error:  # tifffile raises whatever it likes
+            raise BadImage((str(error).splitlines() or [type(error).__name__])[0][:200]) from error
+
+
+def open_pages(word: str, config: Config) -> Pages:
+    word = word.removeprefix("pages:")
+    path = Path(word).expanduser()
+    if path.is_file():
+        return Pages(path.parent, [path.name], config.in_chans, config.value_range)
+    files = open_source(word, config)
+    names = [name for name in files.names if name.lower().endswith(ENDINGS)] if isinstance(files, Files) else []
+    if not names:
+        raise UserError(f"data: pages:{word} needs a folder, file or pattern of TIFF files, and found none there.")
+    return Pages(files.root, names, config.in_chans, config.value_range)
+
+
+def _pages(path: str) -> list[int]:
+    """Numbers of the pages that are images; one page for a file that cannot be opened, which reading it then says."""
+    reader = tifffile()
+    try:
+        with reader.TiffFile(path) as file:
+            return [number for number, page in enumerate(file.pages) if not page.is_reduced]
+    except Exception:  # tifffile raises whatever it likes
+        return [0]

@@ -1,0 +1,163 @@
+"""Parquet files with encoded images in a column, as Hugging Face and others write them.
+
+Parquet is packed in groups of rows, of which a single image may need hundreds of megabytes unpacked. So the images are
+written once, one after another, to a file in data.download_dir, from which each is a read at a known place.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...distributed import say
+from ...errors import UserError, require
+from ..config import Config
+from .archive import Ranges
+from .files import MAX_BYTES, Encoded, check_channels, stamp, unfinished
+from .names import Names, numbered
+from .source import BadImage
+
+IMAGES = ("image", "img", "jpg", "png", "bytes", "image_bytes", "content")  # names of columns, the first that is there
+LABELS = ("label", "labels", "cls", "class", "target", "fine_label", "category")
+ROWS = 64  # unpacked at once
+SAY_EVERY = 10.0  # seconds
+
+
+class Parquet(Encoded):
+    """The rows of all files, in their order. `texts` has the labels as they were written."""
+
+    def __init__(self, paths: list[str], config: Config) -> None:
+        self.paths = paths
+        parts = [_unpacked(path, Path(config.download_dir).expanduser()) for path in paths]
+        names = [name for part in parts for name in part["names"]]
+        check_channels(config.in_chans, set(), paths[0])
+        self.ends = np.cumsum([len(part["names"]) for part in parts])
+        self.places = np.concatenate([part["places"] for part in parts])
+        self.ranges = Ranges([part["file"] for part in parts])
+        texts = [text for part in parts for text in part["texts"]]
+        classes, labels = numbered(texts)
+        known = [part["classes"] for part in parts]
+        if labels is not None and known[0] and all(names == known[0] for names in known):
+            number = {name: i for i, name in enumerate(known[0])} | {"": -1}
+            classes, labels = known[0], np.array([number[text] for text in texts], dtype=np.int64)
+        super().__init__(Names(names), config.in_chans, config.value_range, classes, labels)
+        self.texts = Names(texts) if labels is not None else None
+        self.columns = [parts[0]["column"]] if labels is not None else []
+
+    def _file(self, index: int) -> int:
+        return int(np.searchsorted(self.ends, index, side="right"))
+
+    def name(self, index: int) -> str:
+        return f"{self.paths[self._file(index)]}/{self.names[index]}"
+
+    def bytes_of(self, index: int) -> bytes:
+        place, size = self.places[index].tolist()
+        if size > MAX_BYTES:
+            raise BadImage(f"it has {size / 2**30:.0f} GiB, which is no image")
+        try:
+            return self.ranges.read(self._file(index), place, size)
+        except OSError as error:
+            raise BadImage(f"{error.strerror or error}: was data.download_dir emptied?") from error
+
+    def fingerprint(self) -> str:
+        stamps = [stamp(path) for path in self.paths]
+        return hashlib.sha256(";".join([self.identity(), *stamps]).encode()).hexdigest()
+
+
+def open_parquet(word: str, config: Config) -> Parquet:
+    return Parquet([str(Path(word).expanduser())], config)
+
+
+def _unpacked(path: str, cache_dir: Path) -> dict[str, Any]:
+    """names, texts, classes, column, places [N, 2] int64 and the file that they are in. Made where it is not there."""
+    place = f"{os.path.abspath(path)},{stamp(path)}"
+    folder = cache_dir / "parquet" / hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
+    if not folder.exists():
+        _unpack(path, folder)
+    try:
+        record = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+        return {**record, "places": np.load(folder / "places.npy"), "file": str(folder / "images")}
+    except (OSError, ValueError) as error:
+        raise UserError(f"data: {folder} is damaged: remove it, and {path} is unpacked anew.") from error
+
+
+def _unpack(path: str, folder: Path) -> None:
+    """Raises UserError; leaves either all or nothing."""
+    parquet = require("pyarrow.parquet", "parquet", "parquet")
+    part = unfinished(folder)
+    try:
+        part.mkdir(parents=True)
+        with parquet.ParquetFile(path) as file:
+            _write(file, path, part)
+        if not folder.exists():  # another machine may have been faster
+            os.replace(part, folder)
+    except UserError:
+        raise
+    except OSError as error:  # pyarrow's errors of a damaged file are OSErrors too
+        raise UserError(f"data: {path} cannot be unpacked into {folder.parent}: {_first(error)}.") from error
+    except Exception as error:  # pyarrow raises its own for all else
+        raise UserError(f"data: {path} cannot be read as parquet: {_first(error)}.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(file: Any, path: str, folder: Path) -> None:
+    schema, count = file.schema_arrow, file.metadata.num_rows
+    image, label = _image_column(schema, path), next((name for name in LABELS if name in schema.names), None)
+    known = _class_names(schema, label)
+    names, texts, places, at, said = [], [], [], 0, time.monotonic()
+    with (folder / "images").open("wb") as out:
+        for batch in file.iter_batches(ROWS, columns=[name for name in (image, label) if name]):
+            cells = batch.column(image).to_pylist()
+            values = batch.column(label).to_pylist() if label else [None] * len(cells)
+            for cell, value in zip(cells, values, strict=True):
+                data = (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
+                given = cell.get("path") if isinstance(cell, dict) else None
+                names.append(given or str(len(names)))
+                texts.append(_text(value, known))
+                places.append((at, len(data)))
+                out.write(data)
+                at += len(data)
+            if time.monotonic() - said > SAY_EVERY:
+                said = time.monotonic()
+                say(f"unpacking {path}: {len(names):,} of {count:,} images, {at / 2**30:.1f} GiB")
+    np.save(folder / "places.npy", np.array(places, dtype=np.int64).reshape(-1, 2))
+    record = {"names": names, "texts": texts, "classes": known, "column": label}
+    (folder / "rows.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def _image_column(schema: Any, path: str) -> str:
+    def able(name: str) -> bool:
+        kind = str(schema.field(name).type)
+        return kind in ("binary", "large_binary") or (kind.startswith("struct<") and "bytes: binary" in kind)
+
+    names = [name for name in (*IMAGES, *schema.names) if name in schema.names and able(name)]
+    if not names:
+        raise UserError(f"data: {path} has no column of encoded images; it has {', '.join(schema.names)}.")
+    return names[0]
+
+
+def _class_names(schema: Any, label: str | None) -> list[str]:
+    """What Hugging Face writes beside a column of class numbers."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return list(features[label]["names"])
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def _text(value: Any, known: list[str]) -> str:
+    if value is None or (known and isinstance(value, int) and value < 0):
+        return ""
+    if isinstance(value, list):  # several classes
+        return "|".join(_text(item, known) for item in value)
+    return known[value] if known and isinstance(value, int) and value < len(known) else str(value)
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,64 @@
+"""TIFF beyond what PIL keeps: more than 8 bits in colour, more than 4 channels, channels that are pages."""
+
+import io
+import logging
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ...errors import require
+from .pixels import from_array, refuse_bomb
+from .source import BadImage, ValueRange
+
+
+def tifffile() -> ModuleType:
+    module = require("tifffile", "tiff", "TIFF of more than 8 bits in colour, more than 4 channels, or several pages")
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would print all that is odd in a file
+    return module
+
+
+def is_deep(data: bytes, in_chans: int) -> bool:
+    """Whether PIL would refuse it, or lose depth or channels."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            bits, samples = image.tag_v2.get(258, (1,)), image.tag_v2.get(277, 1)
+            pages = getattr(image, "n_frames", 1)
+            deep_colour = samples > 1 and max(bits) > 8
+            return deep_colour or samples > 4 or in_chans > 4 or (samples == 1 and pages == in_chans > 1)
+    except Image.DecompressionBombError:
+        raise
+    except Exception:  # PIL raises whatever it likes; tifffile may know better, and says why if not
+        return True
+
+
+def decode_tiff(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
+    """[in_chans, H, W]: channels are the samples of the first page, or the pages, if there are in_chans of them."""
+    with tifffile().TiffFile(io.BytesIO(data)) as file:
+        first = check_page(file.pages[0])
+        if first.samplesperpixel == 1 and len(file.pages) == in_chans > 1:
+            pages = [check_page(page) for page in file.pages]
+            if all(page.shape == first.shape for page in pages):  # else they are smaller copies of the first
+                return from_array(np.stack([page_array(page) for page in pages], axis=-1), in_chans, value_range)
+        return from_array(page_array(first), in_chans, value_range)
+
+
+def page_array(page: Any) -> np.ndarray:
+    """[H, W] or [H, W, C] of a page of tifffile's."""
+    values = check_page(page).asarray()
+    if page.axes == "SYX":  # each channel in a plane of its own
+        values = values.transpose(1, 2, 0)
+    if values.ndim not in (2, 3) or page.axes not in ("YX", "YXS", "SYX"):
+        raise BadImage(f"its page has the axes {page.axes}: an image has rows, columns and channels")
+    if page.photometric == 0:  # MINISWHITE
+        values = np.invert(values) if values.dtype.kind == "u" else -values
+    return values
+
+
+def check_page(page: Any) -> Any:
+    """The page; raises BadImage if its header asks for more memory than an image needs."""
+    width, height = int(page.imagewidth), int(page.imagelength)
+    refuse_bomb(width, height, max(1, page.size // max(1, width * height)) * page.dtype.itemsize)
+    return page

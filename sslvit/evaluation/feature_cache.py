@@ -1,0 +1,154 @@
+"""Features kept in files for the next evaluation of the same weights and images."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..checkpoints import tensorfile
+from ..data import Source
+from ..data.augment import Normalize
+from ..distributed import any_process, barrier, gather_objects, rank, say, world_size
+from ..model.encoder import Encoder, Pool
+from .features import CROP_RATIO, Features, extract, gather_features, label_features
+
+
+def extract_cached(
+    folder: Path | None, encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator,
+    pools: Sequence[Pool], batch_size: int, workers: int | None, whole: bool = True,
+) -> dict[Pool, Features]:  # fmt: skip
+    """`extract`, or what it gave before for the same weights, images and protocol, from files in the folder.
+
+    Each process writes its share to a file of its own, `<protocol>.<process>-<number of processes>.safetensors`, so
+    that none has to hold the whole; any number of processes can read them. Features of other weights replace them, and
+    files that cannot be read are made again.
+    """
+    if folder is None:
+        return extract(encoder, source, normalize, accelerator, pools, batch_size, workers, whole)
+    place = place_of(encoder, source, normalize, accelerator)
+    common = {"weights": digest(encoder), **{key: json.dumps(value) for key, value in place.items()}}
+    keys, found = {}, {}
+    for pool in pools:
+        keys[pool] = hashlib.sha256(json.dumps(place | {"pool": pool}).encode()).hexdigest()[:16]
+        stored = _read(folder, keys[pool], common | {"pool": pool}, source)
+        if not any_process(stored is None):
+            found[pool] = stored
+    missing = [pool for pool in pools if pool not in found]
+    if missing:
+        fresh = extract(encoder, source, normalize, accelerator, missing, batch_size, workers, False, folder)
+    else:
+        say(f"features of {source.name(0)} ... as computed before for these weights, {folder}")
+    for pool in missing:
+        content, part = common | {"pool": pool}, fresh.pop(pool)
+        _write(folder, keys[pool], content, part)
+        stored = _read(folder, keys[pool], content, source)  # read as they are used, and not in memory until then
+        found[pool] = part if any_process(stored is None) else stored
+    return {pool: gather_features(found[pool]) if whole else found[pool] for pool in pools}
+
+
+def place_of(encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator) -> dict[str, Any]:
+    """What features depend on beside the weights and the pooling."""
+    return {
+        "images": source.fingerprint(),
+        "where": where(source),
+        "value_range": getattr(source, "value_range", None),
+        "architecture": [getattr(encoder, name, None) for name in ("architecture", "model_args", "in_chans")],
+        "image_size": list(encoder.image_size),
+        "normalize": [list(normalize.mean), list(normalize.std)],
+        "precision": accelerator.mixed_precision,
+        "crop_ratio": CROP_RATIO,
+    }
+
+
+def where(source: Source) -> str:
+    """The place of the first image: two sets of like files, as training and test images unpacked from one archive, may
+    have one fingerprint."""
+    name = Path(source.name(0))
+    return str(name.resolve()) if name.exists() else str(name)
+
+
+def same_images(a: Source, b: Source) -> bool:
+    return a is b or (len(a) == len(b) and where(a) == where(b) and a.fingerprint() == b.fingerprint())
+
+
+def _parts(folder: Path, key: str) -> dict[int, list[Path]]:
+    """{number of processes: files that as many wrote}."""
+    parts: dict[int, list[Path]] = {}
+    for path in sorted(folder.glob(f"{key}.*-*.safetensors")):
+        match = re.fullmatch(rf"{key}\.(\d+)-(\d+)\.safetensors", path.name)
+        if match:
+            parts.setdefault(int(match[2]), []).append(path)
+    return parts
+
+
+def _read(folder: Path, key: str, content: dict[str, str], source: Source) -> Features | None:
+    """This process's share, from whole and matching files of however many processes; None if there are none."""
+    for count, paths in _parts(folder, key).items():
+        if len(paths) != count:
+            continue
+        try:
+            parts = []
+            for path in paths:
+                with safe_open(path, "pt") as file:
+                    if file.metadata() != content | {"images_read": file.metadata().get("images_read", "")}:
+                        return None
+                    total, numbers = int(file.metadata()["images_read"]), file.get_tensor("index")
+                    mine, stored = numbers % world_size() == rank(), file.get_tensor("values")
+                    parts.append((stored, numbers) if mine.all() else (stored[mine], numbers[mine]))
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+        return label_features(*_joined(parts), source, len(source) - total)
+    return None
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """([n, D] values, [n] numbers of images) of several files -> of all, in the order of the numbers; of one file where
+    they lie in it, which the system reads as they are used."""
+    if len(parts) == 1:
+        return parts[0]
+    index = torch.cat([numbers for _, numbers in parts]).sort().values
+    joined = torch.empty(len(index), parts[0][0].shape[1])
+    for values, numbers in parts:
+        joined[torch.searchsorted(index, numbers)] = values
+    return joined, index
+
+
+def _write(folder: Path, key: str, content: dict[str, str], features: Features) -> None:
+    """This process's share; the files of other runs of the same protocol go, when all processes have written."""
+    path = folder / f"{key}.{rank()}-{world_size()}.safetensors"
+    part = path.with_suffix(".part")
+    total, problem = sum(gather_objects(len(features))), None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"values": features.values.contiguous(), "index": features.index.contiguous()}
+        tensorfile.write(tensors, part, content | {"images_read": str(total)})
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        problem = f"The features are not kept for next time: {path}: {error}."
+        part.unlink(missing_ok=True)
+    problem = next((one for one in gather_objects(problem) if one), None)
+    if problem:
+        say(problem)
+        return
+    if rank() == 0:
+        for count, paths in _parts(folder, key).items():
+            for old in paths if count != world_size() else []:
+                old.unlink(missing_ok=True)
+    barrier()
+
+
+def digest(encoder: Encoder) -> str:
+    """SHA-256 of the names and values of all weights."""
+    digest = hashlib.sha256()
+    for name, value in encoder.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

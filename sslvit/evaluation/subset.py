@@ -1,0 +1,36 @@
+"""Some images of a source, as a source."""
+
+from torch import Tensor
+
+from .. import rng
+from ..data import Source
+
+
+class Subset:
+    def __init__(self, source: Source, index: Tensor) -> None:
+        self.source, self.index = source, index.tolist()
+        self.labels = None if source.labels is None else source.labels[self.index]
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, index: int) -> Tensor:
+        return self.source.read(self.index[index])
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.index[index])
+
+    def identity(self) -> str:
+        return f"{self.source.identity()} {self.index}"
+
+    def fingerprint(self) -> str:
+        return f"{self.source.fingerprint()} {self.index}"
+
+
+def random_subset(source: Source, count: int | None, seed: int, purpose: str) -> Source:
+    """`count` images of a source, chosen by the seed, in the order of the source. All of them for None or a larger
+    count."""
+    if count is None or count >= len(source):
+        return source
+    return Subset(source, rng.permutation(rng.fold_in(seed, purpose), len(source))[:count].sort().values)

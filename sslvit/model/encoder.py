@@ -1,0 +1,318 @@
+"""A timm model as an encoder: the tokens of a plain ViT, of all patches or of some, or the pooled features of any
+model."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath as TimmDropPath
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import blocks
+from .blocks import DropPath
+
+Pool = Literal["cls", "mean", "cls+mean", "last4", "mean4", "pooled"]
+NUM_BLOCKS = {"last4": 4, "mean4": 4}  # how many of the last blocks these features come from; the others: the last one
+Resampling = Literal["timm", "published"]  # of position embeddings, see `_positions`
+
+
+class Tokens(NamedTuple):
+    """Normalised output tokens of a ViT."""
+
+    prefix: Tensor  # [B, P, D]: class token first, then registers; P may be 0
+    patches: Tensor  # [B, N, D], row by row; with keep: [B, K, D] in the order of keep
+
+
+class Encoder(nn.Module):
+    """Wraps a timm model made with `num_classes=0`. `model` stays a plain timm model: its weights are exported."""
+
+    model: Any  # of any family, and each has attributes of its own
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_size: tuple[int, int],
+        in_chans: int,
+        architecture: str,
+        model_args: dict[str, Any],
+    ) -> None:
+        """architecture, model_args: what `timm.create_model` needs to make this model again, but for in_chans."""
+        super().__init__()
+        self.model = model
+        self.image_size = image_size
+        self.in_chans = in_chans
+        self.architecture, self.model_args = architecture, model_args
+        self.is_vit = _is_plain_vit(model)
+        self.pool: Pool = "pooled" if not self.is_vit else "cls" if self.model.has_class_token else "mean"
+        self._drop_paths = _replace_drop_paths(model)
+
+    @property
+    def width(self) -> int:
+        """Channels of one token, or of the pooled features of a model that is not a ViT."""
+        return self.model.num_features if self.is_vit else self.model.head_hidden_size
+
+    def feature_dim(self, pool: Pool | None = None) -> int:
+        pool = pool or self.pool
+        if pool in NUM_BLOCKS:
+            return self.width * min(NUM_BLOCKS[pool], len(self.model.blocks))
+        return self.width * (2 if pool == "cls+mean" else 1)
+
+    def pools(self) -> tuple[Pool, ...]:
+        """The ways in which its tokens can become one feature."""
+        if not self.is_vit:
+            return ("pooled",)
+        return ("cls", "mean", "cls+mean", "last4", "mean4") if self.model.has_class_token else ("mean", "mean4")
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.model.patch_embed.patch_size
+
+    def grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(h, w) in pixels, the encoder's own by default -> (h, w) in patches."""
+        h, w = image_size or self.image_size
+        return h // self.patch_size[0], w // self.patch_size[1]
+
+    def why_tokens_cannot_be_dropped(self) -> str | None:
+        """None for a plain ViT, whose blocks treat patches as a set; else the reason, as part of a sentence."""
+        if not self.is_vit:
+            name = type(self.model).__name__
+            if isinstance(self.model, VisionTransformer):
+                return f"{name} pools its tokens in a way of its own"
+            return f"{name} works on the whole grid of patches (windows, convolutions or pooling)"
+        embed = self.model.patch_embed
+        if not isinstance(embed, PatchEmbed) or embed.proj.kernel_size != embed.proj.stride:
+            return f"its {type(embed).__name__} stem lets neighbouring patches see each other"
+        return None
+
+    def forward(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        replace: tuple[Tensor, Tensor] | None = None,
+        key: Tensor | None = None,
+        prefix_only: bool = False,
+        resampling: Resampling = "timm",
+    ) -> Tokens:
+        """[B, C, H, W] float -> Tokens. Plain ViTs only.
+
+        keep: [B, K] int64 indices of patches: only these are embedded and encoded (MAE).
+        replace: a mask [B, N] bool and a token [1, 1, D]: the token takes the place of the embedding of each patch
+        where the mask is True, before positions are added (SimMIM, iBOT).
+        key: [B] int64, needed for drop path.
+        prefix_only: leave patches empty, which saves most of the last block.
+        resampling: how position embeddings are fitted to images of another size than the encoder's own.
+
+        Without these, in float32, this equals timm's `forward_features` bit for bit.
+        """
+        vit: VisionTransformer = self.model
+        x = self._embed(images, keep, replace, resampling)
+        for block in vit.blocks:
+            rows = slice(0, vit.num_prefix_tokens) if prefix_only and block is vit.blocks[-1] else None
+            if vit.grad_checkpointing and self.training:
+                x = checkpoint(_run, block, x, key, rows, use_reentrant=False)
+            else:
+                x = _run(block, x, key, rows)
+        return self._tokens(vit.norm(x))
+
+    def features(
+        self,
+        images: Tensor,
+        pool: Pool | None = None,
+        key: Tensor | None = None,
+        keep: Tensor | None = None,
+        resampling: Resampling = "timm",
+    ) -> Tensor:
+        """[B, C, H, W] float -> [B, feature_dim]: class token, mean of the (kept) patches, or both, after the norm."""
+        pool = pool or self.pool
+        if not self.is_vit:
+            for module in self._drop_paths:
+                module.set_key(key)
+            return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        if pool in NUM_BLOCKS:
+            return self.pooled(images, (pool,))[pool]
+        prefix_only = pool == "cls" and self.training
+        return _pooled([self(images, keep, key=key, prefix_only=prefix_only, resampling=resampling)], pool)
+
+    def pooled(self, images: Tensor, pools: Sequence[Pool]) -> dict[Pool, Tensor]:
+        """[B, C, H, W] float -> {pool: [B, feature_dim(pool)]}, all from one pass.
+
+        last4: the class tokens of the last four blocks side by side, mean4: the means of their patches.
+        """
+        if not self.is_vit:
+            return {pool: self.features(images, pool) for pool in pools}
+        last = self.last_blocks(images, max(NUM_BLOCKS.get(pool, 1) for pool in pools))
+        return {pool: _pooled(last, pool) for pool in pools}
+
+    def last_blocks(self, images: Tensor, count: int) -> list[Tokens]:
+        """[B, C, H, W] float -> Tokens after each of the last `count` blocks (all, if there are fewer), each through
+        the final norm as in DINO's linear evaluation (section 4.1 and its code). Plain ViTs only."""
+        vit: VisionTransformer = self.model
+        x, found = self._embed(images), []
+        for i, block in enumerate(vit.blocks):
+            x = _run(block, x)
+            if i >= len(vit.blocks) - count:
+                found.append(self._tokens(vit.norm(x)))
+        return found
+
+    def takes_sincos_positions(self) -> bool:
+        """Whether it has a position embedding that `sincos` can fill."""
+        return self.is_vit and self.model.pos_embed is not None and self.width % 4 == 0
+
+    @torch.no_grad()
+    def initialise_as_mae(self) -> None:
+        """Xavier uniform weights and sin-cos positions, as MAE starts its encoder (He et al., 2022, appendix A.1)."""
+        vit = self.model
+        vit.pos_embed.copy_(sincos(self.width, self.grid(), 0 if vit.no_embed_class else vit.num_prefix_tokens))
+        xavier(self)
+        embed = vit.patch_embed.proj.weight
+        nn.init.xavier_uniform_(embed.view(len(embed), -1))  # its bias keeps the convolution's default
+        for token in (vit.cls_token, vit.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+
+    def _embed(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        replace: tuple[Tensor, Tensor] | None = None,
+        resampling: Resampling = "timm",
+    ) -> Tensor:
+        """[B, C, H, W] -> [B, P + N, D], or [B, P + K, D] with keep: what the first block gets, as timm computes it."""
+        vit: VisionTransformer = self.model
+        embed: Any = vit.patch_embed
+        if keep is None:
+            x = embed(images)  # [B, h, w, D], or [B, N, D] of a model of fixed size
+            grid = tuple(x.shape[1:-1]) if x.ndim == 4 else embed.grid_size
+            x = x.flatten(1, -2)
+        else:
+            grid = self.grid((images.shape[-2], images.shape[-1]))
+            patches = take(patchify(images, embed.patch_size), keep)
+            x = embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
+        if replace is not None:
+            assert keep is None, "patches are dropped or replaced, not both"
+            mask, token = replace
+            x = torch.where(mask.unsqueeze(-1), token.to(x.dtype), x)
+        prefix_positions, positions = self._positions(grid, resampling)
+        if positions is not None:
+            x = x + (positions if keep is None else take(positions.expand(len(x), -1, -1), keep))
+        prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+        if prefix:
+            tokens = torch.cat(prefix, dim=1)
+            tokens = tokens if prefix_positions is None else tokens + prefix_positions
+            x = torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)
+        return vit.norm_pre(vit.patch_drop(vit.pos_drop(x)))
+
+    def _positions(self, grid: tuple[int, int], resampling: Resampling) -> tuple[Tensor | None, Tensor | None]:
+        """Position embeddings of prefix tokens [1, P, D] and of patches [1, N, D] for a grid of (h, w) patches.
+
+        For another grid than the encoder's own the table is resampled: by timm with antialiasing, or as DINO's released
+        code does it ("published"), without and by a factor for a target that is 0.1 patches larger.
+        """
+        vit: VisionTransformer = self.model
+        if vit.pos_embed is None:
+            return None, None
+        num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        own: tuple[int, int] = vit.patch_embed.grid_size
+        prefix, patches = vit.pos_embed[:, :num_prefix], vit.pos_embed[:, num_prefix:]
+        if grid != own and resampling == "published":
+            factors = [(new + 0.1) / old for new, old in zip(grid, own, strict=True)]
+            table = patches.unflatten(1, own).permute(0, 3, 1, 2)
+            patches = F.interpolate(table, scale_factor=factors, mode="bicubic").flatten(2).transpose(1, 2)
+        elif grid != own:
+            patches = resample_abs_pos_embed(patches, list(grid), list(own), num_prefix_tokens=0)
+        return (prefix if num_prefix else None), patches
+
+    def _tokens(self, x: Tensor) -> Tokens:
+        """[B, P + N, D] -> its prefix and its patches."""
+        return Tokens(x[:, : self.model.num_prefix_tokens], x[:, self.model.num_prefix_tokens :])
+
+
+def _run(block: nn.Module, x: Tensor, key: Tensor | None = None, rows: slice | None = None) -> Tensor:
+    """[B, N, D] through one block. Sets its keys here, not once a forward: a recomputed block needs its own crops'."""
+    for module in block.modules():
+        if isinstance(module, DropPath):
+            module.set_key(key)
+    return blocks.run(block, x, rows)
+
+
+def _pooled(last: list[Tokens], pool: Pool) -> Tensor:
+    """Tokens of the last blocks -> [B, feature_dim(pool)]."""
+    if pool in NUM_BLOCKS:
+        each: Pool = "cls" if pool == "last4" else "mean"
+        return torch.cat([_pooled([tokens], each) for tokens in last[-NUM_BLOCKS[pool] :]], dim=1)
+    prefix, patches = last[-1]
+    if pool == "cls":
+        return prefix[:, 0]
+    mean = patches.mean(dim=1)
+    return mean if pool == "mean" else torch.cat([prefix[:, 0], mean], dim=1)
+
+
+def sincos(width: int, grid: tuple[int, int], num_prefix: int) -> Tensor:
+    """[1, num_prefix + h*w, width] fixed 2-D sine-cosine embedding; prefix tokens have zeros (section 3).
+
+    Half of the channels encode the column, then half the row, each as all sines followed by all cosines of
+    position / 10000^(k / (width / 4)). That the column comes first is the released code's order: transposing it would
+    turn released checkpoints by a quarter.
+    """
+    frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    h, w = grid
+
+    def code(position: Tensor) -> Tensor:
+        angle = position.double().unsqueeze(1) * frequencies
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    column, row = torch.arange(w).repeat(h), torch.arange(h).repeat_interleave(w)
+    table = torch.cat([code(column), code(row)], dim=1)
+    return torch.cat([torch.zeros(num_prefix, width), table]).float().unsqueeze(0)
+
+
+def xavier(module: nn.Module) -> None:
+    """Xavier uniform for all linear layers, biases of 0. The qkv matrix is filled as one (3D, D) matrix, which makes q,
+    k and v 0.707 times what filling them one by one would, as in MAE's released code."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def patchify(images: Tensor, patch_size: tuple[int, int], channels_last: bool = False) -> Tensor:
+    """[B, C, H, W] -> [B, N, C*p*q], pixels of a patch in channel, row, column order (that of a convolution's weight),
+    or with channels_last in row, column, channel order (that of MAE's targets)."""
+    b, c, h, w = images.shape
+    p, q = patch_size
+    grid = images.reshape(b, c, h // p, p, w // q, q)
+    order = (0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5)
+    return grid.permute(order).reshape(b, (h // p) * (w // q), p * q * c)
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """[B, N, D], [B, K] int64 -> [B, K, D]."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def _is_plain_vit(model: nn.Module) -> bool:
+    """Whether its output is the normalised tokens that our pooling takes: no pooling of its own, as DeiT's distilled
+    models, an attention pool, or a norm after the mean have."""
+    return (
+        isinstance(model, VisionTransformer)
+        and type(model).forward_head is VisionTransformer.forward_head
+        and type(model)._pos_embed is VisionTransformer._pos_embed
+        and model.attn_pool is None
+        and isinstance(model.fc_norm, nn.Identity)
+    )
+
+
+def _replace_drop_paths(model: nn.Module) -> list[DropPath]:
+    """Put our DropPath in the place of each of timm's."""
+    found: list[DropPath] = []
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, TimmDropPath):
+                found.append(DropPath(child.drop_prob, place=len(found)))
+                setattr(parent, name, found[-1])
+    return found

@@ -1,0 +1,283 @@
+"""`sslvit submit`: a pretraining as a job of a SLURM cluster, by submitit: started, stopped with a saved step when its
+time is over or it has to make room, queued again, until it is done.
+
+Read pretrain.py and stopping.py first. One task is one process of the training, so that the scheduler's signal reaches
+each of them directly and it sees how each of them ends; a torchrun in between would take the signal for a failure and
+kill its processes half a minute later, saved or not.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .. import config as configuration
+from .. import data, objectives
+from ..checkpoints import state
+from ..config import RunConfig
+from ..data.cache import Memory
+from ..data.loader import make_layout
+from ..distributed import rank, say
+from ..errors import UserError, require
+from ..evaluation.online import KnnMonitor
+from ..hardware import blocks_of, resolve_precision, start_accelerator
+from ..pretrain import Result, pretrain, summary
+from ..run import check_directory, check_images
+from ..stopping import EXIT_REQUEUE
+
+HELD = 3600  # seconds that a process which SLURM told to end waits to be ended: longer than clusters' GraceTime
+
+
+@dataclass
+class Config:
+    cluster: Literal["slurm", "local"] = "slurm"  # local: on this machine, to try it; 6 starts at most
+    nodes: int = 1  # machines
+    gpus: int = 1  # of each machine, with one process each; 0: train on CPUs
+    processes: int | None = None  # with gpus=0: on each machine; null: one
+    cpus: int = 8  # cores for each process: for its loader processes, and with gpus=0 for the training itself
+    memory: float | None = None  # GiB of each machine; null: what the cluster gives
+    hours: float = 24.0  # of one start; then the run saves and is queued again until it is done ...
+    restarts: int = 100  # ... but not more often than this
+    warn_minutes: float = 5.0  # so long before the hours are over the run is told to save
+    partition: str | None = None  # null: the cluster's default
+    account: str | None = None  # null: the cluster's default
+    sbatch: str = ""  # more options of sbatch, which win: "--qos=high --gres=gpu:a100:4"
+    setup: str = ""  # a line of shell before each start: "module load cuda/12"
+    check_images: bool = True  # open the images here first; false where only the cluster's machines see them
+
+
+def run(config: RunConfig, settings: Config, arguments: list[str]) -> None:
+    """Queue the run and print where it is. Raises UserError."""
+    print("\n".join(submit(config, settings)))
+
+
+def submit(config: RunConfig, settings: Config) -> list[str]:
+    """Check everything, queue the job, and return lines that say where to look. Raises UserError."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("submit starts the processes itself: call it without accelerate launch or torchrun.")
+    options = check_settings(settings)
+    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # its default, SIGUSR2, is one that stopping.py listens to
+    submitit = require("submitit", "slurm", "sslvit submit")
+    if settings.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
+        raise UserError(
+            "submit.cluster=slurm needs sbatch and srun, and this machine has neither or one of them: log in where "
+            "jobs are queued from, or give submit.cluster=local to run it on this machine."
+        )
+    check(config, settings)
+
+    run_dir = Path(config.out)
+    folder = _new_folder(run_dir)
+    try:
+        configuration.save(config, folder / "config.yaml")
+        executor = _executor(submitit, folder, run_dir.name, settings, options)
+        # Within a job its variables would be taken for options of the new one. What sbatch says is said below.
+        outside = submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
+        with outside, redirect_stderr(StringIO()):
+            job = executor.submit(Job(str((folder / "config.yaml").absolute()), settings.cpus))
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        for empty in (folder.parent, run_dir):
+            if empty.is_dir() and not any(empty.iterdir()):
+                empty.rmdir()
+        if not isinstance(error, submitit.core.utils.FailedJobError):
+            raise
+        reason = "; ".join(re.sub(r"^sbatch: (error: )?", "", line) for line in str(error).strip().splitlines())
+        raise UserError(f"SLURM refused the job: {reason.rstrip('.')}.") from error
+    return describe(job.job_id, folder, config, settings)
+
+
+def describe(job: str, folder: Path, config: RunConfig, settings: Config) -> list[str]:
+    """What was queued and where to look."""
+    log, slurm = folder / f"{job}_0_log.out", settings.cluster == "slurm"
+    machines = f"{settings.nodes} machines with " if settings.nodes > 1 else ""
+    one = tasks(settings) == 1
+    each = (
+        f"{tasks(settings)} "
+        + ("GPU" if settings.gpus else "process")
+        + ("" if one else "s" if settings.gpus else "es")
+    )
+    return [
+        f"Job {job}: {machines}{each}, {settings.hours:g} hours a start, until the run in {config.out} is done.",
+        f"  log    tail -F {log}",
+        f"  state  {f'squeue -j {job}' if slurm else f'ps {job}'}",
+        f"  stop   {f'scancel {job}' if slurm else f'kill {job}'}, which saves; submit the same again to go on",
+    ]
+
+
+def check_settings(settings: Config) -> dict[str, Any]:
+    """The further options of sbatch, by name. Raises UserError for settings that have no meaning."""
+    for name, least in {"nodes": 1, "gpus": 0, "processes": 1, "cpus": 1, "restarts": 0}.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UserError(f"submit.{name}={value} must be {least} or above.")
+    for name in ("hours", "warn_minutes", "memory"):
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise UserError(f"submit.{name}={value} must be above 0.")
+    if settings.gpus and settings.processes is not None:
+        raise UserError(f"submit.processes={settings.processes} is for submit.gpus=0: each GPU has one process.")
+    if settings.warn_minutes >= 60 * settings.hours:
+        raise UserError(
+            f"submit.warn_minutes={settings.warn_minutes:g} must be less than submit.hours={settings.hours:g}: the run "
+            "would be told to stop before it has begun."
+        )
+    if settings.cluster == "local" and settings.nodes > 1:
+        raise UserError(f"submit.nodes={settings.nodes}: submit.cluster=local has one machine.")
+    options: dict[str, Any] = {}
+    for word in shlex.split(settings.sbatch):
+        name, equals, value = word.partition("=")
+        if not re.fullmatch(r"--[a-z][a-z-]*", name):
+            raise UserError(f"submit.sbatch: {word} is not of the form --name or --name=value.")
+        options[name[2:].replace("-", "_")] = value if equals else True
+    return options
+
+
+def check(config: RunConfig, settings: Config) -> None:
+    """What pretrain refuses before its first step, but for what only the cluster's machines can say. Raises
+    UserError."""
+    configuration.check(config)
+    if not settings.gpus:
+        resolve_precision(config.precision, torch.device("cpu"))
+        if config.batch_size == "auto":
+            raise UserError("batch_size=auto tries sizes on a GPU, and submit.gpus=0: give a number, or leave it out.")
+    processes, run_dir, steps = settings.nodes * tasks(settings), Path(config.out), None
+    check_directory(run_dir, config)
+    if settings.check_images:
+        source = data.open_source(config.data.train, config.data)
+        plan = configuration.make_plan(config, len(source), processes, 0)
+        per_epoch, steps = plan.steps_per_epoch, plan.steps
+        if config.eval.train or config.eval.test:
+            KnnMonitor(config.eval, config.data, config.seed, Memory(), start_accelerator("float32"))
+    else:  # the number of images decides the rest
+        size = config.batch_size if isinstance(config.batch_size, int) else None
+        make_layout(config.global_batch_size, size, config.global_batch_size, processes, 0, config.data.train)
+        per_epoch, steps = 1, 10**6
+    objectives.find(config.method).views(config.objective, config.data)
+    data.normalization(config.data)
+    objective = objectives.start(config, per_epoch, steps)
+    if config.compile:
+        blocks_of(objective)
+    if settings.check_images and state.steps_saved(run_dir):
+        saved = state.latest(run_dir)[1]
+        check_images(saved, source, config.data.train)
+        if saved["step"] >= steps:
+            raise UserError(
+                f"{run_dir} has done all of its {steps} steps: there is nothing to queue. A larger epochs=, steps= or "
+                "images= extends it."
+            )
+
+
+def tasks(settings: Config) -> int:
+    """Processes on each machine."""
+    return settings.gpus or settings.processes or 1
+
+
+def _new_folder(run_dir: Path) -> Path:
+    """<run_dir>/submit/<n>, of a number that has none yet. Raises UserError."""
+    number = 1
+    while True:
+        folder = run_dir / "submit" / str(number)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(f"out={run_dir} cannot be written: {error.strerror}.") from error
+
+
+def _executor(submitit: Any, folder: Path, name: str, settings: Config, options: dict[str, Any]) -> Any:
+    warn_seconds, setup = round(60 * settings.warn_minutes), [settings.setup] if settings.setup else []
+    if settings.cluster == "local":
+        words = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        visible = [int(word) for word in words] if all(word.isdigit() for word in words) else ()
+        if visible and settings.gpus > len(visible):
+            raise UserError(f"submit.gpus={settings.gpus}, but CUDA_VISIBLE_DEVICES={','.join(words)} names fewer.")
+        executor = submitit.LocalExecutor(folder, max_num_timeout=settings.restarts)
+        executor.update_parameters(
+            timeout_min=60 * settings.hours, signal_delay_s=warn_seconds, gpus_per_node=settings.gpus,
+            visible_gpus=visible, tasks_per_node=tasks(settings), stderr_to_stdout=True, setup=setup,
+        )  # fmt: skip
+        return executor
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=settings.restarts)
+    wanted = {
+        "partition": settings.partition,
+        "account": settings.account,
+        "gpus_per_node": None if options.keys() & {"gres", "gpus", "gpus_per_task"} else settings.gpus or None,
+        "mem": None if settings.memory is None else f"{round(1024 * settings.memory)}M",
+        "setup": setup or None,
+    }
+    executor.update_parameters(
+        job_name=name, time=round(60 * settings.hours), nodes=settings.nodes, ntasks_per_node=tasks(settings),
+        cpus_per_task=settings.cpus, signal_delay_s=warn_seconds, stderr_to_stdout=True,
+        # --requeue: the cluster may start it again too, after a preemption or the loss of a machine.
+        additional_parameters={"requeue": True, **options},
+        # Newer sruns do not take over the cores of sbatch; bound to its own cores a process would divide them by the
+        # number of processes once more (hardware.py); and when one process fails the others must not wait for it.
+        srun_args=[f"--cpus-per-task={settings.cpus}", "--cpu-bind=none", "--kill-on-bad-exit=1"],
+        **{key: value for key, value in wanted.items() if value is not None},
+    )  # fmt: skip
+    return executor
+
+
+@dataclass
+class Job:
+    """What each process of the job calls at each start."""
+
+    recipe: str  # the configuration that was checked, so that what is edited while the job waits does not matter
+    cpus: int
+
+    def __call__(self) -> None:
+        """Train. Ends the process with status 2 after a mistake of the user's, which another start would repeat."""
+        import submitit
+
+        environment = submitit.JobEnvironment()
+        if environment.num_tasks > 1:
+            # All GPUs of the machine stay visible: accelerate takes the one of LOCAL_RANK.
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(self.cpus)  # instead of all cores of the machine in each process
+        sys.argv = ["sslvit", "pretrain", self.recipe]  # which starts.jsonl records
+        try:
+            result = pretrain(configuration.load([self.recipe]))
+        except UserError as error:
+            print(f"sslvit pretrain: {error}", file=sys.stderr)
+            sys.exit(2)
+        if result.stopped:
+            self.leave(result, environment)
+        say(*summary(result))
+
+    def leave(self, result: Result, environment: Any) -> None:
+        """End a process whose run was asked to stop and has saved.
+
+        Within `pretrain` the signals were the run's own (stopping.py); now they are submitit's again, and it is handed
+        the one that makes it queue the job once more. After SIGTERM it is not: whoever sends that decides what becomes
+        of the job. `scancel` ends it for good; SLURM, where it makes room for another job, queues it by itself, but
+        only if it is still there when its time of grace is over.
+        """
+        saved = f"Stopped by {result.stopped} after step {result.steps}, which is saved in {result.run_dir}"
+        if result.stopped == "SIGTERM":
+            say(f"{saved}. Submit it again to go on, if the cluster does not.")
+            if environment.name() == "slurm":
+                time.sleep(HELD)
+            sys.exit(EXIT_REQUEUE)
+        say(f"{saved}: the job is queued again.")
+        if rank() == 0:
+            signal.raise_signal(getattr(signal, f"SIG{environment.USR_SIG}"))  # ends this process
+        sys.exit(0)
+
+    def checkpoint(self) -> Any:
+        """For submitit: what to call at the next start."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)

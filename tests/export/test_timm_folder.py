@@ -1,0 +1,148 @@
+import json
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from sslvit import pretrained
+from sslvit.__main__ import main
+from sslvit.errors import UserError
+from sslvit.export import timm_folder
+
+from ..conftest import words
+
+ELSEWHERE = """
+import sys, timm, torch
+from safetensors.torch import load_file, save_file
+for folder, x, y in zip(*[iter(sys.argv[1:])] * 3):
+    model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(model)
+    with torch.inference_mode():
+        features = model(load_file(x)["x"]).contiguous()
+    head = timm.create_model("local-dir:" + folder, pretrained=True, num_classes=7)
+    logits = head(torch.zeros(1, *config["input_size"])).detach()
+    save_file({"features": features, "mean": torch.tensor(config["mean"]), "logits": logits}, y)
+assert "sslvit" not in sys.modules
+"""
+ODD = ["model.args.reg_tokens=2", "in_chans=1", "image_size=[16,48]", "mean=[0.3]", "std=[0.2]"]
+EXTRA = {"mae": ODD, "dino": []}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(images, tmp_path_factory):
+    """{method: (run, exported folder, images, what timm makes of them in one process that has no sslvit)}."""
+    found, command = {}, [sys.executable, "-c", ELSEWHERE]
+    for method, extra in EXTRA.items():
+        root = tmp_path_factory.mktemp(method)
+        out, folder = root / "run", root / "exported"
+        assert main(["pretrain", str(images), *words(method, f"out={out}", "steps=2", "warmup_epochs=0", *extra)]) == 0
+        printed = StringIO()
+        with redirect_stdout(printed):
+            assert main(["export", f"run={out}", "to=timm", f"out={folder}"]) == 0
+        assert "no missing or unexpected weight, equal features" in printed.getvalue()
+        encoder = pretrained.load(str(out)).encoder
+        x = torch.randn(3, encoder.in_chans, *encoder.image_size)
+        save_file({"x": x}, root / "x.safetensors")
+        command += map(str, [folder, root / "x.safetensors", root / "y.safetensors"])
+        found[method] = out, folder, x, root / "y.safetensors"
+    subprocess.run(command, check=True, cwd=root)
+    return found
+
+
+@pytest.mark.parametrize("method", EXTRA)
+def test_timm_loads_it_elsewhere_with_equal_features(elsewhere, method):
+    out, folder, x, made = elsewhere[method]
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    subject, theirs = pretrained.load(str(out)), load_file(made)
+    with torch.inference_mode():
+        assert torch.allclose(theirs["features"], subject.encoder.features(x), atol=1e-5)
+    assert theirs["mean"].tolist() == pytest.approx(subject.mean)
+    assert theirs["logits"].shape == (1, 7)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["global_pool"] == {"mae": "avg", "dino": "token"}[method]
+
+    again = pretrained.load(str(folder))
+    assert again.encoder.pool == {"mae": "mean", "dino": "cls"}[method]
+    assert (again.mean, again.std) == (subject.mean, subject.std)
+
+
+def test_an_export_reads_deep_images_as_the_run_did_and_anybody_may_load_it(cli, images, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "encoder"
+    assert (
+        cli("pretrain", images, *words("mae", f"out={run}", "epochs=1", "warmup_epochs=0", "value_range=[0,4095]"))[0]
+        == 0
+    )
+    assert cli("export", f"run={run}", "to=timm", f"out={out}")[0] == 0
+    assert pretrained.load(str(out)).data_config.value_range == (0.0, 4095.0)
+    modes = {path.name: path.stat().st_mode for path in out.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_dino_exports_its_teacher(cli, images, tmp_path, real_python):
+    out = tmp_path / "run"
+    assert cli("pretrain", images, *words("dino", f"out={out}", "base_lr=0.01", "momentum=0.5"))[0] == 0
+    assert cli("export", f"run={out}")[0] == 0
+    weights = load_file(out / "export" / "timm" / "model.safetensors")
+    stored = load_file(next((out / "checkpoints").glob("step_*")) / "model.safetensors")
+    name = "blocks.0.mlp.fc1.weight"
+    assert torch.equal(weights[name], stored[f"teacher.encoder.model.{name}"])
+    assert not torch.equal(weights[name], stored[f"student.encoder.model.{name}"])
+
+
+def test_other_families_are_exported_too(cli, tmp_path):
+    torch.manual_seed(0)
+    subject = pretrained.load("random:mobilevitv2_050", image_size=64)
+    folder = timm_folder.export(subject, tmp_path / "exported")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.allclose(model(x), subject.encoder.features(x), atol=1e-5)
+
+
+def test_models_that_pool_in_their_own_way_are_measured_and_exported_as_timm_does(tmp_path):
+    """DeiT's distilled ViT has two tokens; and timm's own folders may have a norm after the mean."""
+    x = torch.randn(2, 3, 32, 32)
+    args = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 2}
+    distilled = pretrained.load("random:deit_tiny_distilled_patch16_224", image_size=32, model_args=args)
+    folder = timm_folder.export(distilled, tmp_path / "exported")
+    torch.manual_seed(0)
+    foreign = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=32, global_pool="avg", fc_norm=True, **args
+    ).eval()
+    torch.nn.init.normal_(foreign.fc_norm.weight)
+    timm.models.save_for_hf(
+        foreign, tmp_path / "foreign", model_args={"img_size": 32, "global_pool": "avg", "fc_norm": True, **args},
+        model_config={"input_size": [3, 32, 32]}, safe_serialization=True,
+    )  # fmt: skip
+    with torch.inference_mode():
+        theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x)
+        assert torch.allclose(distilled.encoder.features(x), theirs, atol=1e-5)
+        again = pretrained.load(str(tmp_path / "foreign")).encoder
+        assert again.pool == "pooled"
+        assert torch.allclose(again.features(x), foreign(x), atol=1e-5)
+
+
+def test_an_export_that_is_not_the_encoder_fails_loudly(colour_run, tmp_path):
+    subject = pretrained.load(str(colour_run))
+    folder = timm_folder.export(subject, tmp_path / "exported")
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "norm.bias": weights["norm.bias"] + 1}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="differ from the encoder's"):
+        timm_folder.check(subject.encoder, folder)
+    del weights["norm.bias"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="does not load"):
+        timm_folder.check(subject.encoder, folder)
+
+
+def test_a_folder_with_other_things_is_left_alone(fails, colour_run, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    assert "holds other things" in fails("export", f"run={colour_run}", f"out={tmp_path}")
+    assert "out= is missing" in fails("export", "run=random:resnet18")
+    assert "run= is missing" in fails("export")
+    assert (tmp_path / "precious.txt").exists()

@@ -1,0 +1,190 @@
+"""`sslvit data`: what a set is like, against sets made to be so."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sslvit import config
+from sslvit.data import Config as DataConfig
+from sslvit.data import open_source
+from sslvit.tools import data_report
+from tests.conftest import TINY, words, write_images
+from tests.data.test_broken import BROKEN
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_images(tmp_path / "images", 40, size=(48, 40))
+
+
+def found(word, *more: str, **settings) -> data_report.Findings:
+    return data_report.examine(config.load([str(word), "image_size=32", *more]), data_report.Config(**settings))
+
+
+def test_mean_and_deviation_are_those_of_the_pixels(folder):
+    source = open_source(str(folder), DataConfig())
+    pixels = np.stack([source.read(i).numpy() for i in range(40)]).astype(np.float64) / 255
+    one, many = found(folder, "workers=0"), found(folder, "workers=2")
+    assert np.allclose(one.mean, pixels.mean(axis=(0, 2, 3)), atol=1e-4)
+    assert np.allclose(one.std, pixels.std(axis=(0, 2, 3)), atol=1e-4)
+    assert one == many
+
+
+def test_copies_are_found_whatever_their_name_and_format(folder):
+    first = Image.open(folder / "000.png")
+    shutil.copy(folder / "000.png", folder / "again.png")
+    first.save(folder / "other_format.bmp")
+    first.save(folder / "nearly.jpg", quality=80)
+    first.resize((80, 96)).save(folder / "larger.png")
+    result = found(folder)
+    names = [sorted(name.rsplit("/", 1)[1] for name in group) for group in (*result.same, *result.near)]
+    assert names == [["000.png", "again.png", "other_format.bmp"], ["000.png", "larger.png", "nearly.jpg"]]
+
+
+def test_different_images_are_no_copies(folder):
+    result = found(folder)
+    assert (result.same, result.near, result.flat) == ([], [], [])
+
+
+def test_scans_that_all_look_alike_are_no_copies(tmp_path):
+    """One template and a little of each image's own; and one true copy."""
+    generator = np.random.default_rng(0)
+
+    def smooth() -> np.ndarray:
+        coarse = Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8))
+        return np.array(coarse.resize((64, 64), Image.Resampling.BICUBIC)).astype(float)
+
+    template = smooth()
+    for i in range(60):
+        Image.fromarray((template + 0.15 * (smooth() - 128)).clip(0, 255).astype(np.uint8)).save(
+            tmp_path / f"{i:02d}.png"
+        )
+    Image.open(tmp_path / "07.png").save(tmp_path / "copy.jpg", quality=90)
+    result = found(tmp_path, "in_chans=1")
+    assert [sorted(name.rsplit("/", 1)[1] for name in group) for group in result.near] == [["07.png", "copy.jpg"]]
+
+
+def test_images_of_one_colour_and_broken_ones_are_named(folder):
+    for value in (0, 255):
+        Image.new("RGB", (40, 48), (value,) * 3).save(folder / f"blank{value}.png")
+    for name in ("empty.jpg", "text.jpg"):
+        (folder / name).write_bytes(BROKEN[name])
+    result = found(folder)
+    assert [name.rsplit("/", 1)[1] for name in result.flat] == ["blank0.png", "blank255.png"]
+    assert result.broken[0][0].endswith("empty.jpg")
+    assert result.broken[0][1] == "the file is empty"
+    assert result.near == []  # all that is blank is alike, and said once
+    text = "\n".join(data_report.lines(result, config.load([str(folder)]), [str(folder)]))
+    assert "broken       2 of 44 (4.55%)" in text
+    assert "a run would stop" in text
+
+
+def test_sizes_formats_and_channels_are_counted(tmp_path):
+    for name, mode, size in (
+        ("a.png", "L", (10, 20)),
+        ("b.png", "RGB", (30, 8)),
+        ("c.jpg", "RGB", (10, 20)),
+        ("d.gif", "P", (9, 9)),
+    ):
+        Image.new(mode, size).save(tmp_path / name)
+    Image.fromarray(np.full((9, 9), 4095, np.uint16)).save(tmp_path / "e.png")
+    result = found(tmp_path)
+    assert (result.heights, result.widths, result.sizes) == ([8, 9, 20], [9, 10, 30], 3)
+    assert result.formats == {"PNG": 3, "JPEG": 1, "GIF": 1}
+    assert result.depths == {"colour": 2, "gray": 1, "palette": 1, "16-bit gray": 1}
+    assert result.deep == 1
+
+
+def test_twelve_bits_in_sixteen_are_noticed(tmp_path):
+    generator = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(generator.integers(0, 4096, (20, 20)).astype(np.uint16)).save(tmp_path / f"{i}.png")
+    run = config.load([str(tmp_path), "in_chans=1", "image_size=32"])
+    text = "\n".join(data_report.lines(data_report.examine(run, data_report.Config()), run, [str(tmp_path)]))
+    assert re.search(r"data.value_range=\[0,40\d\d\] would use the whole range", text)
+    ranged = config.load([str(tmp_path), "in_chans=1", "image_size=32", "value_range=[0,4095]"])
+    assert data_report.examine(ranged, data_report.Config()).mean[0] == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_sample_is_chosen_by_the_seed_and_said(folder):
+    result = found(folder, sample=10)
+    assert (result.count, result.looked) == (40, 10)
+    assert result == found(folder, sample=10)
+    assert result.mean != found(folder, "seed=1", sample=10).mean
+    text = data_report.lines(result, config.load([str(folder)]), [str(folder)])
+    assert "looked at 10 of them" in text[1]
+
+
+@pytest.mark.parametrize("kind", ["npy", "several"])
+def test_sources_that_are_no_files_are_looked_at_too(kind, folder, tmp_path, labelled):
+    if kind == "npy":
+        np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (5, 9, 9), dtype=np.uint8))
+        result = found(tmp_path / "x.npy", "in_chans=1")
+        assert result.formats == {"Array": 5}
+    else:
+        result = found(f"[{folder},{labelled / 'train'}]")
+        assert result.formats == {"PNG": 76}
+        assert (result.unlabelled, result.classes) == (40, {"class0": 12, "class1": 12, "class2": 12})
+
+
+def test_the_command_it_suggests_is_understood_by_pretrain(folder, cli, tmp_path):
+    status, said, error = cli("data", folder, f"report={tmp_path / 'r.json'}")
+    assert (status, error) == (0, "")
+    import shlex
+
+    line = next(line for line in said.splitlines() if line.strip().startswith("sslvit pretrain"))
+    suggested = config.load(shlex.split(line)[2:])
+    assert suggested.data.image_size == 32  # for images of 48 x 40
+    assert suggested.data.mean == pytest.approx(json.loads((tmp_path / "r.json").read_text())["mean"], abs=1e-4)
+    config.make_plan(suggested, 40, 1, 0)
+
+
+@pytest.mark.parametrize("method", ["mae", "dino"])
+def test_the_picture_shows_images_crops_and_masks(method, folder, cli, tmp_path):
+    picture = tmp_path / "picture.png"
+    status, _, error = cli("data", folder, *words(method), f"picture={picture}")
+    assert (status, error) == (0, "")
+    pixels = np.array(Image.open(picture))
+    assert pixels.std() > 30
+    gray = (pixels == 128).all(axis=2).mean()
+    assert gray > 0.02 if method == "mae" else gray < 0.005  # what is hidden
+    again = tmp_path / "again.png"
+    cli("data", folder, *words(method), f"picture={again}")
+    assert picture.read_bytes() == again.read_bytes()
+
+
+def test_a_picture_of_the_users_is_not_overwritten(folder, cli, fails, tmp_path):
+    theirs = tmp_path / "holiday.png"
+    Image.new("RGB", (8, 8)).save(theirs)
+    before = theirs.read_bytes()
+    assert "was not drawn by sslvit" in fails("data", folder, *TINY, f"picture={theirs}")
+    assert theirs.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["picture=/no/such/folder/x.png"], "there is no folder"),
+        (["picture=x.jpg"], "must end in .png"),
+        (["sample=-1"], "sample=-1 must be 0 or above"),
+        (["sampel=3"], "There is no key sampel"),
+        (["mean=[0.5]"], "data.mean has 1 numbers"),
+    ],
+)
+def test_mistakes_are_one_sentence_before_the_work(fails, folder, more, expected):
+    assert expected in fails("data", folder, *TINY, *more)
+
+
+def test_a_set_of_broken_images_is_reported_and_not_drawn(tmp_path, cli, fails):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, data in BROKEN.items():
+        (folder / name).write_bytes(data)
+    status, said, _ = cli("data", folder)
+    assert status == 0
+    assert f"{len(BROKEN)} of {len(BROKEN)} (100.00%)" in said
+    assert "none of the images tried can be read" in fails("data", folder, f"picture={tmp_path / 'x.png'}")
