@@ -43,5 +43,5 @@ def test_colours_are_told_apart(cli, fails, labelled, colour_run, tmp_path):
     assert {row["pool"] for row in results["sweep"]} == {"cls", "mean", "cls+mean", "last4", "mean4"}
     assert "25 heads" in printed
     assert "l2=[0.0]" in fails("logistic", *words, "l2=[0]")
-    assert "pools: pooled" in fails("logistic", *words, "pools=[pooled]")
+    assert "pools=pooled is not" in fails("logistic", *words, "pools=[pooled]")
     assert "give one of them" in fails("logistic", *words, "pool=cls", "pools=[mean]")
