@@ -1,7 +1,7 @@
-"""From the arguments of a command line and a YAML file to a typed dataclass, through OmegaConf, with errors that help.
+"""From the arguments of a command line and a YAML file to a typed dataclass, through OmegaConf.
 
-Every key is declared in a dataclass. An undeclared key is an error that names the nearest one. An argument may use a
-key's last name alone (`mask_ratio=0.6` for `objective.mask_ratio=0.6`) if no other key ends in it.
+Every key is declared in a dataclass. An undeclared key is an error that names the nearest one. The last
+part of a key is enough (`mask_ratio=0.6` for `objective.mask_ratio=0.6`) if no other key ends in it.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""The configuration of a run: dataclass defaults, the method's, its preset's, a YAML recipe, key=value; the later wins.
+"""The configuration of a run, in layers: defaults, those of the method, a preset, a YAML recipe, key=value.
 
-Every key is declared in a dataclass beside the code that reads it. No value changes after loading: `make_plan` computes
-what follows from the configuration.
+A later layer wins. Every key is declared in a dataclass beside the code that reads it. No value changes after loading;
+`make_plan` computes what follows from the configuration.
 """
 
 from dataclasses import dataclass, field
@@ -30,19 +30,15 @@ DURATIONS = ("epochs", "steps", "images")
 class RunConfig:
     method: str = "mae"  # mae, dino, or the dotted name of a module of your own
     out: str = ""  # the run directory; empty: runs/ and the name of the recipe
-    seed: int = 0  # of all randomness; another number gives another run
-    epochs: float | None = None  # length of the run: passes over the images ...
-    steps: int | None = None  # ... or optimizer steps ...
-    images: int | None = None  # ... or images seen; give exactly one of the three
-    max_hours: float | None = None  # then this start saves and ends with exit status 75; the same command goes on
+    seed: int = 0  # of all random numbers
+    epochs: float | None = None  # length of the run in passes over the images; give one of epochs, steps, images
+    steps: int | None = None  # length of the run in optimizer steps
+    images: int | None = None  # length of the run in images seen
+    max_hours: float | None = None  # save and end after so many hours, with exit status 75; the same command resumes
     global_batch_size: int = 256  # images of one optimizer step, over all processes
-    batch_size: int | Literal["auto"] | None = (
-        None  # images at once on one process; null: its share of the global batch; auto: as many as fit on the GPU
-    )
+    batch_size: int | Literal["auto"] | None = None  # images one process holds at once; auto: as many as fit on a GPU
     precision: Precision = "auto"  # auto: bf16 where the hardware is fast at it, else float32; fp16 is experimental
-    compile: bool = (
-        False  # torch.compile every transformer block: for GPUs and long runs; costs about a minute at the start
-    )
+    compile: bool = False  # compile the transformer blocks: for GPUs and long runs; costs about a minute
     shard: bool = False  # experimental: split weights and moments among the processes (FSDP), for very large models
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -64,10 +60,7 @@ class Plan:
 
 
 def load(arguments: list[str]) -> RunConfig:
-    """The configuration that the arguments of a command line stand for: a recipe (*.yaml), images, key=value.
-
-    Raises UserError.
-    """
+    """The configuration of a command line: a recipe (*.yaml), images, key=value. Raises UserError."""
     recipe, values, given = _sort(arguments)
     method, preset = _method_and_preset(values, given)
     config = _defaults(method, preset)
@@ -83,7 +76,7 @@ def load(arguments: list[str]) -> RunConfig:
         chosen.add(key)
     config.out = config.out or f"runs/{recipe.stem if recipe else method}"
     stored = Path(config.out) / "config.yaml"
-    if stored.is_file():  # a run of an older version goes on as it began
+    if stored.is_file():  # a run of an older version resumes with the defaults of that version
         for key, value in compatibility.before(read_yaml(stored), set(keys) - chosen).items():
             config = merge(config, nested(key, value), str(stored))
     loaded = OmegaConf.to_object(config)
@@ -92,7 +85,7 @@ def load(arguments: list[str]) -> RunConfig:
 
 
 def _sort(arguments: list[str]) -> tuple[Path | None, dict[str, Any], list[tuple[str, str]]]:
-    """(the recipe, its values, the (key, text) pairs of key=value in their order); images are data.train=."""
+    """(the recipe, its values, the (key, text) pairs of key=value in their order). Images count as data.train=."""
     recipes = [Path(word) for word in arguments if word.endswith((".yaml", ".yml")) and "=" not in word]
     images = [word for word in arguments if "=" not in word and Path(word) not in recipes]
     for word in images:
@@ -109,7 +102,7 @@ def _sort(arguments: list[str]) -> tuple[Path | None, dict[str, Any], list[tuple
 
 
 def _method_and_preset(values: dict[str, Any], given: list[tuple[str, str]]) -> tuple[str, str | None]:
-    """Those of the recipe's values, or of the last key=value that names them."""
+    """The method and the preset: of the recipe, or of the last key=value that names them."""
     objective = values.get("objective")
     method = str(values.get("method") or RunConfig.method)
     preset = objective.get("preset") if isinstance(objective, dict) else None
@@ -120,12 +113,13 @@ def _method_and_preset(values: dict[str, Any], given: list[tuple[str, str]]) -> 
 
 
 def _defaults(method: str, preset: str | None = None) -> DictConfig:
-    """The dataclasses' defaults, then those of the method's paper, then those of a preset. Raises UserError."""
+    """The defaults of the dataclasses, of the method's paper, and of a preset. Raises UserError."""
     module = objectives.find(method)
     config = merge(OmegaConf.structured(RunConfig(method=method, objective=module.Config())), module.DEFAULTS, method)
-    if preset is None:
-        return config
-    presets = getattr(module, "PRESETS", {})
+    return config if preset is None else _with_preset(config, method, preset, getattr(module, "PRESETS", {}))
+
+
+def _with_preset(config: DictConfig, method: str, preset: str, presets: dict[str, dict[str, Any]]) -> DictConfig:
     if not presets:
         raise UserError(f"objective.preset={preset}: method={method} has no presets, leave it out.")
     if preset not in presets:
@@ -146,15 +140,15 @@ def save(config: RunConfig, path: Path) -> None:
 
 
 def differences(old: Path, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """{key: (value in the file, value now)} where a stored configuration and a new one differ."""
+    """{key: (stored value, new value)} of the keys that differ."""
     values, now = compatibility.modernise(read_yaml(old), str(old)), flatten(OmegaConf.structured(new))
-    # A key that is newer than the file had its default, or what `compatibility` says.
+    # A key that the file does not have had its default then, or the value that `compatibility` gives.
     before = flatten(_defaults(new.method)) | compatibility.before(values, now) | flatten(values)
     return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
 
 
 def help_text(arguments: list[str]) -> str:
-    """The keys of the method that a command line names, also by its recipe: defaults, and what they mean."""
+    """All keys with their defaults and meaning, of the method and preset that the command line or its recipe names."""
     _, values, given = _sort(arguments)
     method, preset = _method_and_preset(values, given)
     lines = help_lines(OmegaConf.to_object(_defaults(method, preset)))
@@ -164,7 +158,7 @@ def help_text(arguments: list[str]) -> str:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse values without a meaning, before anything is opened. Raises UserError."""
+    """Raises UserError for values that cannot be, before anything is opened."""
     if not config.data.train:
         raise UserError("data.train is missing: name the images to train on, as in `sslvit pretrain path/to/images`.")
     check_range("", config, 0, None, "max_hours")
@@ -181,15 +175,15 @@ def check(config: RunConfig) -> None:
     if value_range is not None and not value_range[0] < value_range[1]:
         raise UserError(f"data.value_range={list(value_range)} must be [low,high] with low below high.")
     if config.save.keep_best and not config.eval.test:
-        raise UserError("save.keep_best=true keeps the best by k-NN accuracy: it needs eval.train and eval.test.")
+        raise UserError("save.keep_best=true chooses by k-NN accuracy: give eval.train and eval.test.")
     if config.shard and config.precision == "fp16":
-        raise UserError("shard=true has no scaler of gradients, which precision=fp16 needs: use bf16 or float32.")
+        raise UserError("shard=true does not work with precision=fp16: use bf16 or float32.")
     if config.shard and config.batch_size == "auto":
         raise UserError("batch_size=auto does not work with shard=true: give a number.")
 
 
 def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) -> Plan:
-    """Batches, steps and warm-up of a run. Raises UserError for what cannot be."""
+    """Batches, steps and warm-up of a run. Raises UserError."""
     total = config.global_batch_size
     batch_size = config.batch_size if isinstance(config.batch_size, int) else None
     layout = make_layout(total, batch_size, num_images, world_size, rank, config.data.train)

@@ -1,15 +1,17 @@
 """The only file that touches torch.distributed. Every function also works in one process that never started it."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -34,8 +36,10 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def shard(modules: list[nn.Module], device: torch.device) -> None:
-    """Split the parameters of each module among all processes, in place, and move them to the device; those of a module
-    that comes before are left out."""
+    """Split the parameters of each module among all processes, in place, and move them to the device.
+
+    A parameter that two of the modules share is split with the first one.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -44,23 +48,23 @@ def shard(modules: list[nn.Module], device: torch.device) -> None:
         fully_shard(module, mesh=mesh)
 
 
-def is_sharded(x: Tensor) -> bool:
+def is_sharded(x: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor is sharded."""
     return hasattr(x, "to_local")
 
 
 def local_shard(x: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, in the same memory; any other tensor as it is. Call it in no_grad."""
+    """This process's part of a sharded tensor, in the same memory. Any other tensor as it is. Call it in no_grad."""
     return x.to_local() if is_sharded(x) else x
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """All of a sharded tensor, on all processes, which call this together; any other tensor as it is."""
-    return x.detach().full_tensor() if is_sharded(x) else x
+    """The whole of a sharded tensor. All processes call it together. Any other tensor as it is."""
+    return x.full_tensor().detach() if is_sharded(x) else x
 
 
 def shard_like(x: Tensor, like: Tensor | None) -> Tensor:
-    """A whole tensor, which all processes have, sharded like another; as it is if that is not sharded."""
+    """Shard a tensor that every process holds whole, in the way of `like`. As it is if `like` is not sharded."""
     if like is None or not is_sharded(like):
         return x
     from torch.distributed.tensor import distribute_tensor
@@ -78,17 +82,19 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def on_first_process(work: Callable[[], T], all_cores: bool = True) -> T:
-    """What `work` returns on the first process, on every process; a UserError there is raised on all.
+    """Call `work` on the first process only. Returns its result on every process; a UserError is raised on all.
 
-    all_cores: lend it those of the processes that wait.
+    all_cores: it may use the cores of the processes that wait.
     """
-    if not active():
-        return work()
+    return _share_result(work, all_cores) if active() else work()
+
+
+def _share_result(work: Callable[[], T], all_cores: bool) -> T:
     result: list[Any] = [None, None]
     if rank() == 0:
         threads = torch.get_num_threads()
         if all_cores:
-            torch.set_num_threads(os.cpu_count() or threads)  # launchers leave one to each process, and the others wait
+            torch.set_num_threads(os.cpu_count() or threads)  # launchers give each process one
         try:
             result[0] = work()
         except UserError as error:
@@ -100,19 +106,17 @@ def on_first_process(work: Callable[[], T], all_cores: bool = True) -> T:
     return result[0]
 
 
-@contextmanager
-def lost_process_as_user_error() -> Iterator[None]:
-    """Within it the loss of another process (killed, out of memory, its machine gone) is a UserError here: what waits
-    for it fails, at once by gloo, and by NCCL when its watchdog looks. A launcher ends those that still wait."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
-            raise
-        raise UserError(
-            f"Another of the {world_size()} processes has ended, so process {rank()} ends too: its own message or the "
-            "launcher's says why. Start the same command again to go on from the last checkpoint."
-        ) from error
+def explain_lost_process(error: Exception) -> str | None:
+    """What to tell the user if `error` says that another process has ended (killed, out of memory); None if not.
+
+    gloo raises such an error at once, NCCL when its watchdog looks. The launcher ends processes that still wait.
+    """
+    if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+        return None
+    return (
+        f"Another of the {world_size()} processes has ended, so process {rank()} ends too. The message of that process "
+        "or of the launcher says why. Start the same command again to go on from the last checkpoint."
+    )
 
 
 def barrier() -> None:

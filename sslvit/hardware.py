@@ -27,20 +27,19 @@ Precision = Literal["auto", "float32", "bf16", "fp16"]
 
 
 def start_accelerator(wanted: Precision, long_waits: bool = False) -> Accelerator:
-    """The device, the processes and the precision. Raises UserError if the processes that were started do not meet, or
-    if accelerate is configured to do what is done here by other means.
+    """The device, the processes and the precision. Raises UserError.
 
-    long_waits: processes may wait a day for one another, as in evaluations whose heads the first process trains.
+    long_waits: a process may wait a day for another one, as in evaluations whose heads the first process trains.
     Otherwise torch's own limit ends a run in which a process hangs.
     """
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise UserError(
                 f"accelerate is configured to use {name}: choose plain processes (accelerate config, or accelerate "
-                "launch --multi_gpu); pretrain shard=true splits a model among them."
+                "launch --multi_gpu). sslvit pretrain shard=true splits a model among them."
             )
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # accelerate joins CPU processes that torchrun started only if it is told that there is nothing but CPUs.
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     cpu = asked or not torch.accelerator.is_available()
     waiting = {"timeout": timedelta(days=1)} if long_waits else {}
     precision = resolve_precision(wanted, PartialState(cpu=cpu, **waiting).device)
@@ -58,17 +57,19 @@ def start_accelerator(wanted: Precision, long_waits: bool = False) -> Accelerato
 
 
 def first_on_each_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` returns, called by the first process of each machine before its others: what it downloads is there
-    for them. A UserError comes after the meeting, so that no process waits for one that has failed."""
-    result, problem = None, None
+    """Call `work` on every process, first on one of each machine: the others find what it has downloaded.
+
+    A UserError is raised after all have met. Otherwise the others would wait for the process that failed.
+    """
+    outcome: T | UserError
     with accelerator.local_main_process_first():
         try:
-            result = work()
+            outcome = work()
         except UserError as error:
-            problem = error
-    if problem:
-        raise problem
-    return result
+            outcome = error
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 def resolve_precision(wanted: Precision, device: torch.device) -> Literal["float32", "bf16", "fp16"]:
@@ -91,25 +92,23 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def choose_attention(module: nn.Module, device: torch.device, precision: str) -> None:
-    """Take torch's fused attention, except on CPUs in bf16.
+    """Use torch's fused attention, except on CPUs in bf16, where model/blocks.py computes it.
 
-    There its backward pass is five times slower than plain matrix products for the short sequences of a ViT (measured:
-    128 x 17 tokens 15.3 against 2.7 ms, 128 x 65 tokens 52 against 11 ms, 16 x 197 tokens 37 against 16 ms on 2 cores).
-    blocks.py then computes attention, and rounds the softmax once.
+    There its backward pass is up to five times slower than plain matrix products (measured on 2 cores: 128 x 17 tokens
+    15.3 against 2.7 ms, 128 x 65 tokens 52 against 11 ms, 16 x 197 tokens 37 against 16 ms).
     """
     if device.type == "cpu" and precision == "bf16":
         for attention in module.modules():
             if isinstance(attention, Attention):
-                attention.fused_attn = False
+                setattr(attention, "fused_attn", False)  # noqa: B010 (timm declares it final)
 
 
 def keep_memory(device: torch.device) -> None:
-    """Tell the C library (glibc) to keep what a step on a CPU frees for the next step, as torch does on GPUs.
+    """Tell the C library (glibc) to keep the memory that a step frees for the next step, as torch does on GPUs.
 
-    By default glibc gives it back to the system, which clears it again page by page: 14,000 to 49,000 page faults in a
-    step of MAE with 128 images of 32 pixels, 2 to 9 % of the step's time (measured). Call it after the loader processes
-    have been started, or they keep more memory too. A malloc setting in the environment wins; other C libraries have no
-    such setting.
+    By default glibc gives it back to the system, which clears it page by page. That costs 2 to 9 % of a step (measured,
+    14,000 to 49,000 page faults). Call it after the loader processes have started, or they keep more memory too. A
+    malloc setting in the environment wins.
     """
     configured = any(name.startswith("MALLOC_") for name in os.environ)
     configured |= "malloc" in os.environ.get("GLIBC_TUNABLES", "")
@@ -122,7 +121,7 @@ def keep_memory(device: torch.device) -> None:
             mallopt(-3, 2**25)
 
 
-def blocks_of(objective: nn.Module) -> list[nn.Module]:
+def blocks_of(objective: nn.Module) -> list[Block]:
     """The transformer blocks that can be compiled. Raises UserError for a model that has none."""
     blocks = [module for module in objective.modules() if isinstance(module, Block)]
     if not blocks:
@@ -133,10 +132,10 @@ def blocks_of(objective: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(objective: nn.Module, work: Callable[[], None], device: torch.device) -> str:
-    """Compile each transformer block in place; says what that cost and what it saves.
+    """Compile each transformer block in place. Returns a sentence: what that cost and what it saves.
 
-    Blocks and not the whole: they are alike, so one graph for each shape serves all of them, and what surrounds them
-    (gathering patches, masks, losses) stays plain. work: one forward and backward pass; it is called some eight times.
+    Blocks and not the whole model: they are alike, so one graph for each shape is enough for all of them. Patches,
+    masks and losses around them stay plain. work: one forward and backward pass, called some eight times.
     """
 
     def seconds() -> float:
@@ -150,8 +149,8 @@ def compile_blocks(objective: nn.Module, work: Callable[[], None], device: torch
     seconds()
     before = min(seconds() for _ in range(3))
     for block in blocks:
-        if any(map(is_sharded, block.parameters())):  # what fetches its weights stays outside
-            block.forward = torch.compile(block.forward, dynamic=False)
+        if any(map(is_sharded, block.parameters())):  # FSDP's hooks, which fetch the weights, stay outside
+            block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
         else:
             block.compile(dynamic=False)
     try:
@@ -170,18 +169,18 @@ def compile_blocks(objective: nn.Module, work: Callable[[], None], device: torch
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def evaluation_threads() -> int:
-    """For a search in this process: launchers leave one to each process, and the rest of the machine would wait."""
+    """Threads for a search in this process. A launcher gives each process one thread; the other cores would wait."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return torch.get_num_threads() if local == 1 else max(1, cores() // local)
 
 
 def default_workers(device: torch.device) -> int:
-    """Loader processes for one training process: the cores that this process may use, but one on a CPU that trains."""
+    """Loader processes for one training process: one on a CPU that also trains, else as many as there are cores."""
     if device.type == "cpu":
         return 1 if cores() > 1 else 0
     return max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -208,9 +207,9 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_reserved(device)
     try:  # not getrusage, which begins with the peak of the process that started this one
         status = Path("/proc/self/status").read_text(encoding="ascii")
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
-    except (OSError, AttributeError):
-        return psutil.Process().memory_info().rss
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
+    except (OSError, IndexError):
+        return int(psutil.Process().memory_info().rss)
 
 
 def versions() -> dict[str, str]:

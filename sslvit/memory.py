@@ -1,7 +1,6 @@
 """When a step does not fit into memory: what to change, or the largest batch_size that fits, found by trying."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,20 +25,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-@contextmanager
-def oom_as_user_error(config: RunConfig) -> Iterator[None]:
-    """Within it running out of memory is a UserError that says what to change."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if "DataLoader worker" in str(error) and "killed" in str(error):
-            raise UserError(
-                f"A process that loads images was killed ({first_line(error)}), as the system does when memory runs "
-                "out: lower data.workers, or set data.cache=false."
-            ) from error
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(advice(config)) from error
+def explain(error: Exception, config: RunConfig) -> str | None:
+    """What to tell the user if `error` says that memory ran out; None if it does not."""
+    if "DataLoader worker" in str(error) and "killed" in str(error):
+        return (
+            f"A process that loads images was killed ({first_line(error)}). The system does that when memory runs out: "
+            "lower data.workers, or set data.cache=false."
+        )
+    return advice(config) if is_out_of_memory(error) else None
 
 
 def advice(config: RunConfig) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,15 +30,17 @@ class Config:
 
 
 class Window:
-    """Means of what the objective returned since the last line, kept on the device until a line is due. Steps that were
-    skipped count for nothing."""
+    """Means of what the objective returned since the last line. They stay on the device until a line is due.
+
+    Skipped steps do not count.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor | float] = {}
         self.steps = 0
         self.current: dict[str, Tensor] = {}  # of the step that is running
         self.losses: list[Tensor] = []  # of its micro-batches
-        self.recent: list[tuple[Tensor, list[Tensor]]] = []  # (1 if skipped, losses) of steps that nobody looked at
+        self.recent: list[tuple[Tensor, list[Tensor]]] = []  # (1 if skipped, losses) of steps since the last `poll`
 
     def add(self, values: dict[str, Tensor], weight: float = 1.0) -> None:
         for name, value in values.items():
@@ -56,8 +58,8 @@ class Window:
         self.current, self.losses = {}, []
         self.steps += 1
 
-    def state(self) -> dict:
-        """Sums over the window, averaged over all processes: what a checkpoint holds of an unfinished line."""
+    def state(self) -> dict[str, Any]:
+        """The sums of an unfinished line, averaged over all processes: what a checkpoint holds."""
         names = sorted(self.sums)
         if not names:
             return {}
@@ -66,13 +68,12 @@ class Window:
         values = all_reduce_sum(sums) / world_size()  # on the training device: NCCL knows no other
         return {"steps": self.steps, "sums": dict(zip(names, values.tolist(), strict=True))}
 
-    def load(self, state: dict) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         self.steps = state.get("steps", 0)
         self.sums = dict(state.get("sums", {}))
 
     def close(self) -> dict[str, float]:
-        """The means of the window, which begins anew, and how many of its steps were skipped if any were: with nothing
-        else if all were."""
+        """The means since the last call, and the number of skipped steps if there are any. Then it starts anew."""
         state = self.state()
         self.sums, self.steps = {}, 0
         if not state:
@@ -140,7 +141,7 @@ def _round(value: float | int) -> float | int:
 
 
 class Stopwatch:
-    """Images a second and the share of time spent waiting for data, since the last look."""
+    """Images a second, and the share of the time that was spent waiting for images, since the last `lap`."""
 
     def __init__(self) -> None:
         self.began, self.waited = time.perf_counter(), 0.0
@@ -153,7 +154,7 @@ class Stopwatch:
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
-        """Time that passes for something else than training does not count."""
+        """The time within does not count: it is not training."""
         start = time.perf_counter()
         yield
         self.began += time.perf_counter() - start
@@ -167,8 +168,10 @@ class Stopwatch:
 
 
 class Trace:
-    """<run>/trace.json: every operation of the fourth to the sixth step of a start, with its time and shapes. Opens in
-    a browser, at ui.perfetto.dev or chrome://tracing."""
+    """Writes <run>/trace.json: every operation of the fourth to the sixth step, with its time and shapes.
+
+    A browser shows it, at ui.perfetto.dev or chrome://tracing.
+    """
 
     def __init__(self, path: Path | None) -> None:
         """None: write nothing."""

@@ -25,7 +25,8 @@ from .data.augment import Normalize, augment
 from .data.cache import Memory, OnDevice, cached, on_device
 from .data.crops import Views, random_batch
 from .data.loader import make_loader
-from .distributed import any_process, lost_process_as_user_error, say, world_size
+from .distributed import any_process, explain_lost_process, say, world_size
+from .errors import UserError
 from .evaluation.online import KnnMonitor, RankMonitor
 from .hardware import (
     blocks_of,
@@ -56,8 +57,8 @@ class Result:
     steps: int
     images_seen: int
     seconds: float  # of training, over all starts
-    knn_before: float | None  # top-1 in percent, of the untrained encoder ...
-    knn_after: float | None  # ... and of the trained one
+    knn_before: float | None  # k-NN accuracy of the untrained encoder, percent
+    knn_after: float | None  # and of the trained one
     stopped: str | None = None  # why it ended before its last step: a signal's name or max_hours
     knn_chose: bool = False  # save.keep_best chose a checkpoint by this k-NN
 
@@ -112,11 +113,11 @@ class Training:
             yield augment(batch, self.views, self.normalize, self.accelerator.device)
 
     def evaluate(self) -> float | None:
-        """Top-1 of k-NN in percent; None for a run without labelled images."""
+        """k-NN accuracy of the encoder as it is, in percent; None for a run without labelled images."""
         run = self.progress
         if self.knn_monitor is None:
             return None
-        self.saver.check(wait=True)  # its thread must rest while the evaluation forks its loader processes
+        self.saver.check(wait=True)  # the evaluation starts loader processes by fork: no thread may be writing then
         with self.recorder.watch.pausing(), self.eval_encoder() as encoder:
             top1 = self.knn_monitor(encoder)
         if run.step and top1 > (run.best_knn or 0.0):
@@ -135,15 +136,18 @@ class Training:
 
 def pretrain(config: RunConfig) -> Result:
     """Train to the configured end, from the newest checkpoint of the run directory if it has one. Raises UserError."""
-    with (
-        memory.oom_as_user_error(config), lost_process_as_user_error(),
-        stop_requests(config.max_hours) as stop, Saver(Path(config.out), config.save) as saver,
-    ):  # fmt: skip
-        return train(set_up(config, saver), stop)
+    try:
+        with stop_requests(config.max_hours) as stop, Saver(Path(config.out), config.save) as saver:
+            return train(set_up(config, saver), stop)
+    except (RuntimeError, MemoryError) as error:
+        explanation = memory.explain(error, config) or explain_lost_process(error)
+        if explanation is None:
+            raise
+        raise UserError(explanation) from error
 
 
 def set_up(config: RunConfig, saver: Saver) -> Training:
-    """Everything before the first step. Raises UserError for what cannot work, before anything is written."""
+    """Everything before the first step. What cannot work raises UserError before anything is written."""
     # Images, processes, number of steps.
     configuration.check(config)
     accelerator = start_accelerator(config.precision)
@@ -158,7 +162,7 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     # The model and its optimizer, as the seed makes them.
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps)
     choose_attention(objective, device, accelerator.mixed_precision)
-    eval_encoder: EvalEncoder = partial(nullcontext[Encoder], objective.exported_encoder())
+    eval_encoder: EvalEncoder = lambda: nullcontext(objective.exported_encoder())  # noqa: E731
     if config.shard:
         eval_encoder = sharding.place(objective, device, config.shard)
     else:
@@ -186,7 +190,7 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     if config.compile:
         say(compiled(config, plan, accelerator, model, optimizer, views))
 
-    # The way of the images, and what watches the run.
+    # Where the images come from, and what watches the run.
     workers = default_workers(device) if config.data.workers is None else config.data.workers
     source = cached(source, config.data.cache, config.seed, space)
     images = on_device(source, config.data.cache, device, workers)
@@ -238,21 +242,21 @@ def train(training: Training, stop: StopRequest) -> Result:
         if training.rank_monitor and run.step % (config.log.rank_every_steps or 1) == 0:
             with recorder.watch.pausing(), training.eval_encoder() as encoder:
                 recorder.rank(run, training.rank_monitor(encoder))
-        if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # agreeing takes time
+        if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # processes must agree
             save_now |= any_process((clock - last_save) / 60 > config.save.every_minutes)
         stopped = stop.reason_at(run.step) if run.step < plan.steps else None
         record["knn_due"] = run.step % evaluate_every == 0 or run.step == plan.steps
         if record["knn_due"] and not stopped:
             record["knn_after"], record["knn_due"] = training.evaluate(), False
             save_now |= saver.is_best(run)
-        if save_now or stopped:  # after the evaluation, so that a run that is killed here does not lose its result
+        if save_now or stopped:  # after the evaluation: the checkpoint holds its result
             training.save()
             last_save = time.perf_counter()
         if stopped:
             break
         clock = time.perf_counter()
 
-    saver.check(wait=True)  # a launcher ends all processes with the first one: none may end before the save is written
+    saver.check(wait=True)  # when one process ends, a launcher ends all: first the checkpoint must be on the disk
     recorder.close()
     knn = record["knn_before"], record["knn_after"]
     return Result(Path(config.out), run.step, run.images_seen, run.seconds, *knn, stopped, config.save.keep_best)
@@ -262,7 +266,7 @@ def compiled(
     config: RunConfig, plan: Plan, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer,
     views: Views,
 ) -> str:  # fmt: skip
-    """Compile the blocks of the objective; returns what that cost. Nothing of the training state changes."""
+    """Compile the blocks of the objective. Returns a sentence: what that cost. The state of the run stays as it is."""
     objective = accelerator.unwrap_model(model)
     batch = random_batch(views, plan.layout.batch_size, config.data.in_chans, accelerator.device)
     buffers = {name: value.clone() for name, value in objective.named_buffers()}

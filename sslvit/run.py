@@ -1,4 +1,4 @@
-"""The run directory: the record of a run, what is written into it, and what may change in it.
+"""The run directory: what is written into it, and which settings may change when a run resumes.
 
 config.yaml (resolved), starts.jsonl (command, versions and hardware of every start), metrics.jsonl, tensorboard/,
 checkpoints/, bad_images.txt, nonfinite.jsonl, eval/*.json.
@@ -48,13 +48,12 @@ BEFORE_FIRST_CHECKPOINT = {".lock", "starts.jsonl", "config.yaml.tmp", "submit"}
 
 
 def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
-    """Make the run directory, or check that it belongs to this run and that no other process trains in it.
+    """Make the run directory, or check that it belongs to this run. Raises UserError before anything is written.
 
-    Raises UserError on every process, before anything is written. Returns the directory's lock, which is held until it
-    is closed or the process ends; None on all processes but the first.
+    Returns the lock of the directory on the first process, None on the others.
     """
     check_directory(run_dir, config)
-    barrier()  # no process looks at what the first one writes from here on
+    barrier()  # all have checked before the first one writes
 
     def prepare() -> None:
         sweep(run_dir)
@@ -73,7 +72,7 @@ def check_directory(run_dir: Path, config: RunConfig) -> None:
         raise UserError(f"out={run_dir} is a file: give a directory.")
     others = {path.name for path in run_dir.iterdir()} - BEFORE_FIRST_CHECKPOINT if run_dir.exists() else set()
     if others and not (stored.exists() and (run_dir / "starts.jsonl").exists()):
-        raise UserError(f"out={run_dir} is not empty and holds no run: give a new directory.")
+        raise UserError(f"out={run_dir} holds files that are not of a run: give a new directory.")
     if steps_saved(run_dir):
         _refuse_other_settings(run_dir, configuration.differences(stored, config))
 
@@ -91,15 +90,15 @@ def _write_start(run_dir: Path, device: str) -> None:
 
 
 def check_images(saved: dict[str, Any], source: Source, where: str) -> None:
-    """Raises UserError if a run that goes on gets other images than it began with.
+    """Raises UserError if a run that resumes gets other images than it began with.
 
-    Number, order and names must be the same: every permutation and every schedule depends on them.
+    Their number, order and names must be the same: the order of training and the schedules depend on them.
     """
     stored, now = saved.get("images"), images_record(source)
     if stored is not None and stored != now:
         raise UserError(
-            f"data.train={where} holds {now['count']} images, and they are not the {stored['count']} that this run was "
-            "started with (number, names or order differ): give those, or another out= for a new run."
+            f"data.train={where} holds {now['count']} images, which are not the {stored['count']} images that this run "
+            "began with (number, names or order differ): give the same images, or another out= for a new run."
         )
 
 
@@ -113,12 +112,12 @@ def _refuse_other_settings(run_dir: Path, differences: dict[str, tuple[Any, Any]
         for key, values in differences.items()
         if key not in MUTABLE_ON_RESUME and not key.startswith(MUTABLE_SECTIONS)
     }
-    if "method" in differences:  # then the keys of both methods differ as well: name the cause only
+    if "method" in differences:  # then many keys differ: name only the cause
         differences = {"method": differences["method"]}
     if differences:
         changes = "; ".join(f"{key} was {old} and is {new}" for key, (old, new) in sorted(differences.items()))
         raise UserError(
-            f"{run_dir} holds a run with other settings: {changes}. Give the old settings to go on with it, "
+            f"{run_dir} holds a run with other settings: {changes}. Give the old settings to continue that run, "
             "or another out= for a new run."
         )
 
@@ -127,7 +126,7 @@ def describe(
     config: RunConfig, plan: Plan, schedule: Schedule, objective: Objective, images: Source, accelerator: Accelerator,
     workers: int,
 ) -> list[str]:  # fmt: skip
-    """The lines before the first step: what is about to happen, with the values that follow from the configuration."""
+    """The lines that a run prints before its first step."""
     layout, encoder = plan.layout, objective.exported_encoder()
     weights = sum(p.numel() for p in encoder.parameters()) / 1e6
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad) / 1e6
@@ -155,12 +154,12 @@ def write_or_explain(run_dir: Path, work: Callable[[], None]) -> None:
         begin = f"step {saved[-1]}" if saved else "the beginning"
         raise UserError(
             f"{run_dir} cannot be written to ({os_error_text(error)}; {format_bytes(free_space(run_dir))} are free): "
-            f"make room and start the same command again, which goes on from {begin}."
+            f"make room and start the same command again. It continues from {begin}."
         ) from error
 
 
 class Recorder:
-    """Writes the lines of a run: into metrics.jsonl and TensorBoard, and on the console of the first process."""
+    """Writes the lines of a run to metrics.jsonl, TensorBoard and the console."""
 
     def __init__(
         self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, source: Source,
@@ -183,7 +182,7 @@ class Recorder:
         return step % self.every == 0 or step == self.plan.steps
 
     def line(self, run: RunState) -> None:
-        """Write the line of a step. All processes call it."""
+        """Write the line of a step. All processes call this."""
         self.flush_skipped(run)
         timing = self.watch.lap(run.images_seen - self.seen)
         self.seen = run.images_seen
@@ -220,7 +219,7 @@ class Recorder:
         self.warned |= bool(alarm)
 
     def write(self, record: dict[str, float | int]) -> None:
-        """Write one line. All processes call it. Raises UserError on all of them if the disk refuses."""
+        """Write one line. All processes call this. Raises UserError on all of them if it cannot be written."""
 
         def work() -> None:
             assert self.log is not None, "the first process has the log"
@@ -229,9 +228,9 @@ class Recorder:
         on_first_process(lambda: write_or_explain(self.run_dir, work), all_cores=False)
 
     def flush_skipped(self, run: RunState) -> None:
-        """Write down the steps that were skipped since the last call. All processes call it.
+        """Write down the steps that were skipped since the last call. All processes call this.
 
-        Raises UserError on all of them if too many steps in a row were skipped: then nothing is saved.
+        Raises UserError on all of them if too many steps in a row were skipped. Then nothing is saved.
         """
         lines, warnings = self.skipped.poll(self.window, run)
         if lines:
@@ -249,9 +248,9 @@ class Recorder:
 
 
 class BadImages:
-    """Counts images that cannot be read, names each once (log, bad_images.txt), and stops a run with too many."""
+    """Counts images that cannot be read, names each one once, and stops a run that has too many."""
 
-    AT_LEAST = 1000  # images read before their bad share says something
+    AT_LEAST = 1000  # the share of bad images is reckoned of at least so many
 
     def __init__(self, run_dir: Path, config: data.Config, source: Source) -> None:
         self.path, self.limit, self.source = run_dir / BAD_IMAGES, config.bad_ratio, source
@@ -261,26 +260,31 @@ class BadImages:
         self.new: list[tuple[str, str]] = []
 
     def note(self, batch: dict[str, Any]) -> None:
-        """Take the list of bad images out of a batch of the loader. Raises UserError if no image could be read."""
-        bad = batch.pop("bad")
+        """Take the list of bad images out of a batch of the loader. Raises UserError if the loader gave up."""
+        bad, failed = batch.pop("bad"), batch.pop("failed", False)
         for index, reason in bad:
-            name = self.source.name(index)
-            if name not in self.known:
-                self.known.add(name)
-                self.new.append((name, reason))
-        if batch.pop("failed", False):
-            write_or_explain(self.path.parent, lambda: self._write(self.new))
-            index, reason = bad[-1]
-            raise UserError(
-                f"{len(bad)} images in a row cannot be read, the last is {self.source.name(index)}: {reason}. "
-                f"Check data.train; they are listed in {self.path}."
-            )
+            self._add(self.source.name(index), reason)
+        if failed:
+            self._refuse(bad)
+
+    def _add(self, name: str, reason: str) -> None:
+        if name not in self.known:
+            self.known.add(name)
+            self.new.append((name, reason))
+
+    def _refuse(self, bad: list[tuple[int, str]]) -> None:
+        write_or_explain(self.path.parent, lambda: self._write(self.new))
+        index, reason = bad[-1]
+        raise UserError(
+            f"{len(bad)} images in a row cannot be read. The last is {self.source.name(index)}: {reason}. "
+            f"Check data.train; they are listed in {self.path}."
+        )
 
     def _write(self, entries: list[tuple[str, str]]) -> None:
         append(self.path, [f"{name}\t{reason}\n" for name, reason in entries])
 
     def report(self, images_seen: int) -> list[str]:
-        """Sentences about images found bad since the last report. All processes call it. Raises UserError."""
+        """Sentences about bad images since the last report. All processes call this. Raises UserError if too many."""
         fresh = sorted({entry for entries in gather_objects(self.new) for entry in entries})
         self.new = []
         self.known |= {name for name, _ in fresh}

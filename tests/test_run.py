@@ -74,7 +74,7 @@ def test_where_images_are_kept_does_not_change_a_run(cli, images, tmp_path, meth
     """But for the rounding of crops, by a level of 255; and a run goes on with them elsewhere."""
     arguments = ["pretrain", images, *words(method, "precision=float32", "save.every_steps=4", "workers=1")]
     status, printed, _ = cli(*arguments, f"out={tmp_path / 'ram'}")
-    assert "1 loader processes, images stay in memory, writing" in printed
+    assert "1 loader process, images stay in memory, writing" in printed
     status, printed, _ = cli(*arguments, f"out={tmp_path / 'device'}", "cache=device")
     assert "0 loader processes, images on the device (156 KiB), writing" in printed
     assert status == 0
@@ -160,7 +160,7 @@ def test_other_settings_are_refused_by_name_and_nothing_is_touched(cli, fails, i
 
 def test_a_directory_with_other_things_is_not_written_to(fails, images, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
-    assert "is not empty and holds no run" in fails("pretrain", images, *words("mae", f"out={tmp_path}"))
+    assert "holds files that are not of a run" in fails("pretrain", images, *words("mae", f"out={tmp_path}"))
     assert "is a file" in fails("pretrain", images, *words("mae", f"out={tmp_path / 'precious.txt'}"))
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
@@ -178,7 +178,7 @@ def test_a_folder_that_only_looks_like_a_run_is_not_written_to(fails, images, tm
     (tmp_path / "config.yaml").write_text("my: own settings\n")
     (tmp_path / "metrics.jsonl").write_text("my own lines\n")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert "is not empty and holds no run" in fails("pretrain", images, *words("mae", f"out={tmp_path}"))
+    assert "holds files that are not of a run" in fails("pretrain", images, *words("mae", f"out={tmp_path}"))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -218,7 +218,7 @@ def test_other_images_are_refused_and_the_same_elsewhere_are_not(cli, fails, ima
     assert_same_run(whole, out)
     (moved / "000.png").rename(moved / "zzz.png")
     message = fails("pretrain", moved, *words("mae", f"out={out}", "epochs=3"))
-    assert "holds 37 images, and they are not the 37 that this run was started with" in message
+    assert "holds 37 images, which are not the 37 images that this run began with" in message
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(cli, fails, images, tmp_path):
@@ -284,7 +284,7 @@ def test_too_many_broken_images_stop_the_run(fails, tmp_path):
         path.write_bytes(b"")
     message = fails("pretrain", folder, *words("mae", f"out={tmp_path / 'run2'}"))
     assert "in a row cannot be read" in message
-    named = message.split("the last is ")[1].split(": ")[0]
+    named = message.split("The last is ")[1].split(": ")[0]
     assert named in (tmp_path / "run2" / "bad_images.txt").read_text()
 
 

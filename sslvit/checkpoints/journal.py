@@ -1,7 +1,7 @@
-"""Files of a run that grow by lines, and that a run which goes on cuts back to what they held at its checkpoint.
+"""Files of a run that grow by lines. A run that resumes cuts them back to what they held at its checkpoint.
 
-So each line is there exactly once, whenever the run was killed: a checkpoint records how long the files were, and what
-was written after it is written again.
+A checkpoint records the length of each file. Lines that came after it are written again. So every line is there exactly
+once, whenever the run was killed.
 """
 
 import json
@@ -28,7 +28,7 @@ def lengths(run_dir: Path) -> dict[str, int]:
 
 
 def sync(run_dir: Path) -> None:
-    """Bring the files to the disk: before the checkpoint that counts on them."""
+    """Write the files to the disk, before the checkpoint that records their lengths."""
     for path in (run_dir / name for name in NAMES):
         if path.exists():
             with path.open("rb") as file:
@@ -36,10 +36,10 @@ def sync(run_dir: Path) -> None:
 
 
 def rewind(run_dir: Path, kept: dict[str, int] | None, step: int) -> None:
-    """Cut the files back; all processes call it, and none reads them before it is done.
+    """Cut the files back. All processes call it, and wait until it is done.
 
-    kept: what `lengths` gave at the checkpoint of `step`; {} for a run that begins; None for a checkpoint of a version
-    that did not record it: then lines of later steps are dropped.
+    kept: the `lengths` at the checkpoint of `step`; {} for a new run. None for a checkpoint of an old version, which
+    did not record them: then lines of later steps are dropped.
     """
     if rank() == 0:
         for path in (run_dir / name for name in NAMES):
@@ -49,7 +49,7 @@ def rewind(run_dir: Path, kept: dict[str, int] | None, step: int) -> None:
 
 
 def _cut(path: Path, length: int) -> bool:
-    """False if the file has been changed by somebody else, so that no line ends there."""
+    """False if no line ends at that length, because somebody has edited the file."""
     with path.open("rb+") as file:
         file.seek(max(0, length - 1))
         if length and file.read(1) != b"\n":

@@ -1,4 +1,4 @@
-"""One process at a time in a folder, and one run of several processes."""
+"""A lock of a folder: only one run at a time writes there."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +9,7 @@ from ..errors import UserError
 
 
 def acquire(folder: Path, key: str = "out") -> IO[str] | None:
-    """Hold <folder>/.lock until what is returned is closed or the process ends, however it ends. Raises UserError if
-    another process holds it."""
+    """Lock <folder>/.lock until the returned file is closed or the process ends. Raises UserError if it is locked."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -21,7 +20,7 @@ def acquire(folder: Path, key: str = "out") -> IO[str] | None:
     except (BlockingIOError, PermissionError) as error:
         file.close()
         raise UserError(
-            f"Another process is training in {folder}: wait for it, stop it, or give another {key}=."
+            f"Another process is training in {folder}: wait until it ends, stop it, or give another {key}=."
         ) from error
     except OSError:  # a file system without locks
         return file
@@ -31,10 +30,9 @@ def acquire(folder: Path, key: str = "out") -> IO[str] | None:
 def create_and_acquire(
     folder: Path, key: str, refuse: Callable[[], None] | None = None, prepare: Callable[[], None] | None = None
 ) -> IO[str] | None:
-    """Make a folder and take its lock on the first process: what `acquire` returns; None on the other processes.
+    """Make a folder and lock it, on the first process, which gets the lock. Raises UserError on all processes.
 
     key: the configuration key that names the folder. refuse, prepare: called before and after the lock is taken.
-    Raises UserError on all processes.
     """
     held: list[IO[str] | None] = [None]
 

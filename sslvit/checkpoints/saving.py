@@ -1,5 +1,7 @@
-"""When checkpoints are written and which are kept: training waits for a copy of its state in main memory, a thread does
-the rest."""
+"""When checkpoints are written and which are kept.
+
+Training waits only for a copy of its state in main memory. A thread writes it.
+"""
 
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +22,7 @@ from .state import RunState
 
 
 class Saver:
-    """Writes one checkpoint at a time beside the training; whoever leaves its `with` has the last one on the disk."""
+    """Writes one checkpoint at a time in a thread. At the end of its `with`, the last one is on the disk."""
 
     def __init__(self, run_dir: Path, config: state.Config) -> None:
         self.run_dir, self.config = run_dir, config
@@ -39,8 +41,10 @@ class Saver:
     def save(
         self, objective: nn.Module, optimizer: torch.optim.Optimizer, run: RunState, extra: dict[str, Any]
     ) -> None:
-        """Copy the state and begin to write it, on the first process; all processes call this. Raises UserError if the
-        checkpoint before could not be written."""
+        """Copy the state and begin to write it. All processes call this; the first writes.
+
+        Raises UserError if the previous checkpoint could not be written.
+        """
         self.check(wait=True)
         self._copy = state.snapshot(objective, optimizer, self._copy)
         if rank() == 0:
@@ -48,9 +52,9 @@ class Saver:
             self._pending = self._thread.submit(self._write, self._copy, record, run.step, run.best_step)
 
     def check(self, wait: bool = False) -> None:
-        """Raises UserError on all processes, which call this together, if a checkpoint could not be written.
+        """Raises UserError on all processes if a checkpoint could not be written. All processes call this together.
 
-        wait: until the one that is being written, if any, is on the disk.
+        wait: first wait until the checkpoint that is being written is on the disk.
         """
         problem = None
         if self._pending and (wait or self._pending.done()):
@@ -69,7 +73,7 @@ class Saver:
             state.write(self.run_dir, tensors, record)
         except (OSError, SafetensorError) as error:
             past = [saved for saved in state.steps_saved(self.run_dir) if saved < step]
-            good = f"The one of step {past[-1]} is whole" if past else "There is none before it"
+            good = f"The checkpoint of step {past[-1]} is whole" if past else "There is no older checkpoint"
             needed, free = sum(map(state.size, tensors)), free_space(self.run_dir)
             raise UserError(
                 f"The checkpoint of step {step} cannot be written to {self.run_dir} ({os_error_text(error)}): it takes "
@@ -85,7 +89,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(wait=True)  # a run that fails keeps the checkpoint that it was writing
+        self._thread.shutdown(wait=True)  # a run that fails still finishes the checkpoint that it was writing
 
 
 def os_error_text(error: Exception) -> str:
@@ -99,8 +103,7 @@ def free_space(run_dir: Path) -> int:
 
 
 def disk_space_warning(run_dir: Path, config: state.Config, objective: nn.Module, steps: int) -> str | None:
-    """A warning if the checkpoints of so many steps will not all fit on the disk; None if they will. From the first
-    process only."""
+    """A warning if the checkpoints of so many steps do not fit on the disk, else None. On the first process only."""
     if rank() != 0:
         return None
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]

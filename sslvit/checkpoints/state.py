@@ -1,8 +1,9 @@
-"""Checkpoints of a run: written beside, synced, renamed; with checksums; the newest that is whole is taken up again.
+"""Checkpoints of a run: written under another name, synced, renamed, with checksums. A run resumes from the newest.
 
 A checkpoint is a folder `checkpoints/step_<n>` with model.safetensors (the whole objective: student, teacher, center),
-optimizer.safetensors (AdamW's moments by parameter name) and state.json (counters, checksums). There is no random state
-in it, because nothing random has one (see rng.py). Nothing is pickled, so a checkpoint from elsewhere cannot run code.
+optimizer.safetensors (AdamW's moments by parameter name), state.json (counters) and sha256.txt. No random state is
+needed: every random draw is a function of its address (rng.py). Nothing is pickled, so a checkpoint from elsewhere
+cannot run code.
 """
 
 import hashlib
@@ -29,11 +30,11 @@ MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "s
 
 @dataclass
 class Config:
-    every_minutes: float | None = 15.0  # a checkpoint each so often ...
-    every_steps: int | None = None  # ... and each so many steps; the end of the run always has one
-    keep_last: int = 2  # older ones are deleted ...
-    keep_every: int | None = None  # ... but for those at multiples of so many steps, which are also written
-    keep_best: bool = False  # ... and the one with the best k-NN on eval.test, which is then used for choosing
+    every_minutes: float | None = 15.0  # minutes between checkpoints; the end of the run always writes one
+    every_steps: int | None = None  # steps between checkpoints
+    keep_last: int = 2  # so many are kept, older ones are deleted
+    keep_every: int | None = None  # also write and keep those at multiples of so many steps
+    keep_best: bool = False  # also keep the one with the best k-NN on eval.test, which is then used for choosing
 
 
 @dataclass
@@ -58,8 +59,10 @@ class Damaged(Exception):
 
 
 def snapshot(objective: nn.Module, optimizer: torch.optim.Optimizer, into: Tensors | None = None) -> Tensors:
-    """A copy in main memory, which training can go on beside; into the memory of one before where it fits, as fresh
-    memory takes longer to get than to fill. All processes call this, and the first one gets the copy."""
+    """A copy of the state in main memory, while training goes on. All processes call this; the first gets the copy.
+
+    into: an older copy, whose memory is used again where it fits. Fresh memory takes longer to get than to fill.
+    """
     old = into or ({}, {})
     return _copy(objective.state_dict(), old[0]), _copy(optimizer_tensors(objective, optimizer), old[1])
 
@@ -88,9 +91,9 @@ def write(run_dir: Path, tensors: Tensors, record: dict[str, Any]) -> Path:
             _sync(fresh / name)
         _sync(fresh)
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)  # half a checkpoint on a full disk is in the way
+        shutil.rmtree(fresh, ignore_errors=True)  # on a full disk, half a checkpoint takes room that is needed
         raise
-    if final.exists():  # the same step, saved again: it was damaged, or the run would have begun there
+    if final.exists():  # a damaged checkpoint of the same step: otherwise the run would have resumed from it
         _remove(final)
     os.rename(fresh, final)
     _sync(folder)
@@ -115,23 +118,25 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def prune(run_dir: Path, keep_last: int, step: int, every: int | None = None, best: int | None = None) -> None:
-    """Delete all but the last checkpoints up to `step`, those at multiples of `every`, and that of step `best`. Later
-    ones are damaged, or the run would have begun there: they neither count nor are touched before the run has passed
-    them."""
+    """Delete old checkpoints. Kept are the last `keep_last`, multiples of `every`, and that of step `best`.
+
+    Checkpoints of later steps are damaged, since the run did not resume from them. They do not count, and stay until
+    the run has passed them.
+    """
     for old in [saved for saved in steps_saved(run_dir) if saved <= step][: -max(1, keep_last)]:
         if old != best and not (every and old % every == 0):
             _remove(folder_of(run_dir, old))
 
 
 def sweep(run_dir: Path) -> None:
-    """Delete what a killed run was writing or deleting. Only for who holds the run's lock."""
+    """Delete what a killed run was writing or deleting. Call it only with the lock of the run."""
     for name in (".writing_*", ".deleting_*"):
         for path in (run_dir / "checkpoints").glob(name):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
-    """At once, so that a kill leaves no half of it under its name."""
+    """Rename, then delete: a kill in between leaves no half of a checkpoint under its name."""
     going = folder.with_name(folder.name.replace("step_", ".deleting_"))
     shutil.rmtree(going, ignore_errors=True)
     os.rename(folder, going)
@@ -141,7 +146,8 @@ def _remove(folder: Path) -> None:
 def read(folder: Path, *names: str) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
     """state.json and the tensors of the named files, checked. Raises Damaged."""
     try:
-        listed = dict(reversed(line.split("  ")) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        listed = {name: checksum for checksum, name in (line.split("  ") for line in lines)}
         for name in (STATE, *names):
             if listed[name] != _checksum(folder / name):
                 raise Damaged(f"{name} is not what was written")
@@ -166,13 +172,13 @@ def latest(run_dir: Path, *names: str) -> tuple[Path, dict[str, Any], list[dict[
         try:
             return folder, *read(folder, *names), complaints
         except Damaged as error:
-            complaints.append(f"The checkpoint {folder} is damaged ({error}); the one before it is taken.")
+            complaints.append(f"The checkpoint {folder} is damaged ({error}). The one before it is taken.")
     if complaints:
         raise UserError(
             f"None of the {len(complaints)} checkpoints in {run_dir} can be read. {' '.join(complaints)[:600]} "
-            "Restore one of them, or begin anew with another out=."
+            "Restore one of them from a copy, or start a new run with another out=."
         )
-    raise UserError(f"{run_dir} has no checkpoint yet: run=<directory> must be that of a run that has saved one.")
+    raise UserError(f"{run_dir} has no checkpoint: give the directory of a run that has saved one.")
 
 
 def restore(
@@ -187,7 +193,7 @@ def restore(
 
 
 def optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """{"<parameter>/exp_avg": ...}: by name, so that neither their order nor their grouping matters."""
+    """{"<parameter>/exp_avg": ...}: by name, so their order and their groups do not matter."""
     return {
         f"{name}/{key}": value
         for name, parameter in objective.named_parameters()
@@ -200,13 +206,13 @@ def load_optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimize
     own = dict(objective.named_parameters())
     for path, value in tensors.items():
         name, key = path.rsplit("/", 1)
-        # a scalar, the count of steps, is not sharded
+        # The count of steps is a scalar, which is never sharded.
         states.setdefault(name, {})[key] = shard_like(value, own.get(name)) if value.ndim else value
     names = {parameter: name for name, parameter in objective.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     current = optimizer.state_dict()
     current["state"] = {i: states[names[p]] for i, p in enumerate(parameters) if names[p] in states}
-    optimizer.load_state_dict(current)  # which brings each tensor to the device and type that the optimizer wants
+    optimizer.load_state_dict(current)  # it moves each tensor to the device and type of the parameter
 
 
 def size(tensors: dict[str, Tensor]) -> int:
