@@ -95,8 +95,8 @@ class ViT(nn.Module):
             return self.pos_embed
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         square = patches.reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
-        # timm's resampling has antialias; the published one has not. The losses are compared, so timm's.
-        square = F.interpolate(square, (grid, grid), mode="bicubic", antialias=True)
+        factor = (grid + 0.1) / self.grid  # as published: "a small number to avoid floating point error"
+        square = F.interpolate(square, scale_factor=(factor, factor), mode="bicubic")
         return torch.cat([cls, square.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:

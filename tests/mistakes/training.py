@@ -266,7 +266,7 @@ OBJECTIVES = [
     Mistake(
         "the class token's own initialisation removed",
         "objectives/dino.py",
-        "trunc_normal_(module.cls_token, std=0.02)",
+        "trunc_normal_(cls_token, std=0.02)",
         "pass",
         DINO,
         issue=True,
@@ -335,7 +335,7 @@ OBJECTIVES = [
     ),
     Mistake(
         "the teacher moves by its momentum instead of the rest",
-        "objectives/dino.py",
+        "model/ema.py",
         "1 - self.momentum(step)",
         "self.momentum(step)",
         DINO,
