@@ -30,23 +30,24 @@ CHOICES = (
 class Pixels(nn.Module):
     """No encoder at all: the image is its own feature. What every encoder has to beat."""
 
-    is_vit, in_chans, pool = False, 3, "pooled"
+    is_vit, in_chans = False, 3
+    pool: Pool = "pooled"
 
     def __init__(self, image_size: tuple[int, int]) -> None:
         super().__init__()
         self.image_size = image_size
 
-    def feature_dim(self, pool: str | None = None) -> int:
+    def feature_dim(self, pool: Pool | None = None) -> int:
         return self.in_chans * self.image_size[0] * self.image_size[1]
 
-    def pools(self) -> tuple[str, ...]:
+    def pools(self) -> tuple[Pool, ...]:
         return ("pooled",)
 
-    def features(self, images: Tensor, pool: str | None = None) -> Tensor:
+    def features(self, images: Tensor, pool: Pool | None = None) -> Tensor:
         """[B, C, H, W] -> [B, C*H*W]."""
         return images.flatten(1)
 
-    def pooled(self, images: Tensor, pools: Sequence[str]) -> dict[str, Tensor]:
+    def pooled(self, images: Tensor, pools: Sequence[Pool]) -> dict[Pool, Tensor]:
         return {pool: self.features(images) for pool in pools}
 
 
@@ -62,6 +63,7 @@ class Pretrained:
     folder: Path | None = None  # its own, if it has one
     results: Path | None = None  # where its results and features are filed
     value_range: tuple[float, float] | None = None  # of its training images, see data.Config
+    chosen_on: str = ""  # the eval.test with which save.keep_best chose this checkpoint; empty: it was not chosen
 
     @property
     def data_config(self) -> data.Config:
@@ -142,7 +144,18 @@ def _from_run(run_dir: Path, checkpoint: Path | None = None) -> Pretrained:
     }
     results = run_dir / "eval" / (checkpoint.name if checkpoint else "")
     name = str(checkpoint or run_dir)
-    return Pretrained(built.eval(), mean, std, name, detail, run_dir, results, data_config.value_range)
+    return Pretrained(
+        built.eval(), mean, std, name, detail, run_dir, results, data_config.value_range, _chosen_on(run_dir, record)
+    )
+
+
+def _chosen_on(run_dir: Path, record: dict[str, Any]) -> str:
+    """`Pretrained.chosen_on` of the checkpoint with this record."""
+    stored = read_yaml(run_dir / "config.yaml")
+    save, evaluation = stored.get("save"), stored.get("eval")
+    if not isinstance(save, dict) or not isinstance(evaluation, dict) or not save.get("keep_best"):
+        return ""
+    return str(evaluation.get("test") or "") if record.get("best_step") == record["step"] else ""
 
 
 def _section(run_dir: Path, key: str, schema: type) -> Any:

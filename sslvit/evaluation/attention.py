@@ -34,7 +34,8 @@ from ..data.crops import centre
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from ..model.encoder import Encoder
-from . import Command, pictures, protocol
+from . import Command, pictures, records
+from .frozen import EncoderConfig, Frozen, load_frozen
 from .segment import image_size
 from .subset import random_subset
 
@@ -49,7 +50,7 @@ FAINT = 0.02  # share of patches at each end of a direction whose colour is cut 
 
 
 @dataclass
-class Config(protocol.EncoderConfig):
+class Config(EncoderConfig):
     data: str = ""  # images, labelled or not: a folder, or a set by name
     images: int = 8  # of them, chosen by the seed
     size: int | tuple[int, int] | None = None  # pixels at which the encoder sees the images; null: its own size
@@ -67,7 +68,7 @@ def run(config: Config) -> dict[str, Any]:
     if not config.picture:
         raise UserError("picture is missing: name the PNG to draw, picture=attention.png.")
     pictures.check(config.picture)
-    frozen = protocol.load(config)
+    frozen = load_frozen(config)
     size = image_size(frozen, config.size)
     encoder = frozen.subject.encoder
     blocks = len(encoder.model.blocks)
@@ -82,15 +83,14 @@ def run(config: Config) -> dict[str, Any]:
         raise UserError(f"run={config.run} has no class token: use query=mean.")
     source = frozen.open(config.data)
     results = on_first_process(lambda: show(config, frozen, source, size))
-    record = protocol.make_record(
-        config, frozen, "attention", data=config.data, size=list(size), patches=list(encoder.grid(size)),
-        features="patch tokens", precision="float32", results=results,
+    frozen.save(
+        "attention", results, data=config.data, size=list(size), patches=list(encoder.grid(size)),
+        features="patch tokens", precision="float32",
     )  # fmt: skip
-    protocol.save_record(config, frozen, record)
     return results
 
 
-def show(config: Config, frozen: protocol.Frozen, source: Source, size: tuple[int, int]) -> dict[str, Any]:
+def show(config: Config, frozen: Frozen, source: Source, size: tuple[int, int]) -> dict[str, Any]:
     """Draw, and describe the heads; prints a table."""
     encoder, device = frozen.subject.encoder.eval(), frozen.accelerator.device
     chosen = random_subset(source, config.images, config.seed, "attention")
@@ -133,7 +133,7 @@ def show(config: Config, frozen: protocol.Frozen, source: Source, size: tuple[in
     )
     header = ["head", "entropy, bits", "distance, patches", "on prefix %"]
     rows = [[str(h), *(f"{one[name]:.2f}" for name in MEASURES)] for h, one in enumerate(heads)]
-    say(*protocol.table(header, rows))
+    say(*records.table(header, rows))
     return {"block": place, "query": query, "images": len(images), "heads": heads}
 
 

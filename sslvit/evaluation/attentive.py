@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from .. import rng, schedules
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
-from . import Column, Command, pictures, probes, protocol
-from .classes import check_readable, remap_labels
+from . import Column, Command, pictures, probes, protocol, records
+from .classes import check_readable, labels_of
 from .probes import Setting
 from .strata import check_holdout, hold_out
 from .tokens import Tokens, patch_tokens
@@ -68,31 +68,24 @@ def run(config: Config) -> dict[str, Any]:
     check_range("", config, 1, None, "epochs", "probe_batch_size")
     pictures.check(config.picture)
     probes.check_seeds(config.seeds)
-    words = protocol.set_specs(config, "attentive")
-    frozen = protocol.load(config)
-    *sources, numbers = frozen.open_both(config, words)
+    frozen, split = protocol.open_split(config, "attentive")
     folder = frozen.cache_folder(config.cache)
     sets = []
-    for source, mapping in zip(sources, (None, numbers), strict=True):
+    for source in (split.train, split.test):
         tokens = patch_tokens(frozen, source, folder, config.batch_size, config.workers)
-        labels = torch.from_numpy(source.labels)[tokens.index]
-        labels = labels if mapping is None else remap_labels(labels, mapping)
+        labels = labels_of(source)[tokens.index]
         sets.append(Set(tokens, tokens.index[labels >= 0], labels[labels >= 0]))
-    check_readable(sets[0].labels, sets[1].labels, words)
-    train, test = (protocol.describe_set(spec, len(one.tokens.index), one.tokens.unreadable)
-                   for spec, one in zip(words, sets, strict=True))  # fmt: skip
-    record = protocol.make_record(
-        config, frozen, "attentive", settings=protocol.settings_of(config), train=train, test=test,
-        classes=len(sources[0].classes), features="patch tokens",
-    )  # fmt: skip
+    check_readable(sets[0].labels, sets[1].labels, split.specs)
+    train, test = (records.describe_set(spec, len(one.tokens.index), one.tokens.unreadable)
+                   for spec, one in zip(split.specs, sets, strict=True))  # fmt: skip
     say(f"attentive probe of {config.run}: {frozen.precision}; {len(sets[0].labels)} training and "
-        f"{len(sets[1].labels)} test images in {record['classes']} classes")  # fmt: skip
+        f"{len(sets[1].labels)} test images in {len(split.classes)} classes")  # fmt: skip
     device = frozen.accelerator.device
     results = on_first_process(
-        lambda: probes.for_each_seed(config, lambda one: choose(one, *sets, sources[0].classes, device))
+        lambda: probes.for_each_seed(config, lambda one: choose(one, sets[0], sets[1], split.classes, device))
     )
     probes.warn_at_edge(results, "lr", config.lr, "learning rate")
-    protocol.save_record(config, frozen, {**record, "results": results})
+    frozen.save("attentive", results, train=train, test=test, classes=len(split.classes), features="patch tokens")
     return results
 
 
@@ -109,7 +102,7 @@ def choose(config: Config, train: Set, test: Set, classes: list[str], device: to
     ]
     best = sweep.index(probes.best_of(sweep))
     rows = [[f"{r['lr']:g}", f"{r['weight_decay']:g}", f"{r['holdout_top1']:.2f}"] for r in sweep]
-    say(*protocol.table(["lr", "weight decay", "held-out top-1 %"], rows))
+    say(*records.table(["lr", "weight decay", "held-out top-1 %"], rows))
     head = train_heads(config, train, len(classes), settings[best : best + 1], device)
     told, loss = judge(head, test, device)
     words = ", ".join(f"{name} {value:g}" for name, value in settings[best].items())

@@ -1,4 +1,4 @@
-"""The classes of two labelled sets: that there are some, and which of one is which of the other."""
+"""The classes of labelled images: whether there are enough, and the same number for the same class in two sets."""
 
 import numpy as np
 import torch
@@ -9,43 +9,61 @@ from ..distributed import gather_objects
 from ..errors import UserError
 
 
-def check_labelled(source: Source, name: str, least: int = 1) -> None:
+class Relabelled:
+    """The images of a source with other labels. To the feature cache they are the same images."""
+
+    def __init__(self, source: Source, labels: np.ndarray, classes: list[str]) -> None:
+        self.source, self.classes = source, classes
+        self.labels: np.ndarray | None = labels
+        self.read, self.name = source.read, source.name
+        self.identity, self.fingerprint = source.identity, source.fingerprint
+        self.value_range = getattr(source, "value_range", None)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def labels_of(source: Source) -> Tensor:
+    """[N] int64, -1 where an image has no label."""
+    return torch.from_numpy(np.full(len(source), -1) if source.labels is None else source.labels)
+
+
+def check_labelled(source: Source, spec: str, least: int = 1) -> None:
     """Raises UserError for images without labels, or of fewer than `least` classes, 1 or 2."""
-    if source.labels is None or (source.labels < 0).all():
+    present = labels_of(source).unique()
+    if not (present >= 0).any():
         raise UserError(
-            f"{name} has no labels: evaluation needs one folder a class, <folder>/<class>/<image>, or a labelled set "
-            "by name."
+            f"{spec} has no labels: evaluation needs one folder for each class, <folder>/<class>/<image>, or a "
+            "labelled set by name."
         )
-    if len(np.unique(source.labels[source.labels >= 0])) < least:
-        raise UserError(f"{name} has images of one class only: telling classes apart needs two or more.")
+    if (present >= 0).sum() < least:
+        raise UserError(f"{spec} has images of one class only: give images of two or more classes.")
 
 
-def match_classes(train: Source, test: Source, names: tuple[str, str]) -> Tensor:
-    """[classes of test] int64: the training set's number of each, by name. Raises UserError."""
-    check_labelled(train, names[0], least=2)
-    check_labelled(test, names[1])
+def align_classes(train: Source, test: Source, specs: tuple[str, str]) -> Source:
+    """The test images with the class numbers of the training set, matched by the names. Raises UserError."""
+    check_labelled(train, specs[0], least=2)
+    check_labelled(test, specs[1])
     unknown = sorted(set(test.classes) - set(train.classes))
     if unknown:
         raise UserError(
-            f"{names[1]} has classes that {names[0]} has not: {', '.join(unknown[:5])}{' ...' * (len(unknown) > 5)}. "
-            f"{names[0]} has {', '.join(train.classes[:5])}{' ...' * (len(train.classes) > 5)}."
+            f"{specs[1]} has classes that {specs[0]} has not: {', '.join(unknown[:5])}{' ...' * (len(unknown) > 5)}. "
+            f"{specs[0]} has {', '.join(train.classes[:5])}{' ...' * (len(train.classes) > 5)}."
         )
+    if test is train:
+        return test
     number = {name: i for i, name in enumerate(train.classes)}
-    return torch.tensor([number[name] for name in test.classes])
+    numbers, labels = np.array([number[name] for name in test.classes]), labels_of(test).numpy()
+    return Relabelled(test, np.where(labels >= 0, numbers[labels], -1), train.classes)
 
 
-def check_readable(train: Tensor, test: Tensor, names: tuple[str, str]) -> None:
-    """[N], [M] labels of the images that this process has read: all processes call it. Raises UserError on all of them
-    if too few are left to learn from or to judge by."""
+def check_readable(train: Tensor, test: Tensor, specs: tuple[str, str]) -> None:
+    """[N], [M] labels of the images that this process has read. All processes call it. Raises UserError on all of them
+    if fewer than two training classes or no test image are left."""
     classes = set().union(*gather_objects(set(train[train >= 0].tolist())))
     if len(classes) < 2:
         raise UserError(
-            f"The labelled images of {names[0]} that can be read are of {len(classes)} classes: two are needed."
+            f"The labelled images of {specs[0]} that can be read are of {len(classes)} classes: two are needed."
         )
     if not sum(gather_objects(int((test >= 0).sum()))):
-        raise UserError(f"None of the labelled images of {names[1]} can be read.")
-
-
-def remap_labels(labels: Tensor, numbers: Tensor) -> Tensor:
-    """[N] int64 labels, -1 for none -> the same images by other numbers of their classes."""
-    return torch.where(labels >= 0, numbers[labels.clamp(min=0)], -1)
+        raise UserError(f"None of the labelled images of {specs[1]} can be read.")

@@ -29,9 +29,10 @@ from .. import rng
 from ..data import Source
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range, require
-from . import Column, Command, pictures, protocol
+from . import Column, Command, pictures, records
 from .classes import check_labelled
 from .features import Features
+from .frozen import EncoderConfig, Frozen, load_frozen
 
 COMMAND = Command(
     "run=... data=...",
@@ -44,7 +45,7 @@ MEASURES = ("nmi", "ari", "accuracy")
 
 
 @dataclass
-class Config(protocol.EncoderConfig):
+class Config(EncoderConfig):
     data: str = ""  # labelled images: a folder with a sub-folder for each class, or a set by name
     k: int | None = None  # clusters; null: as many as classes
     spherical: bool = True  # features and centroids of unit length; false: as they are
@@ -65,11 +66,11 @@ def run(config: Config) -> dict[str, Any]:
     require("scipy.optimize", "cluster", "matching clusters to classes")
     if not config.data:
         raise UserError("data is missing: cluster needs labelled images, data=<folder>.")
-    frozen = protocol.load(config)
+    frozen = load_frozen(config)
     source = frozen.open(config.data, config.download_dir)
     check_labelled(source, config.data, least=2)
     _check_k(config, len(source.classes), int((source.labels >= 0).sum()))
-    features = frozen.features(source, config, config.cache)
+    features = frozen.features(source, config.cache, subtract_mean=True)
     known = (features.labels >= 0).nonzero().squeeze(1)
     labels, k = features.labels[known], config.k or len(features.classes)
     _check_k(config, len(features.classes), len(known))
@@ -89,13 +90,11 @@ def run(config: Config) -> dict[str, Any]:
     rows.append(["mean", *(f"{results[name]:.2f}" for name in MEASURES)])
     if len(found) > 1:
         rows.append(["deviation", *(f"{results[f'{name}_deviation']:.2f}" for name in MEASURES)])
-    say(*protocol.table(["repeat", "NMI", "ARI", "accuracy %"], rows))
-    settings = {name: getattr(config, name) for name in ("spherical", "repeats", "restarts", "iterations")}
-    record = protocol.make_record(
-        config, frozen, "cluster", data=config.data, images=len(x), unreadable=features.unreadable,
-        classes=len(features.classes), width=x.shape[1], settings=settings, results=results,
+    say(*records.table(["repeat", "NMI", "ARI", "accuracy %"], rows))
+    frozen.save(
+        "cluster", results, data=config.data, images=len(x), unreadable=features.unreadable,
+        classes=len(features.classes), width=x.shape[1],
     )  # fmt: skip
-    protocol.save_record(config, frozen, record)
     if config.picture:
         # Drawn by the first process alone: it reads a few images.
         on_first_process(lambda: draw(config, frozen, source, features, known, first))
@@ -185,9 +184,7 @@ def matched(counts: Tensor) -> float:
     return float(counts[rows, columns].sum() / counts.sum())
 
 
-def draw(
-    config: Config, frozen: protocol.Frozen, source: Source, features: Features, known: Tensor, clusters: Tensor
-) -> None:
+def draw(config: Config, frozen: Frozen, source: Source, features: Features, known: Tensor, clusters: Tensor) -> None:
     """A row for each cluster, the largest first, with images of it that the seed chose."""
     labels = features.labels[known]
     counts = table(clusters, labels)

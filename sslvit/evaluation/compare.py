@@ -19,7 +19,8 @@ import numpy as np
 
 from ..distributed import say
 from ..errors import UserError
-from . import Column, commands, protocol
+from . import Column, commands
+from .records import check_out, table, unpack_bits
 
 DRAWS = 10_000
 # What has to agree for two numbers to be compared, beside every setting.
@@ -72,7 +73,7 @@ def compare(runs: list[str], config: Config) -> dict[str, Any]:
         raise UserError(f"None of {', '.join(records)} has results of {', '.join(files)}: evaluate them first.")
     header = [f"{cell.title} {cell.column.unit}".strip() for cell in heads.values()]
     rows = [[run, *(f"{own[name].number:.2f}" if name in own else "" for name in heads)] for run, own in cells.items()]
-    say(*protocol.table(["run", *header], rows))
+    say(*table(["run", *header], rows))
     first, *others = records
     differences = []
     for other in others:
@@ -92,10 +93,10 @@ def compare(runs: list[str], config: Config) -> dict[str, Any]:
     notes += [f"{run}, {file}: {record['note']}" for run, own in records.items() for file, record in own.items()
               if record.get("note")]  # fmt: skip
     say(*notes)
-    table = {run: {name: cell.number for name, cell in own.items()} for run, own in cells.items()}
-    report = {"results": table, "differences": differences, "notes": notes}
+    numbers = {run: {name: cell.number for name, cell in own.items()} for run, own in cells.items()}
+    report = {"results": numbers, "differences": differences, "notes": notes}
     if config.out:
-        protocol.check_out(config.out)
+        check_out(config.out)
         try:
             Path(config.out).expanduser().write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
@@ -163,7 +164,7 @@ def _same_images(a: Cell, b: Cell) -> bool:
 def difference(a: str, b: str, seed: int) -> dict[str, Any]:
     """Which test images two runs had right, packed -> accuracy of b minus that of a in percent, with its paired
     interval."""
-    right_a, right_b = (protocol.unpack_bits(packed).astype(int) for packed in (a, b))
+    right_a, right_b = (unpack_bits(packed).astype(int) for packed in (a, b))
     delta = right_b - right_a
     # Drawing images with replacement is drawing how many of them gain, lose and stay.
     shares = [np.mean(delta == value) for value in (1, -1, 0)]
@@ -180,7 +181,8 @@ def _departures(records: dict[str, Records], file: str, column: Column) -> list[
     for key in dict.fromkeys(key for each in protocols.values() for key in each):
         values: dict[str, list[str]] = {}
         for run, each in protocols.items():
-            values.setdefault(json.dumps(each.get(key)), []).append(run)
+            if key in each:  # records of earlier versions have fewer settings
+                values.setdefault(json.dumps(each[key]), []).append(run)
         if len(values) > 1:
             sides = "; ".join(f"{value[:200]} for {', '.join(runs)}" for value, runs in values.items())
             notes.append(f"Protocols of {file} differ: {key} is {sides}.")

@@ -32,7 +32,7 @@ def per_class(matrix: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     None where there is nothing to divide by, or no mistake.
     """
     right, images, taken = matrix.diagonal().tolist(), matrix.sum(dim=1).tolist(), matrix.sum(dim=0).tolist()
-    wrong, other = (matrix - matrix.diagonal().diag()).max(dim=1)
+    wrong, other = (part.tolist() for part in (matrix - matrix.diagonal().diag()).max(dim=1))
     return [
         {
             "class": name, "images": images[c],

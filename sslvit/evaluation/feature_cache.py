@@ -18,11 +18,12 @@ from ..data import Source
 from ..data.augment import Normalize
 from ..distributed import any_process, barrier, gather_objects, rank, say, world_size
 from ..model.encoder import Encoder, Pool
+from ..pretrained import Pixels
 from .features import CROP_RATIO, Features, extract, gather_features, label_features
 
 
 def extract_cached(
-    folder: Path | None, encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator,
+    folder: Path | None, encoder: Encoder | Pixels, source: Source, normalize: Normalize, accelerator: Accelerator,
     pools: Sequence[Pool], batch_size: int, workers: int | None, whole: bool = True,
 ) -> dict[Pool, Features]:  # fmt: skip
     """`extract`, or what it gave before for the same weights, images and protocol, from files in the folder.
@@ -31,15 +32,16 @@ def extract_cached(
     that none has to hold the whole; any number of processes can read them. Features of other weights replace them, and
     files that cannot be read are made again.
     """
-    if folder is None:
+    if folder is None or isinstance(encoder, Pixels):
         return extract(encoder, source, normalize, accelerator, pools, batch_size, workers, whole)
     place = place_of(encoder, source, normalize, accelerator)
     common = {"weights": digest(encoder), **{key: json.dumps(value) for key, value in place.items()}}
-    keys, found = {}, {}
+    keys: dict[Pool, str] = {}
+    found: dict[Pool, Features] = {}
     for pool in pools:
         keys[pool] = hashlib.sha256(json.dumps(place | {"pool": pool}).encode()).hexdigest()[:16]
         stored = _read(folder, keys[pool], common | {"pool": pool}, source)
-        if not any_process(stored is None):
+        if not any_process(stored is None) and stored is not None:
             found[pool] = stored
     missing = [pool for pool in pools if pool not in found]
     if missing:
@@ -50,7 +52,7 @@ def extract_cached(
         content, part = common | {"pool": pool}, fresh.pop(pool)
         _write(folder, keys[pool], content, part)
         stored = _read(folder, keys[pool], content, source)  # read as they are used, and not in memory until then
-        found[pool] = part if any_process(stored is None) else stored
+        found[pool] = part if any_process(stored is None) or stored is None else stored
     return {pool: gather_features(found[pool]) if whole else found[pool] for pool in pools}
 
 

@@ -21,7 +21,9 @@ from ..distributed import gather_objects, rank, say, world_size
 from ..errors import UserError
 from ..hardware import default_workers, keep_memory
 from ..model.encoder import Encoder, Pool
+from ..pretrained import Pixels
 from ..stopping import ignore_in_worker
+from .classes import labels_of
 
 CROP_RATIO = 224 / 256  # the published evaluation resizes to 256 and cuts the central 224
 SAY_EVERY = 20  # seconds between lines of progress
@@ -53,7 +55,7 @@ class Features:
         return self
 
 
-class CentreCropped(Dataset):
+class CentreCropped(Dataset[tuple[int, Tensor | None]]):
     """Images as an evaluation sees them: resized and centred, or as they are if they have the encoder's size."""
 
     def __init__(self, source: Source, index: Tensor, size: tuple[int, int]) -> None:
@@ -79,7 +81,7 @@ def share(source: Source) -> Tensor:
 
 
 def batches(
-    encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator, batch_size: int,
+    encoder: Encoder | Pixels, source: Source, normalize: Normalize, accelerator: Accelerator, batch_size: int,
     workers: int | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """(numbers [B], normalised images [B, C, H, W] on the device) of this process's readable images, with the encoder
@@ -112,7 +114,7 @@ def batches(
 
 
 def extract(
-    encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator, pools: Sequence[Pool],
+    encoder: Encoder | Pixels, source: Source, normalize: Normalize, accelerator: Accelerator, pools: Sequence[Pool],
     batch_size: int = 256, workers: int | None = None, whole: bool = True, scratch: Path | None = None,
 ) -> dict[Pool, Features]:  # fmt: skip
     """Features of all images of a source, by each way of pooling, from one pass. Every process computes its share and
@@ -158,19 +160,20 @@ def room_for(rows: int, width: int, folder: Path | None) -> Tensor:
 
 def label_features(values: Tensor, index: Tensor, source: Source, unreadable: int) -> Features:
     """[n, D], [n] numbers of images -> the same with their labels."""
-    labels = torch.full_like(index, -1) if source.labels is None else torch.from_numpy(source.labels)[index]
-    return Features(values, labels, source.classes, index, unreadable)
+    return Features(values, labels_of(source)[index], source.classes, index, unreadable)
 
 
-def gather_features(part: Features, everywhere: bool = True) -> Features | None:
-    """The whole from each process's share, on every process, or on the first alone and None on the others. All call it,
-    and it passes them in blocks, so that nobody holds much more than the whole once."""
+def gather_features(part: Features, everywhere: bool = True) -> Features:
+    """The whole from each process's share, on every process, or only on the first and empty on the others. All call it.
+
+    The shares are passed in blocks: no process holds much more than the whole once.
+    """
     if world_size() == 1:
         return part
     wanted = everywhere or rank() == 0
     index = torch.cat(gather_objects(part.index)).sort().values
-    values = torch.empty(len(index), part.values.shape[1]) if wanted else None
-    labels = torch.empty_like(index)
+    index = index if wanted else index[:0]
+    values, labels = torch.empty(len(index), part.values.shape[1]), torch.empty_like(index)
     for start in range(0, max(gather_objects(len(part))), BLOCK):
         rows = slice(start, start + BLOCK)
         # Copies, as pickling a part of a tensor takes all of it along.
@@ -178,7 +181,7 @@ def gather_features(part: Features, everywhere: bool = True) -> Features | None:
         for numbers, its_labels, its_values in parts if wanted else ():
             places = torch.searchsorted(index, numbers)
             values[places], labels[places] = its_values, its_labels
-    return replace(part, values=values, labels=labels, index=index) if wanted else None
+    return replace(part, values=values, labels=labels, index=index)
 
 
 def check_finite(values: Tensor, name: str) -> None:

@@ -29,12 +29,13 @@ from ..distributed import on_first_process, rank, say, world_size
 from ..errors import UserError, check_range, check_share
 from ..hardware import choose_attention
 from ..stopping import StopRequest, stop_requests
-from . import Column, Command, protocol, scores
+from . import Column, Command, protocol, records, scores
 from .feature_cache import digest
 from .features import Features, extract
 from .finetuning.classifier import POOLING, Classifier, build_classifier
 from .finetuning.targets import Targets, read_targets, split, standardise_targets
 from .finetuning.training import Examples, Recipe, Training
+from .frozen import EncoderConfig, Frozen, describe_pool, load_frozen
 from .subset import Subset
 
 COMMAND = Command(
@@ -68,7 +69,7 @@ RECIPES = {
 
 
 @dataclass
-class Config(protocol.EncoderConfig):
+class Config(EncoderConfig):
     data: protocol.LabelledSets = field(default_factory=protocol.LabelledSets)
     recipe: Literal["mae", "small"] = "mae"  # the published recipe of MAE; small: for little data
     task: Literal["auto", "single", "multilabel", "regression"] = "auto"  # auto: single, one class for each image
@@ -112,17 +113,16 @@ def run(config: Config) -> dict[str, Any]:
         for seed in seeds:
             if results:  # the weights of random: depend on the seed
                 frozen = load(replace(config, seed=seed))
-            scored, record = train_and_test(config, recipe, seed, frozen, sources, targets, stop)
+            scored, details = train_and_test(config, recipe, seed, frozen, sources, targets, stop)
             results.append({"seed": seed, **scored})
-    if len(seeds) == 1:
-        record["results"] = results[0]
-    else:
+    found: dict[str, Any] = results[0]
+    if len(seeds) > 1:
         summary, name = scores.summary(results), scores.MAIN_SCORE[targets.task]
         if name in summary:
             say(f"test {name} {summary[name]:.2f} +- {summary[f'{name}_deviation']:.2f} over the seeds {list(seeds)}")
-        record |= {"seed": list(seeds), "results": {**summary, "seeds": results}}
-    protocol.save_record(config, frozen, record)
-    return record["results"]
+        details["seed"], found = list(seeds), {**summary, "seeds": results}
+    frozen.save("finetune", found, **details)
+    return found
 
 
 def resolve(config: Config, task: str = "single") -> Recipe:
@@ -139,7 +139,7 @@ def resolve(config: Config, task: str = "single") -> Recipe:
 
 def check(config: Config, recipe: Recipe, seeds: tuple[int, ...]) -> None:
     """Raises UserError for values without a meaning."""
-    protocol.set_specs(config, "finetune")
+    protocol.named_sets(config.data, "finetune")
     check_range("", recipe, 1, None, "epochs", "global_batch_size")
     check_range("", config, 1, None, "image_size", "batch_size")
     check_range(
@@ -174,10 +174,10 @@ def check(config: Config, recipe: Recipe, seeds: tuple[int, ...]) -> None:
             raise UserError(f"{key}={getattr(config, key)} cannot be written: {error.strerror}.") from error
 
 
-def load(config: Config) -> protocol.Frozen:
+def load(config: Config) -> Frozen:
     """The pretrained encoder, on the CPU: each training copies it. Raises UserError."""
     made_for_size = config.run.startswith(("timm:", "random:"))  # others are resampled by build_classifier
-    frozen = protocol.load(replace(config, image_size=config.image_size if made_for_size else None))
+    frozen = load_frozen(replace(config, image_size=config.image_size if made_for_size else None))
     encoder = frozen.encoder
     if isinstance(encoder, pretrained.Pixels):
         raise UserError("run=pixels is no encoder that could be trained: give a run directory.")
@@ -196,7 +196,7 @@ def load(config: Config) -> protocol.Frozen:
     return frozen
 
 
-def prepare(config: Config) -> tuple[protocol.Frozen, tuple[Source, Source], Targets]:
+def prepare(config: Config) -> tuple[Frozen, tuple[Source, Source], Targets]:
     """The encoder, both sets of images and their targets. Raises UserError."""
     frozen = load(config)
     specs = config.data.train, config.data.test
@@ -210,7 +210,7 @@ def prepare(config: Config) -> tuple[protocol.Frozen, tuple[Source, Source], Tar
     return frozen, (train, test), targets
 
 
-def _check_first_image(config: Config, frozen: protocol.Frozen, source: Source, spec: str) -> None:
+def _check_first_image(config: Config, frozen: Frozen, source: Source, spec: str) -> None:
     """Raises UserError if the first image that can be read does not fit the encoder or the recipe."""
     for index in range(min(50, len(source))):
         try:
@@ -227,10 +227,10 @@ def _check_first_image(config: Config, frozen: protocol.Frozen, source: Source, 
 
 
 def train_and_test(
-    config: Config, recipe: Recipe, seed: int, frozen: protocol.Frozen, sources: tuple[Source, Source],
+    config: Config, recipe: Recipe, seed: int, frozen: Frozen, sources: tuple[Source, Source],
     targets: Targets, stop: StopRequest | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """One training and its test: (scores, record of the protocol). Raises UserError, and Stopped."""
+    """One training and its test: (scores, details of the protocol for the record). Raises UserError, and Stopped."""
     accelerator, subject, pool, task = frozen.accelerator, frozen.subject, frozen.pool, targets.task
     learned, held_out = split(targets, config.labels_share, config.holdout, seed)
     train_targets, (mean, std) = standardise_targets(task, targets.train[learned])
@@ -285,15 +285,15 @@ def train_and_test(
     say(*result_lines(task, scored))
     if config.out_model:
         on_first_process(lambda: write_model(Path(config.out_model), subject, classifier, targets.names, mean, std))
-    record = protocol.make_record(
-        config, frozen, "finetune", recipe=config.recipe, settings=asdict(recipe), task=task,
-        train=protocol.describe_set(config.data.train, len(learned), training.num_unreadable, held_out=len(held_out)),
-        test=protocol.describe_set(config.data.test, len(test_index) - unreadable, unreadable),
-        labels_share=config.labels_share, classes=len(targets.names),
-        features=protocol.describe_pool(pool) + " before a norm of its own" * fresh_norm,
-        image_size=list(classifier.image_size), seed=seed, processes=world_size(),
-    )  # fmt: skip
-    return {**scored, "seconds": round(training.progress.seconds), "history": training.history}, record
+    details = {
+        "recipe": config.recipe, "settings": asdict(recipe), "task": task,
+        "train": records.describe_set(config.data.train, len(learned), training.num_unreadable, held_out=len(held_out)),
+        "test": records.describe_set(config.data.test, len(test_index) - unreadable, unreadable),
+        "labels_share": config.labels_share, "classes": len(targets.names),
+        "features": describe_pool(pool) + " before a norm of its own" * fresh_norm,
+        "image_size": list(classifier.image_size), "seed": seed, "processes": world_size(),
+    }  # fmt: skip
+    return {**scored, "seconds": round(training.progress.seconds), "history": training.history}, details
 
 
 def result_lines(task: str, scored: dict[str, Any]) -> list[str]:
@@ -323,7 +323,7 @@ def result_lines(task: str, scored: dict[str, Any]) -> list[str]:
             f"mean absolute error {scored['mae']:g} (95 % interval {interval('mae', 'g')}), R2 {scored['r2']} "
             f"({interval('r2')})"
         )
-    return [*(protocol.table(header, rows) if len(rows) <= MAX_ROWS else []), f"test {summary}"]
+    return [*(records.table(header, rows) if len(rows) <= MAX_ROWS else []), f"test {summary}"]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from .. import rng
 from ..distributed import gather_objects, on_first_process, say, world_size
 from ..errors import UserError, check_range
 from ..hardware import evaluation_threads
-from . import Column, Command, confusion, pictures, protocol, scores
+from . import Column, Command, confusion, pictures, protocol, records, scores
 from .features import Features
 
 COMMAND = Command(
@@ -82,14 +82,11 @@ def run(config: Config) -> dict[str, Any]:
         )
     check_range("", config, 1, None, "shots", "repeats", "probes")
     pictures.check(config.picture)
-    leave_one_out = not config.data.test
-    ks = tuple(config.k)
-
-    def enough(images: int) -> None:
-        if ks != KS:  # those that were asked for; how many images have labels and can be read is seen later
-            _check(ks, images - leave_one_out)
-
-    task = protocol.prepare(config, "knn", leave_one_out=leave_one_out, check=enough)
+    frozen, split = protocol.open_split(config, "knn", leave_one_out=True)
+    leave_one_out, ks = split.leave_one_out, tuple(config.k)
+    if ks != KS:  # now, before the features are computed; how many images have labels and can be read is seen later
+        _check(ks, len(split.train) - leave_one_out)
+    task = protocol.extract_split(frozen, split, "knn", config.cache)
     bank = labelled(task.train)
     queries = bank if leave_one_out else labelled(task.test)
     ks = _possible(ks, sum(gather_objects(len(bank))) - leave_one_out)
@@ -112,7 +109,7 @@ def run(config: Config) -> dict[str, Any]:
         )
     if config.shots:
         results["few_shot"] = _few_shot(config, len(task.classes), bank, queries, leave_one_out)
-    protocol.save_record(config, task.frozen, {**task.record, "results": results})
+    task.save(results)
     return results
 
 
@@ -136,12 +133,12 @@ def _row(key: tuple[int, float], ranks: Tensor) -> dict[str, Any]:
     right = ranks == 0
     return {
         "k": key[0], "temperature": key[1], "top1": round(top1, 4), "top5": round(top5, 4),
-        "top1_interval": scores.accuracy_interval(int(right.sum()), len(right)), "right": protocol.pack_bits(right),
+        "top1_interval": scores.accuracy_interval(int(right.sum()), len(right)), "right": records.pack_bits(right),
     }  # fmt: skip
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    return protocol.table(
+    return records.table(
         ["k", "T", "top-1 %", "95 % interval", "top-5 %"],
         [[str(r["k"]), f"{r['temperature']:g}", f"{r['top1']:.2f}", "{:.1f} - {:.1f}".format(*r["top1_interval"]),
           f"{r['top5']:.2f}"] for r in rows],
@@ -179,7 +176,7 @@ def _few_shot(
         ]  # fmt: skip
     rows = [[str(r["shots"]), str(r["k"]), f"{r['temperature']:g}", f"{r['top1']:.2f}", f"{r['std']:.2f}"]
             for r in results]  # fmt: skip
-    say(*protocol.table(["images a class", "k", "T", "top-1 %", "deviation"], rows))
+    say(*records.table(["images a class", "k", "T", "top-1 %", "deviation"], rows))
     return results
 
 
@@ -220,7 +217,7 @@ def _in_order(similarity: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def search(
-    bank: Labelled, x: Tensor, numbers: Tensor, k: int, leave_one_out: bool, index: faiss.Index | None
+    bank: Labelled, x: Tensor, numbers: Tensor, k: int, leave_one_out: bool, index: Any
 ) -> tuple[Tensor, Tensor]:
     """[Q, D] queries of unit length, the same on every process -> [Q, k] similarities, best first, and labels of the
     nearest images of all processes' banks, on every process.
@@ -271,7 +268,7 @@ def top_accuracy(ranks: Tensor, count: int) -> float:
 
 def classify(
     bank: Labelled, queries: Labelled, num_classes: int, ks: Sequence[int] = KS,
-    temperatures: Sequence[float] = (TEMPERATURE,), leave_one_out: bool = False, index: faiss.Index | None = None,
+    temperatures: Sequence[float] = (TEMPERATURE,), leave_one_out: bool = False, index: Any = None,
 ) -> dict[tuple[int, float], Prediction]:  # fmt: skip
     """{(k, T): what the votes say}, for the queries of all processes in the order of their numbers, on every process.
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import rng, schedules
 from ..errors import UserError, check_range
-from . import Column, Command, pictures, protocol, published
-from .probes import ProbeConfig, Setting, Train, choose_and_test, for_each_seed, pools_to_try, warn_at_edge
+from . import Column, Command, pictures, published
+from .probes import ProbeConfig, Setting, Train, run_probe
 from .strata import check_holdout
 
 COMMAND = Command(
@@ -49,16 +49,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.protocol != "sweep":
         return run_published(config)
     check(config)
-    task = protocol.prepare(config, "linear", pools_to_try(config))
-    device = task.frozen.accelerator.device
-
-    def probe(config: Config) -> dict[str, Any]:
-        return choose_and_test(config, task, grid(config), trainer(config, len(task.classes), device))
-
-    results = for_each_seed(config, probe)
-    warn_at_edge(results, "lr", config.lr, "learning rate")
-    protocol.save_record(config, task.frozen, {**task.record, "results": results})
-    return results
+    return run_probe(config, "linear", grid(config), trainer, "learning rate")
 
 
 def run_published(config: Config) -> dict[str, Any]:

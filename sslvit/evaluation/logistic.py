@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError, check_range
-from . import Column, Command, pictures, protocol
-from .probes import ProbeConfig, Setting, choose_and_test, for_each_seed, pools_to_try, warn_at_edge
+from . import Column, Command, pictures
+from .probes import ProbeConfig, Setting, Train, run_probe
 
 COMMAND = Command(
     "run=... data.train=... data.test=...",
@@ -40,18 +40,17 @@ def run(config: Config) -> dict[str, Any]:
         raise UserError(f"l2={list(config.l2)} must be numbers above 0.")
     check_range("", config, 1, None, "iterations")
     pictures.check(config.picture)
-    task = protocol.prepare(config, "logistic", pools_to_try(config))
-    device = task.frozen.accelerator.device
+    return run_probe(config, "logistic", [{"l2": l2} for l2 in config.l2], trainer, "penalty")
 
-    def train(x: Tensor, labels: Tensor, chosen: Sequence[Setting]) -> Tensor:
-        penalties = [one["l2"] for one in chosen]
-        return solve(x.to(device), labels.to(device), len(task.classes), penalties, config.iterations).cpu()
 
-    settings = [{"l2": l2} for l2 in config.l2]
-    results = for_each_seed(config, lambda config: choose_and_test(config, task, settings, train))
-    warn_at_edge(results, "l2", config.l2, "penalty")
-    protocol.save_record(config, task.frozen, {**task.record, "results": results})
-    return results
+def trainer(config: Config, num_classes: int, device: torch.device) -> Train:
+    """What solves the regression of each setting, for `probes`."""
+
+    def train(x: Tensor, labels: Tensor, settings: Sequence[Setting]) -> Tensor:
+        penalties = [setting["l2"] for setting in settings]
+        return solve(x.to(device), labels.to(device), num_classes, penalties, config.iterations).cpu()
+
+    return train
 
 
 def solve(x: Tensor, labels: Tensor, num_classes: int, penalties: Sequence[float], iterations: int) -> Tensor:

@@ -2,7 +2,7 @@
 how many directions its features fill."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from ..distributed import gather_objects
 from ..errors import UserError
 from ..hardware import first_on_each_machine
 from ..model.encoder import Encoder
-from .classes import match_classes, remap_labels
+from .classes import align_classes
 from .features import CentreCropped, extract
 from .knn import TEMPERATURE, classify, labelled, top_accuracy
 from .quality import effective_rank
@@ -42,24 +42,22 @@ class KnnMonitor:
             missing = "eval.test" if config.train else "eval.train"
             raise UserError(f"{missing} is empty: k-NN during the run needs eval.train and eval.test, or neither.")
         self.normalize = Normalize(*data.normalization(data_config))
-        self.sources: list[Source] = []
-        for name in (config.train, config.test):
-            source = first_on_each_machine(accelerator, partial(open_source, name, data_config))
-            self.sources.append(cached(source, data_config.cache, seed, memory))
-        self.numbers = match_classes(*self.sources, (config.train, config.test))
-        if config.k > len(self.sources[0]):
-            raise UserError(f"eval.k={config.k} is larger than the {len(self.sources[0])} images of {config.train}.")
+        specs = config.train, config.test
+        train, test = (first_on_each_machine(accelerator, partial(open_source, spec, data_config)) for spec in specs)
+        test = align_classes(train, test, specs)
+        self.sources = [cached(source, data_config.cache, seed, memory) for source in (train, test)]
+        if config.k > len(train):
+            raise UserError(f"eval.k={config.k} is larger than the {len(train)} images of {config.train}.")
 
     def __call__(self, encoder: Encoder) -> float:
         """Top-1 accuracy in percent, the same on every process."""
-        pool, banks = encoder.pool, []
-        for source, numbers in zip(self.sources, (None, self.numbers), strict=True):
-            features = extract(encoder, source, self.normalize, self.accelerator, (pool,), whole=False)[pool]
-            if numbers is not None:
-                features = replace(features, labels=remap_labels(features.labels, numbers))
-            banks.append(labelled(features))
-        k, classes = self.config.k, len(self.sources[0].classes)
-        return top_accuracy(classify(*banks, classes, (k,), (TEMPERATURE,))[k, TEMPERATURE].rank, 1)
+        pool, k = encoder.pool, self.config.k
+        bank, queries = (
+            labelled(extract(encoder, source, self.normalize, self.accelerator, (pool,), whole=False)[pool])
+            for source in self.sources
+        )
+        found = classify(bank, queries, len(self.sources[0].classes), (k,), (TEMPERATURE,))
+        return top_accuracy(found[k, TEMPERATURE].rank, 1)
 
 
 class RankMonitor:

@@ -7,7 +7,7 @@ appendix A.1; its code).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,8 +18,9 @@ from torch import Tensor
 from ..distributed import on_first_process, say
 from ..errors import UserError
 from ..model.encoder import Pool
-from . import confusion, protocol, scores
+from . import confusion, protocol, records, scores
 from .features import Features
+from .frozen import check_pool, describe_pool
 from .strata import check_holdout, hold_out
 
 MAX_LOGITS = 2**24  # computed at once
@@ -40,14 +41,30 @@ class ProbeConfig(protocol.Config):
 C = TypeVar("C", bound=Any)
 
 
-def pools_to_try(config: ProbeConfig) -> Sequence[str] | None:
-    """The ways of pooling for `protocol.prepare`: None is the one of `pool=`, () is all that the encoder has. Raises
-    UserError for settings that contradict each other."""
+def run_probe(
+    config: C, name: str, settings: Sequence[Setting], trainer: Callable[[C, int, torch.device], Train], what: str
+) -> dict[str, Any]:
+    """Features, sweep, choice, test, for each seed; prints and writes <run>/eval/<name>.json. Raises UserError.
+
+    trainer: of a configuration, the number of classes and the device. what: the name of the first setting, for people.
+    """
     check_seeds(config.seeds)
     check_holdout(config.holdout)
     if config.pools and config.pool != "auto":
         raise UserError(f"pool={config.pool} and pools={list(config.pools)}: give one of them.")
-    return config.pools if config.pools or config.pool == "auto" else None
+    frozen, split = protocol.open_split(config, name)
+    pools = tuple(check_pool("pools", pool, frozen.encoder, config.run) for pool in config.pools)
+    pools = pools or ((frozen.pool,) if config.pool != "auto" else frozen.encoder.pools())
+    task = protocol.extract_split(frozen, split, name, config.cache, pools)
+
+    def train_and_test(config: C) -> dict[str, Any]:
+        return choose_and_test(config, task, settings, trainer(config, len(task.classes), frozen.accelerator.device))
+
+    results = for_each_seed(config, train_and_test)
+    name_of_first = next(iter(settings[0]))
+    warn_at_edge(results, name_of_first, {setting[name_of_first] for setting in settings}, what)
+    task.save(results)
+    return results
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
@@ -78,9 +95,9 @@ def choose_and_test(
     """
 
     def try_pool(pool: Pool) -> list[dict[str, Any]]:
-        sets = task.whole(pool)
+        features, _ = task.whole(pool)
         return on_first_process(
-            lambda: [{"pool": pool, **row} for row in try_settings(config, sets[0], settings, train)]
+            lambda: [{"pool": pool, **row} for row in try_settings(config, features, settings, train)]
         )
 
     sweep = [row for pool in task.sets for row in try_pool(pool)]
@@ -132,7 +149,7 @@ def _test_best(
     predictions, loss = predict(heads, test_set.values[rows].sub_(mean).div_(std), labels)
     _report_sweep(sweep, settings)
     chosen = ", ".join(f"{name} {value:g}" for name, value in setting.items())
-    how = f"with {chosen} on {protocol.describe_pool(best['pool'])}"
+    how = f"with {chosen} on {describe_pool(best['pool'])}"
     results = report(config, classes, predictions[0], labels, how)
     return {**results, "pool": best["pool"], "setting": setting, "test_loss": round(loss.item(), 5),
             "holdout_images": len(held_out), "holdout_top1": best["holdout_top1"], "sweep": sweep}  # fmt: skip
@@ -158,7 +175,7 @@ def report(config: Any, classes: list[str], predictions: Tensor, labels: Tensor,
         confusion.picture(matrix, classes, config.picture)
     return {
         "top1": round(top1, 4), "top1_interval": (low, high), "by_class": by_class,
-        "mean_by_class": round(sum(by_class.values()) / len(by_class), 4), "right": protocol.pack_bits(right),
+        "mean_by_class": round(sum(by_class.values()) / len(by_class), 4), "right": records.pack_bits(right),
     }  # fmt: skip
 
 
@@ -168,11 +185,11 @@ def _report_sweep(sweep: Sequence[dict[str, Any]], settings: Sequence[Setting]) 
     names = list(settings[0])
     rows = [[row["pool"], *(f"{row[name]:g}" for name in names), f"{row['holdout_top1']:.2f}"] for row in best]
     say(f"{len(sweep)} heads; the best of each way of pooling:")
-    say(*protocol.table(["pool", *names, "held-out top-1 %"], rows))
+    say(*records.table(["pool", *names, "held-out top-1 %"], rows))
 
 
-def warn_at_edge(results: dict[str, Any], name: str, offered: Sequence[float], what: str) -> None:
-    """Say if a chosen setting is the smallest or the largest of several that were offered."""
+def warn_at_edge(results: dict[str, Any], name: str, offered: Collection[float], what: str) -> None:
+    """Say if a chosen setting is the smallest or the largest of several that were tried."""
     chosen = {one["setting"][name] for one in results.get("seeds", [results])}
     if len(offered) > 1 and chosen & {min(offered), max(offered)}:
         say(f"The chosen {what} is at the end of the list: a longer list may give a better one.")

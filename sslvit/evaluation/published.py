@@ -34,9 +34,10 @@ from ..hardware import default_workers
 from ..model.encoder import Pool
 from ..optim import LARS
 from . import protocol
-from .classes import check_readable, remap_labels
-from .feature_cache import extract_cached
+from .classes import check_readable, labels_of
+from .frozen import Frozen, describe_pool
 from .probes import report
+from .records import describe_set
 
 IGNORED = -1  # the label of an image that has none
 NORMED = 512  # features that BatchNorm sees at once
@@ -70,18 +71,16 @@ def run(
     lr (at a batch of 256 images), epochs, global_batch_size: None for the published value.
     """
     published = PROTOCOLS[name]
-    words = protocol.set_specs(config, "linear")
-    frozen = protocol.load(config)
-    encoder, accelerator = frozen.subject.encoder, frozen.accelerator
+    frozen, split = protocol.open_split(config, "linear")
+    encoder, accelerator, train = frozen.encoder, frozen.accelerator, split.train
     if not encoder.is_vit:
         raise UserError(f"protocol={name} is for plain ViTs, and run={config.run} is none: leave protocol= out.")
-    pool = published.pool if config.pool == "auto" else config.pool
+    pool = published.pool if config.pool == "auto" else frozen.pool
     if pool not in encoder.pools():
         raise UserError(
-            f"protocol={name} reads {protocol.describe_pool(pool)}, which {config.run} has not: give pool= one of "
+            f"protocol={name} reads {describe_pool(pool)}, which {config.run} has not: give pool= one of "
             f"{', '.join(encoder.pools())}."
         )
-    train, test, numbers = frozen.open_both(config, words)
     lr = lr or published.lr
     wanted = global_batch_size or published.global_batch_size
     layout = _layout(config, min(wanted, len(train)))
@@ -90,7 +89,7 @@ def run(
     warmup_steps = round(published.warmup_epochs * epochs / published.epochs * steps_per_epoch)
     asked = "" if total == wanted else f" of {wanted} asked"
     say(
-        f"linear probe of {config.run}, protocol {name}: {protocol.describe_pool(pool)}, {frozen.precision}; {epochs} "
+        f"linear probe of {config.run}, protocol {name}: {describe_pool(pool)}, {frozen.precision}; {epochs} "
         f"epochs of {steps_per_epoch} steps, batch {total}{asked}, learning rate {lr * total / 256:g}"
     )
     head = Head(encoder.feature_dim(pool), len(train.classes), published.batch_norm, config.seed).to(accelerator.device)
@@ -100,43 +99,37 @@ def run(
     workers = default_workers(accelerator.device) if config.workers is None else config.workers
     steps = epochs * steps_per_epoch
     batches = iter(make_loader(train, views, layout, config.seed, (0, steps), workers, accelerator.device))
-    labels = torch.from_numpy(train.labels)
+    labels = labels_of(train)
     encoder.eval()
     for step in range(steps):
         epoch, place = divmod(step, steps_per_epoch)
         at = epoch * steps_per_epoch if published.by_epoch else step
         optimizer.param_groups[0]["lr"] = schedules.warmup_cosine(at, lr * total / 256, 0.0, warmup_steps, steps)
-        features, of = _global_batch(batches, layout, frozen, views, pool, labels, words[0])
+        features, of = _global_batch(batches, layout, frozen, views, pool, labels, split.specs[0])
         optimizer.zero_grad()
         loss = head.loss(features.to(accelerator.device), of.to(accelerator.device))
         loss.backward()
         optimizer.step()
         if place == steps_per_epoch - 1:
             say(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.4f} in the last step")
-    folder = frozen.cache_folder(config.cache)
-    features = extract_cached(
-        folder, encoder, test, frozen.normalize, accelerator, (pool,), config.batch_size, config.workers
-    )[pool]
-    test_labels = remap_labels(features.labels, numbers)
-    known = test_labels >= 0
-    check_readable(labels, test_labels, words)
+    test = frozen.extract(split.test, (pool,), config.cache)[pool]
+    check_readable(labels, test.labels, split.specs)
+    has_label = test.labels >= 0
     head.eval().cpu()
     with torch.no_grad():
-        predictions = head(features.values[known]).argmax(dim=1)
+        predictions = head(test.values[has_label]).argmax(dim=1)
     how = f"by the protocol of {name}"
-    results = on_first_process(lambda: report(config, train.classes, predictions, test_labels[known], how))
+    results = on_first_process(lambda: report(config, train.classes, predictions, test.labels[has_label], how))
     changed = {"epochs": (epochs, published.epochs), "global_batch_size": (total, published.global_batch_size),
                "lr": (lr, published.lr), "pool": (pool, published.pool)}  # fmt: skip
     departures = {key: {"here": here, "published": theirs} for key, (here, theirs) in changed.items() if here != theirs}
-    record = protocol.make_record(
-        config, frozen, f"linear_{name}", settings=protocol.settings_of(config),
-        train=protocol.describe_set(words[0], len(train)),
-        test=protocol.describe_set(words[1], len(features), features.unreadable), classes=len(train.classes),
-        features=protocol.describe_pool(pool), departures=departures, results=results,
-    )  # fmt: skip
     for key, values in departures.items():
         say(f"not as published: {key} is {values['here']}, published {values['published']}")
-    protocol.save_record(config, frozen, record)
+    frozen.save(
+        f"linear_{name}", results, train=describe_set(split.specs[0], len(train)),
+        test=describe_set(split.specs[1], len(test), test.unreadable), classes=len(train.classes),
+        features=describe_pool(pool), departures=departures,
+    )  # fmt: skip
     return results
 
 
@@ -169,17 +162,17 @@ def _layout(config: protocol.Config, total: int) -> Layout:
 
 
 def _global_batch(
-    batches: Iterator[dict],
+    batches: Iterator[dict[str, Any]],
     layout: Layout,
-    frozen: protocol.Frozen,
+    frozen: Frozen,
     views: Views,
     pool: Pool,
     labels: Tensor,
-    word: str,
+    spec: str,
 ) -> tuple[Tensor, Tensor]:
     """Frozen features of the crops of a step and their labels, of all processes in the global order. Raises UserError
     on all of them."""
-    encoder, accelerator = frozen.subject.encoder, frozen.accelerator
+    encoder, accelerator = frozen.encoder, frozen.accelerator
     mine, failed = [], False
     for _ in range(layout.accumulate):
         batch = next(batches)
@@ -193,6 +186,6 @@ def _global_batch(
             mine.append((encoder.features(x, pool).float().cpu(), of))
     parts = gather_objects((mine, failed))
     if any(failed for _, failed in parts):
-        raise UserError(f"Many images in a row of {word} cannot be read.")
+        raise UserError(f"Many images in a row of {spec} cannot be read.")
     in_order = [parts[process][0][micro] for micro in range(layout.accumulate) for process in range(layout.world_size)]
     return torch.cat([features for features, _ in in_order]).clone(), torch.cat([of for _, of in in_order])

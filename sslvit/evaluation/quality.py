@@ -32,8 +32,8 @@ from ..data.loader import Cropped
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range, check_share
 from ..pretrained import Pixels
-from . import Column, Command, protocol
-from .features import extract
+from . import Column, Command, records
+from .frozen import EncoderConfig, Frozen, describe_pool, load_frozen
 from .knn import neighbours
 from .subset import Subset
 
@@ -48,7 +48,7 @@ DELTA = 1e-4  # LiDAR's: added to the covariance within images before it is inve
 
 
 @dataclass
-class Config(protocol.EncoderConfig):
+class Config(EncoderConfig):
     data: str = ""  # images, labelled or not: a folder, or a set by name
     images: int = 2000  # of them, chosen by the seed
     views: int = 8  # augmented views of each
@@ -62,31 +62,25 @@ def run(config: Config) -> dict[str, float]:
     check_share("", config, "crop_scale")
     if not config.data:
         raise UserError("data is missing: quality needs images, labelled or not, data=<folder>.")
-    frozen = protocol.load(config)
+    frozen = load_frozen(config)
     source = frozen.open(config.data)
     if len(source) < NEIGHBOURS + 2:
         raise UserError(f"{config.data} has {len(source)} images: quality needs at least {NEIGHBOURS + 2}.")
     index = rng.permutation(rng.fold_in(config.seed, "quality"), len(source))[: config.images]
     chosen = Subset(source, index)
     encoder = frozen.subject.encoder
-    whole = extract(
-        encoder, chosen, frozen.normalize, frozen.accelerator, (frozen.pool,), config.batch_size, config.workers
-    )[frozen.pool]
+    whole = frozen.features(chosen)
     results = on_first_process(lambda: measure(whole.values, augmented(config, frozen, chosen)))
-    features = "pixels" if isinstance(encoder, Pixels) else protocol.describe_pool(frozen.pool)
+    features = "pixels" if isinstance(encoder, Pixels) else describe_pool(frozen.pool)
     say(f"quality of {config.run}: {features}, {whole.values.shape[1]} wide, "
         f"{frozen.precision}; {len(whole)} images in {config.views} views")  # fmt: skip
-    say(*protocol.table(list(results), [[f"{value:.2f}" for value in results.values()]]))
-    record = protocol.make_record(
-        config, frozen, "quality", data=config.data, images=len(whole), views=config.views,
-        crop_scale=list(config.crop_scale), width=whole.values.shape[1], features=features, results=results,
-    )  # fmt: skip
-    protocol.save_record(config, frozen, record)
+    say(*records.table(list(results), [[f"{value:.2f}" for value in results.values()]]))
+    frozen.save("quality", results, data=config.data, images=len(whole), width=whole.values.shape[1], features=features)
     return results
 
 
 @torch.inference_mode()
-def augmented(config: Config, frozen: protocol.Frozen, source: Source) -> Tensor:
+def augmented(config: Config, frozen: Frozen, source: Source) -> Tensor:
     """[views, N, D] float32 on the CPU: features of augmented views, on the first process."""
     encoder, device = frozen.subject.encoder.eval(), frozen.accelerator.device
     crop = Crop(encoder.image_size, config.crop_scale, jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8, gray_prob=0.2)

@@ -29,7 +29,7 @@ from .. import rng
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from . import Column, Command, protocol, scores
-from .classes import remap_labels
+from .records import describe_set, table
 
 COMMAND = Command(
     "run=... data.train=... [data.test=...]",
@@ -58,12 +58,11 @@ def run(config: Config) -> dict[str, Any]:
     check_range("", config, 1, None, "k")
     if not config.k:
         raise UserError("k is empty: give the ranks to report, such as k=[1,5,10].")
-    specs, leave_one_out = protocol.set_specs(config, "retrieval", leave_one_out=True), not config.data.test
-    frozen = protocol.load(config)
-    *sources, numbers = frozen.open_both(config, specs, leave_one_out=True)
-    gallery = frozen.features(sources[0], config, config.cache)
-    queries = gallery if leave_one_out else frozen.features(sources[1], config, config.cache)
-    labels, query_labels, classes = gallery.labels, remap_labels(queries.labels, numbers), sources[0].classes
+    frozen, split = protocol.open_split(config, "retrieval", leave_one_out=True)
+    leave_one_out, classes = split.leave_one_out, split.classes
+    gallery = frozen.features(split.train, config.cache, subtract_mean=True)
+    queries = gallery if leave_one_out else frozen.features(split.test, config.cache, subtract_mean=True)
+    labels, query_labels = gallery.labels, queries.labels
     known, wanted = labels >= 0, query_labels >= 0
     size = int(known.sum()) - leave_one_out
     if max(config.k) > size:
@@ -84,13 +83,12 @@ def run(config: Config) -> dict[str, Any]:
         say(f"{results['without_answer']} queries have no image of their class to find, and count in nothing below.")
     say("mAP {:.2f} % (95 % interval {:.1f} - {:.1f})".format(results["map"], *results["map_interval"]))
     rows = [[str(r["k"]), f"{r['recall']:.2f}", f"{r['precision']:.2f}"] for r in results["at"]]
-    say(*protocol.table(["k", "recall@k %", "precision@k %"], rows))
-    record = protocol.make_record(
-        config, frozen, "retrieval", gallery=protocol.describe_set(specs[0], len(gallery), gallery.unreadable),
-        queries=protocol.describe_set(specs[1], len(queries), queries.unreadable), leave_one_out=leave_one_out,
-        classes=len(classes), width=gallery.values.shape[1], results=results,
+    say(*table(["k", "recall@k %", "precision@k %"], rows))
+    frozen.save(
+        "retrieval", results, gallery=describe_set(split.specs[0], len(gallery), gallery.unreadable),
+        queries=describe_set(split.specs[1], len(queries), queries.unreadable), leave_one_out=leave_one_out,
+        classes=len(classes), width=gallery.values.shape[1],
     )  # fmt: skip
-    protocol.save_record(config, frozen, record)
     return results
 
 

@@ -33,8 +33,10 @@ from ..data.crops import centre
 from ..distributed import all_reduce_sum, on_first_process, say
 from ..errors import UserError, check_range
 from . import Command, corruptions, linear, pictures, probes, protocol, scores
-from .classes import check_readable, remap_labels
-from .features import CROP_RATIO, CentreCropped, Features, extract
+from .classes import check_readable
+from .features import CROP_RATIO, CentreCropped, Features
+from .frozen import Frozen
+from .records import describe_set, table
 from .subset import random_subset
 
 COMMAND = Command(
@@ -71,15 +73,13 @@ class Classifier(NamedTuple):
 def run(config: Config) -> dict[str, Any]:
     """Probe, corruptions, attacks; prints tables and writes <run>/eval/robustness.json. Raises UserError."""
     check(config)
-    names = protocol.set_specs(config, "robustness")
-    frozen = protocol.load(config)
-    train_source, whole, numbers = frozen.open_both(config, names)
-    classes = train_source.classes
-    source = random_subset(whole, config.images, config.seed, "robustness")
-    train = frozen.features(train_source, config, config.cache, subtract_mean=False)
-    clean = extracted(config, frozen, source)
-    labels = remap_labels(clean.labels, numbers)
-    check_readable(train.labels, labels, names)
+    frozen, split = protocol.open_split(config, "robustness")
+    classes = split.classes
+    source = random_subset(split.test, config.images, config.seed, "robustness")
+    train = frozen.features(split.train, config.cache)
+    clean = frozen.features(source)
+    labels = clean.labels
+    check_readable(train.labels, labels, split.specs)
     classifier, setting = on_first_process(lambda: fit(config, train, len(classes)))
     aligned = torch.full((len(source),), -1)
     aligned[clean.index] = labels  # by the number of the image in the source
@@ -101,12 +101,11 @@ def run(config: Config) -> dict[str, Any]:
         results["corruptions"] = corrupted(config, frozen, source, accuracy, results["clean"])
     if config.attacks:
         results["attacks"] = attacked(config, frozen, source, aligned, classifier)
-    record = protocol.make_record(
-        config, frozen, "robustness", train=protocol.describe_set(names[0], len(train), train.unreadable),
-        test=protocol.describe_set(names[1], len(clean), clean.unreadable, of=len(whole)),
-        classes=len(classes), width=train.values.shape[1], results=results,
+    frozen.save(
+        "robustness", results, train=describe_set(split.specs[0], len(train), train.unreadable),
+        test=describe_set(split.specs[1], len(clean), clean.unreadable, of=len(split.test)),
+        classes=len(classes), width=train.values.shape[1],
     )  # fmt: skip
-    protocol.save_record(config, frozen, record)
     if config.picture:
         on_first_process(lambda: draw(config, frozen, source))
     return results
@@ -136,13 +135,6 @@ def fit(config: linear.Config, features: Features, num_classes: int) -> tuple[Cl
     known, *_ = probes.split(config, features.labels)
     heads, mean, std = probes.fit(features, known, [setting], train)
     return Classifier(mean, std, heads[0]), setting
-
-
-def extracted(config: Config, frozen: protocol.Frozen, source: Source) -> Features:
-    return extract(
-        frozen.subject.encoder, source, frozen.normalize, frozen.accelerator, (frozen.pool,), config.batch_size,
-        config.workers,
-    )[frozen.pool]  # fmt: skip
 
 
 class Corrupted:
@@ -176,7 +168,7 @@ def centred(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def corrupted(
-    config: Config, frozen: protocol.Frozen, source: Source, accuracy: Callable[[Features], float], clean: float
+    config: Config, frozen: Frozen, source: Source, accuracy: Callable[[Features], float], clean: float
 ) -> dict[str, Any]:
     """Accuracy for each corruption and severity, and their mean error; prints a table, row by row: it takes a while."""
     size = frozen.subject.encoder.image_size
@@ -190,7 +182,7 @@ def corrupted(
     found = {}
     for name in config.corruptions:
         worse = [Corrupted(source, size, name, s, config.seed) for s in corruptions.SEVERITIES]
-        found[name] = [round(accuracy(extracted(config, frozen, one)), 4) for one in worse]
+        found[name] = [round(accuracy(frozen.features(one)), 4) for one in worse]
         say(row(name, found[name]))
     values = torch.tensor(list(found.values()), dtype=torch.float64)
     error, by_severity = 100 - values.mean().item(), values.mean(dim=0).tolist()
@@ -206,7 +198,7 @@ def corrupted(
 
 
 def attacked(
-    config: Config, frozen: protocol.Frozen, source: Source, labels: Tensor, classifier: Classifier
+    config: Config, frozen: Frozen, source: Source, labels: Tensor, classifier: Classifier
 ) -> dict[str, list[dict[str, float]]]:
     """Accuracy for each attack and eps; prints a table. Every process takes its share of the images."""
     encoder, accelerator, device = frozen.subject.encoder, frozen.accelerator, frozen.accelerator.device
@@ -239,7 +231,7 @@ def attacked(
         found[name].append({"eps": eps, "top1": round(value, 4)})
     rows = [[name, *(f"{one['top1']:.2f}" for one in row)] for name, row in found.items()]
     say("top-1 % of attacked images, in float32, by eps in 255ths:")
-    say(*protocol.table(["", *(f"{eps:g}" for eps in config.eps)], rows))
+    say(*table(["", *(f"{eps:g}" for eps in config.eps)], rows))
     return found
 
 
@@ -294,7 +286,7 @@ def _within(moved: Tensor, x: Tensor, eps: float) -> Tensor:
 ATTACKS = {"fgsm": fgsm, "pgd": pgd}
 
 
-def draw(config: Config, frozen: protocol.Frozen, source: Source) -> None:
+def draw(config: Config, frozen: Frozen, source: Source) -> None:
     """The first image that can be read: a row for each corruption, a column for each severity."""
     size = frozen.subject.encoder.image_size
     factor = max(1, 96 // max(size))

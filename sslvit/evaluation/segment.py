@@ -36,8 +36,9 @@ from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from ..hardware import default_workers, free_memory
 from ..stopping import ignore_in_worker
-from . import Command, linear, pictures, protocol
+from . import Command, linear, pictures, protocol, records
 from .confusion import confusion
+from .frozen import EncoderConfig, Frozen, load_frozen
 from .masked import UNKNOWN, Masked, check_classes, check_shape, colours, count_classes, patch_targets
 from .probes import mean_and_std, warn_at_edge
 from .strata import check_holdout
@@ -59,7 +60,7 @@ class Sets:
 
 
 @dataclass
-class Config(protocol.EncoderConfig):
+class Config(EncoderConfig):
     data: Sets = field(default_factory=Sets)
     size: int | tuple[int, int] | None = None  # pixels at which the encoder sees the images; null: its own size
     lr: tuple[float, ...] = (*linear.LEARNING_RATES, 3.0)  # of SGD at a batch of 1024 patches; one is chosen
@@ -74,18 +75,17 @@ class Config(protocol.EncoderConfig):
 def run(config: Config) -> dict[str, Any]:
     """Tokens, sweep, choice, test; prints tables and writes <run>/eval/segment.json. Raises UserError."""
     check(config)
-    frozen = protocol.load(config)
+    frozen = load_frozen(config)
     size = image_size(frozen, config.size)
     words = (config.data.train, config.data.test)
     train, test = (Masked(word, frozen.subject.encoder.in_chans) for word in words)
     protocol.refuse_same_images(train.images, test.images, words)
     results, shown = on_first_process(lambda: probe(config, frozen, train, test, size))
-    record = protocol.make_record(
-        config, frozen, "segment", train=protocol.describe_set(words[0], results.pop("train_images")),
-        test=protocol.describe_set(words[1], results.pop("test_images")), features="patch tokens", size=list(size),
-        patches=list(frozen.subject.encoder.grid(size)), width=frozen.subject.encoder.width, results=results,
+    frozen.save(
+        "segment", results, train=records.describe_set(words[0], results.pop("train_images")),
+        test=records.describe_set(words[1], results.pop("test_images")), features="patch tokens", size=list(size),
+        patches=list(frozen.subject.encoder.grid(size)), width=frozen.subject.encoder.width,
     )  # fmt: skip
-    protocol.save_record(config, frozen, record)
     if config.picture:
         on_first_process(lambda: draw(config, test, shown, size))
     return results
@@ -105,7 +105,7 @@ def check(config: Config) -> None:
     pictures.check(config.picture)
 
 
-def image_size(frozen: protocol.Frozen, wanted: int | tuple[int, int] | None) -> tuple[int, int]:
+def image_size(frozen: Frozen, wanted: int | tuple[int, int] | None) -> tuple[int, int]:
     """(h, w) at which a ViT sees images. Raises UserError for what it cannot see."""
     encoder = frozen.subject.encoder
     if not encoder.is_vit:
@@ -123,7 +123,7 @@ def image_size(frozen: protocol.Frozen, wanted: int | tuple[int, int] | None) ->
 
 
 def probe(
-    config: Config, frozen: protocol.Frozen, train: Masked, test: Masked, size: tuple[int, int]
+    config: Config, frozen: Frozen, train: Masked, test: Masked, size: tuple[int, int]
 ) -> tuple[dict[str, Any], list[Shown]]:
     """Everything between the images and the results, and what the picture shows. Raises UserError."""
     order = rng.permutation(rng.fold_in(config.seed, "segment"), len(train))[: config.images]
@@ -218,7 +218,7 @@ class Resized(Dataset):
 
 
 def tokens(
-    frozen: protocol.Frozen, masked: Masked, index: Tensor, size: tuple[int, int], config: protocol.EncoderConfig
+    frozen: Frozen, masked: Masked, index: Tensor, size: tuple[int, int], config: EncoderConfig
 ) -> Iterator[tuple[int, Tensor]]:
     """(number of the image, [P, D] float32 patch tokens on the CPU) for each image that can be read.
 
@@ -298,13 +298,13 @@ def mean_iou(counts: Tensor) -> float:
 
 def report(config: Config, results: dict[str, Any], best: int) -> None:
     rows = [[f"{one['lr']:g}", f"{one['holdout_miou']:.2f}"] for one in results["sweep"]]
-    say(*protocol.table(["lr", "held-out mean IoU %"], rows))
+    say(*records.table(["lr", "held-out mean IoU %"], rows))
     total = sum(results["pixels"])
     rows = [
         [str(c), f"{100 * pixels / total:.1f}", "-" if value is None else f"{value:.2f}"]
         for c, (pixels, value) in enumerate(zip(results["pixels"], results["iou"], strict=True))
     ]
-    say(*protocol.table(["class", "% of pixels", "IoU %"], rows))
+    say(*records.table(["class", "% of pixels", "IoU %"], rows))
     say(
         f"test mean IoU {results['miou']:.2f} %, pixel accuracy {results['pixel_accuracy']:.2f} % on "
         f"{results['test_images']} images, with lr {results['lr']:g}, chosen on the held-out part"

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ..errors import UserError
 from ..model.encoder import Encoder
 from .feature_cache import digest, place_of
 from .features import batches
-from .protocol import Frozen
+from .frozen import Frozen
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Tokens:
     values: np.ndarray  # [images of the source, N, D] float16, memory-mapped; rows of unreadable images are 0
     index: Tensor  # [M] int64, numbers of the readable images
     unreadable: int
-    temporary: tempfile.TemporaryDirectory | None = None  # goes with this, if the file is in one
+    temporary: tempfile.TemporaryDirectory[str] | None = None  # goes with this, if the file is in one
 
     def __getitem__(self, numbers: Tensor) -> Tensor:
         """[B] numbers of images -> [B, N, D] float32."""
@@ -37,7 +38,7 @@ class Tokens:
 def patch_tokens(frozen: Frozen, source: Source, folder: Path | None, batch_size: int, workers: int | None) -> Tokens:
     """Patch tokens after the final norm, from a file in the folder, or computed by all processes into it. Without a
     folder the file is a temporary one. All processes must see it. Raises UserError."""
-    encoder, accelerator = frozen.subject.encoder, frozen.accelerator
+    encoder, accelerator = frozen.encoder, frozen.accelerator
     if not isinstance(encoder, Encoder) or not encoder.is_vit:
         raise UserError(f"{frozen.subject.name} has no patch tokens: this evaluation is for plain ViTs.")
     h, w = encoder.grid()
@@ -76,7 +77,7 @@ def patch_tokens(frozen: Frozen, source: Source, folder: Path | None, batch_size
     return Tokens(values, torch.tensor(stored), len(source) - len(stored), temporary)
 
 
-def _stored(record: Path, path: Path, content: dict, shape: tuple[int, int, int]) -> list[int] | None:
+def _stored(record: Path, path: Path, content: dict[str, Any], shape: tuple[int, int, int]) -> list[int] | None:
     """The numbers of the readable images, if the file is there for these weights and images."""
     try:
         found = json.loads(record.read_text(encoding="utf-8"))

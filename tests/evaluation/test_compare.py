@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from sslvit.evaluation import compare, protocol
+from sslvit.evaluation import compare, records
 
 
 def record(right, top1=None, **more) -> dict:
     right = torch.tensor(right)
-    results = {"top1": 100 * right.double().mean().item() if top1 is None else top1, "right": protocol.pack_bits(right)}
+    results = {"top1": 100 * right.double().mean().item() if top1 is None else top1, "right": records.pack_bits(right)}
     test = {"data": "x", "images": len(right), "unreadable": 0}
     return {"test": test, "train": {"data": "t"}, "precision": "bf16", "seed": 0, "results": results, **more}
 
@@ -22,14 +22,14 @@ def write(run, name, content):
 
 def test_what_is_packed_is_unpacked():
     right = torch.rand(37, generator=torch.Generator().manual_seed(0)) < 0.5
-    assert protocol.unpack_bits(protocol.pack_bits(right)).tolist() == right.tolist()
+    assert records.unpack_bits(records.pack_bits(right)).tolist() == right.tolist()
 
 
 def test_the_interval_of_a_difference_is_that_of_drawing_images_in_pairs():
     generator = np.random.default_rng(0)
     a = generator.random(400) < 0.6
     b = np.where(generator.random(400) < 0.2, ~a, a)
-    found = compare.difference(*(protocol.pack_bits(torch.from_numpy(right)) for right in (a, b)), seed=1)
+    found = compare.difference(*(records.pack_bits(torch.from_numpy(right)) for right in (a, b)), seed=1)
     assert found["difference"] == pytest.approx(100 * (b.mean() - a.mean()), abs=1e-3)
     drawn = generator.integers(0, 400, (4000, 400))
     slow = 100 * (b[drawn].mean(axis=1) - a[drawn].mean(axis=1))

@@ -83,7 +83,9 @@ def choose(folder: str) -> None:
         train = written(Path(folder), pool, random_features(count, width))
         sets[pool] = (train, replace(random_features(100, width), classes=train.classes))
     before = unbacked()
-    probes.choose_and_test(linear.Config(), protocol.Task(None, sets, list("abcd"), {}), [{"lr": 0.1}], untrained)
+    probes.choose_and_test(
+        linear.Config(), protocol.Task(None, "linear", list("abcd"), sets, {}), [{"lr": 0.1}], untrained
+    )
     print(json.dumps([(now - before) / (4 * count * width) for now in found]))
 
 
@@ -131,7 +133,7 @@ def gather(rank: int, folder: Path) -> None:
     for everywhere in (True, False):
         found = features.gather_features(part, everywhere)
         if not everywhere and rank:
-            assert found is None
+            assert len(found) == len(found.labels) == len(found.index) == 0
             continue
         others = torch.arange(23) != 4
         for name in ("values", "labels", "index"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sslvit.__main__ import main
 from sslvit.evaluation import knn
-from sslvit.evaluation.classes import match_classes, remap_labels
+from sslvit.evaluation.classes import align_classes
 from tests import processes
 from tests.conftest import words as training_words
 
@@ -179,12 +179,17 @@ def test_an_approximate_search_of_few_images_is_refused(fails, labelled_sets):
 
 
 def source(labels, classes):
-    return SimpleNamespace(labels=np.array(labels), classes=classes)
+    of_images = {"read": lambda i: 10 * i, "name": str, "identity": None, "fingerprint": lambda: "same"}
+    return SimpleNamespace(labels=np.array(labels), classes=classes, **of_images)
 
 
 def test_labels_are_matched_by_the_names_of_the_classes():
-    numbers = match_classes(source([0, 1, 2], ["ant", "bee", "cat"]), source([0, 1, -1], ["bee", "cat"]), ("a", "b"))
-    assert remap_labels(torch.tensor([0, 1, -1]), numbers).tolist() == [1, 2, -1]
+    train, test = source([0, 1, 2], ["ant", "bee", "cat"]), source([0, 1, -1], ["bee", "cat"])
+    aligned = align_classes(train, test, ("a", "b"))
+    assert aligned.labels.tolist() == [1, 2, -1]
+    assert aligned.classes == ["ant", "bee", "cat"]
+    assert (aligned.fingerprint(), aligned.read(1)) == ("same", 10)  # the images of the test set, as they are cached
+    assert align_classes(train, train, ("a", "a")) is train
 
 
 @pytest.mark.parametrize("command", ["knn", "linear"])
@@ -351,7 +356,7 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
 
 
 def test_a_k_above_the_bank_gets_a_sentence_before_the_features_are_computed(fails, labelled, colour_run, monkeypatch):
-    monkeypatch.setattr("sslvit.evaluation.protocol.extract_cached", None)  # which nobody may call
+    monkeypatch.setattr("sslvit.evaluation.frozen.extract_cached", None)  # which nobody may call
     train, test = f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"
     assert "k=37 is larger than the 36 labelled" in fails("knn", f"run={colour_run}", train, test, "k=[37]")
     assert "k=36 is larger than the 35 labelled" in fails("knn", f"run={colour_run}", train, "k=[36]")

@@ -90,7 +90,7 @@ def test_what_a_head_reads_and_how_it_is_trained_is_chosen_on_held_out_images_on
         return Features(values, labels, list("abcd"), torch.arange(400))
 
     sets = {"mean": (features(noise), features(x)), "cls": (features(x), features(noise))}
-    task = protocol.Task(None, sets, list("abcd"), {})
+    task = protocol.Task(None, "linear", list("abcd"), sets, {})
     config = linear.Config(holdout=0.25)
 
     def train(x, labels, settings):

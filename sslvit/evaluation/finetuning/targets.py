@@ -10,7 +10,7 @@ from ... import rng
 from ...data import Source, labels
 from ...distributed import say
 from ...errors import UserError
-from ..classes import match_classes, remap_labels
+from ..classes import align_classes, labels_of
 from ..strata import hold_out, stratified
 
 
@@ -43,9 +43,8 @@ def read_targets(task: str, sources: tuple[Source, Source], specs: tuple[str, st
                 raise UserError(
                     f"{spec} has no labels: fine-tuning needs <folder>/<class>/<image>, or a labelled set{hint}."
                 )
-        mapping = match_classes(train, test, specs)
-        of_train, of_test = (torch.from_numpy(source.labels) for source in sources)
-        return Targets("single", of_train, remap_labels(of_test, mapping), train.classes)
+        aligned = align_classes(train, test, specs)
+        return Targets("single", labels_of(train), labels_of(aligned), train.classes)
     read = labels.multilabel if task == "multilabel" else labels.numbers
     (train_values, names), (test_values, test_names) = read(train), read(test)
     only_train, only_test = sorted(set(names) - set(test_names)), sorted(set(test_names) - set(names))

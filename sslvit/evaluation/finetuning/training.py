@@ -32,7 +32,7 @@ from ...metrics import SKIPPED, Window
 from ...step import train_step
 from ...stopping import Stopped, StopRequest
 from .. import scores
-from ..protocol import Frozen
+from ..frozen import Frozen
 from . import mixing
 from .classifier import Classifier, average_statistics, freeze, layer_ids, parameter_groups, trained_layers
 

@@ -1,0 +1,175 @@
+"""A frozen encoder: which one is measured, the images and features that it sees, and the record of its results."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import Accelerator
+
+from .. import pretrained
+from ..data import Source, open_source
+from ..data.augment import Normalize
+from ..distributed import say
+from ..errors import UserError, check_range
+from ..hardware import (
+    Precision,
+    choose_attention,
+    first_on_each_machine,
+    resolve_precision,
+    start_accelerator,
+    versions,
+)
+from ..model.encoder import Encoder, Pool
+from ..pretrained import Pixels, Pretrained
+from . import records
+from .feature_cache import extract_cached
+from .features import Features
+
+# Keys that change how a result is computed, but not what it is.
+NOT_SETTINGS = (
+    "run", "data", "out", "cache", "workers", "batch_size", "picture", "per_cluster", "download_dir", "seed",
+)  # fmt: skip
+POOL_NAMES = {
+    "cls": "class token",
+    "mean": "mean of patches",
+    "cls+mean": "class token and mean of patches",
+    "last4": "class tokens of the last four blocks",
+    "mean4": "means of patches of the last four blocks",
+    "pooled": "the model's pooled features",
+}
+
+
+@dataclass
+class EncoderConfig:
+    """Which encoder is measured, and how it is run."""
+
+    run: str = ""  # a run, its checkpoint, untrained:<run>, an exported folder, timm:<name>, random:<name>, pixels
+    pool: Literal["auto", "cls", "mean", "cls+mean", "last4", "mean4", "pooled"] = "auto"  # of tokens; auto: as trained
+    image_size: int | tuple[int, int] | None = None  # for timm:, random: and pixels only; null: the model's own
+    model_args: dict[str, Any] = field(default_factory=dict)  # for timm: and random: only, for example {patch_size: 4}
+    batch_size: int = 256  # images at once
+    workers: int | None = None  # processes that load images; null: by the number of cores
+    precision: Precision = "auto"  # of the encoder; auto: bf16 where the hardware is fast at it, else float32
+    seed: int = 0  # of the held-out part, of the heads, and of the weights of random:
+    out: str = ""  # file for the result; empty: <run>/eval/<name>.json, for untrained: <run>/eval/untrained/<name>.json
+
+
+@dataclass
+class Frozen:
+    """A frozen encoder on its device, for one evaluation."""
+
+    config: EncoderConfig
+    subject: Pretrained
+    pool: Pool
+    accelerator: Accelerator
+    precision: str
+    note: str = ""  # what a reader of the result must know, printed and recorded with it
+
+    @property
+    def encoder(self) -> Encoder | Pixels:
+        return self.subject.encoder
+
+    @property
+    def normalize(self) -> Normalize:
+        return Normalize(self.subject.mean, self.subject.std)
+
+    def cache_folder(self, cache: bool) -> Path | None:
+        """Where features are kept for the next evaluation; None: nowhere."""
+        return self.subject.results / "features" if cache and self.subject.results else None
+
+    def describe(self) -> str:
+        """What its features are, for people."""
+        return "pixels minus the mean image" if isinstance(self.encoder, Pixels) else describe_pool(self.pool)
+
+    def open(self, spec: str, download_dir: str = "~/.cache/sslvit") -> Source:
+        """The images that the user named, with the channels that the encoder takes. Raises UserError."""
+        data_config = replace(self.subject.data_config, download_dir=download_dir)
+        try:
+            return first_on_each_machine(self.accelerator, partial(open_source, spec, data_config))
+        except UserError as error:
+            if "data.in_chans" not in str(error):
+                raise
+            raise UserError(  # evaluations have no key data.in_chans
+                f"{spec} has images of other channels than the {data_config.in_chans} that run={self.subject.name} "
+                "takes: give images or an encoder that fit."
+            ) from error
+
+    def extract(
+        self, source: Source, pools: Sequence[Pool], cache: bool = False, whole: bool = True
+    ) -> dict[Pool, Features]:
+        """Features of a source by each way of pooling, see `features.extract`. Raises UserError.
+
+        cache: read those of an earlier evaluation of the same images, and keep these for the next one.
+        """
+        return extract_cached(
+            self.cache_folder(cache), self.encoder, source, self.normalize, self.accelerator, pools,
+            self.config.batch_size, self.config.workers, whole,
+        )  # fmt: skip
+
+    def features(self, source: Source, cache: bool = False, subtract_mean: bool = False) -> Features:
+        """Features of a source by the configured pooling. Raises UserError.
+
+        subtract_mean: of raw pixels. Without it their similarity is that of their brightness.
+        """
+        found = self.extract(source, (self.pool,), cache)[self.pool]
+        if subtract_mean and isinstance(self.encoder, Pixels):
+            found = replace(found, values=found.values - found.values.mean(dim=0))
+        return found
+
+    def save(self, evaluation: str, results: dict[str, Any], **details: Any) -> None:
+        """Write down a result and how it was measured: in `out=`, or in <evaluation>.json beside the run's others.
+
+        details: JSON values, added to what every record holds or in the place of it. Raises UserError.
+        """
+        config, folder = self.config, self.subject.results
+        record = {
+            "evaluation": evaluation,
+            "run": config.run,
+            **self.subject.detail,
+            "features": self.describe(),
+            "image_size": list(self.encoder.image_size),
+            "precision": self.precision,
+            "seed": config.seed,
+            "versions": versions(),
+            "settings": {name: value for name, value in asdict(config).items() if name not in NOT_SETTINGS},
+            **({"note": self.note} if self.note else {}),
+            **details,
+            "results": results,
+        }
+        if self.note:
+            say(self.note)
+        if config.out:
+            records.write(record, Path(config.out).expanduser())
+        elif folder:
+            records.write(record, folder / f"{evaluation}.json")
+        else:
+            say("The result is printed only: out=<file> keeps it.")
+
+
+def load_frozen(config: EncoderConfig) -> Frozen:
+    """Load the encoder and put it on its device. Raises UserError."""
+    check_range("", config, 1, None, "batch_size", "image_size")
+    check_range("", config, 0, None, "workers")
+    records.check_out(config.out)
+    subject = pretrained.load(config.run, config.image_size, config.model_args, config.seed)
+    encoder = subject.encoder
+    pool = encoder.pool if config.pool == "auto" else check_pool("pool", config.pool, encoder, config.run)
+    accelerator = start_accelerator(config.precision, long_waits=True)
+    precision = resolve_precision(config.precision, accelerator.device)
+    encoder.to(accelerator.device)
+    choose_attention(encoder, accelerator.device, precision)
+    return Frozen(config, subject, pool, accelerator, precision)
+
+
+def check_pool(key: str, pool: str, encoder: Encoder | Pixels, run: str) -> Pool:
+    """The way of pooling that the user named. Raises UserError if the encoder does not have it."""
+    for found in encoder.pools():
+        if found == pool:
+            return found
+    raise UserError(f"{key}={pool} is not something that {run} has: use {', '.join(encoder.pools())}.")
+
+
+def describe_pool(pool: str) -> str:
+    return POOL_NAMES[pool]

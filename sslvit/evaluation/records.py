@@ -1,0 +1,64 @@
+"""Results as files and tables: one JSON file for each evaluation of a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..distributed import rank, say
+from ..errors import UserError
+
+
+def describe_set(spec: str, images: int, unreadable: int | None = None, **more: Any) -> dict[str, Any]:
+    """A set of images, for a record. images: those that were read."""
+    counted = {} if unreadable is None else {"unreadable": unreadable}
+    return {"data": spec, "images": images, **counted, **more}
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """Write a record as JSON, on the first process. Raises UserError."""
+    if rank() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"The result cannot be written to {path}: {error.strerror}.") from error
+    say(f"written to {path}")
+
+
+def check_out(path: str) -> None:
+    """Before the work: raises UserError if `path` cannot be written, or is a file that sslvit did not write."""
+    file = Path(path).expanduser()
+    if not path:
+        return
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"out={path} must be a file in a folder that exists.")
+    if file.exists():
+        try:
+            ours = {"results", "evaluation"} & set(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            ours = set()
+        if not ours:
+            raise UserError(f"out={path} exists and holds no result of sslvit: give another name.")
+
+
+def pack_bits(right: Tensor) -> str:
+    """[N] bool, whether each test image was classified correctly -> N, a colon, and hexadecimal digits (8 bits in two).
+
+    With those of two runs on the same images, `sslvit compare` computes the interval of their difference.
+    """
+    return f"{len(right)}:{np.packbits(right.cpu().numpy()).tobytes().hex()}"
+
+
+def unpack_bits(text: str) -> np.ndarray:
+    """What `pack_bits` was given: [N] bool."""
+    count, digits = text.split(":")
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), dtype=np.uint8), count=int(count)).astype(bool)
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table with right-aligned columns."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
