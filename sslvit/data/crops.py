@@ -194,11 +194,15 @@ def crop_key(key: Tensor, name: str, view: int) -> Tensor:
 def centre(image: Tensor, size: tuple[int, int], resize_ratio: float = 1.0) -> Tensor:
     """[C, H, W] -> [C, h, w]: the image scaled until it covers `size / resize_ratio`, then its centre (for evaluation).
 
-    resize_ratio 224 / 256 is the published evaluation at 224 pixels.
+    resize_ratio 224 / 256 is the published evaluation at 224 pixels. Lengths are truncated to whole pixels and margins
+    rounded, as torchvision's Resize and CenterCrop do.
     """
-    target = (size[0] / resize_ratio, size[1] / resize_ratio)
-    factor = max(target[0] / image.shape[-2], target[1] / image.shape[-1])
-    h, w = (max(side, round(length * factor)) for side, length in zip(size, image.shape[-2:], strict=True))
+    height, width = image.shape[-2:]
+    h, w = int(size[0] / resize_ratio), int(size[1] / resize_ratio)
+    if h * width > w * height:
+        w = int(h * width / height)
+    else:
+        h = int(w * height / width)
     image = resize(image, (h, w))
     top, left = round((h - size[0]) / 2), round((w - size[1]) / 2)
     return image[:, top : top + size[0], left : left + size[1]]

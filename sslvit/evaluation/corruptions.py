@@ -33,7 +33,6 @@ from PIL import Image
 from torch import Tensor
 
 from .. import rng
-from ..data.augment import blur
 
 SEVERITIES = (1, 2, 3, 4, 5)
 LARGEST_SMALL = 64  # pixels of the longer side up to which an image gets CIFAR-10-C's numbers
@@ -90,7 +89,17 @@ def impulse_noise(x: Tensor, c: float, generator: torch.Generator) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, c: float, generator: torch.Generator) -> Tensor:
-    return blur(x.unsqueeze(0), torch.tensor([float(c)]), radius=math.ceil(4 * c)).squeeze(0)
+    return _gaussian(x, c, radius=math.ceil(4 * c))
+
+
+def _gaussian(x: Tensor, sigma: float, radius: int) -> Tensor:
+    """[..., h, w] -> the same, convolved with a Gaussian that is cut off at `radius` pixels. Edges are mirrored."""
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    for axis in (-2, -1):
+        n, place = x.shape[axis], torch.arange(-radius, x.shape[axis] + radius)
+        mirrored = torch.where(place < 0, -1 - place, torch.where(place >= n, 2 * n - 1 - place, place)).clamp(0, n - 1)
+        x = x.index_select(axis, mirrored).unfold(axis, len(taps), 1) @ (taps / taps.sum())
+    return x
 
 
 def defocus_blur(x: Tensor, c: tuple[float, float], generator: torch.Generator) -> Tensor:
@@ -99,7 +108,7 @@ def defocus_blur(x: Tensor, c: tuple[float, float], generator: torch.Generator) 
     place = torch.arange(-reach, reach + 1)
     disk = (place.square() + place.unsqueeze(1).square() <= radius**2).float()
     # The released code smooths the disk in a window of 3 pixels, or 5 for a radius above 8.
-    kernel = blur(disk[None, None] / disk.sum(), torch.tensor([sigma]), radius=1 if radius <= 8 else 2)
+    kernel = _gaussian(disk / disk.sum(), sigma, radius=1 if radius <= 8 else 2)[None, None]
     padded = F.pad(x.unsqueeze(1), (reach,) * 4, mode="reflect" if min(x.shape[-2:]) > reach else "replicate")
     return F.conv2d(padded, kernel).squeeze(1)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 from torchvision.transforms.v2 import functional as tv
 
 from sslvit import rng
@@ -91,14 +92,27 @@ def test_deep_images_stay_deep():
     assert 0 <= out.min() <= out.max() <= 255
 
 
-@pytest.mark.parametrize(("height", "width"), [(300, 200), (200, 300), (256, 256), (100, 90)])
-def test_the_centre_is_torchvisions_resize_and_centre_crop(height, width):
+@pytest.mark.parametrize("size", [224, 96, 37])
+@pytest.mark.parametrize(("height", "width"), [(300, 199), (201, 333), (256, 256), (101, 90), (47, 389)])
+def test_the_centre_is_torchvisions_resize_and_centre_crop(height, width, size):
+    """Also where the longer side, or 96 / 0.875, is no whole number of pixels: it is truncated."""
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, height, width), dtype=np.uint8))
-    ours = crops.centre(image, (224, 224), 224 / 256)
-    theirs = tv.center_crop(tv.resize(image, [256], InterpolationMode.BICUBIC, antialias=True), [224, 224])
-    # torchvision truncates the longer side to whole pixels where we round: the pixel grids may differ by one in 256
-    assert (ours.float() - theirs.float()).abs().mean() < (1e-6 if height == width else 20)
-    assert ours.shape == theirs.shape
+    short = int(size / (224 / 256))
+    published = Compose([Resize(short, InterpolationMode.BICUBIC, antialias=True), CenterCrop(size)])
+    assert torch.equal(crops.centre(image, (size, size), 224 / 256), published(image))
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 32), (7, 50)])
+@pytest.mark.parametrize(("height", "width"), [(301, 199), (201, 333), (33, 47), (7, 50), (5, 5)])
+def test_the_centre_of_another_shape_is_as_large_as_fits(height, width, size):
+    position = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).float()
+    rows, columns = crops.centre(position, size)
+    assert rows.shape == size
+    step = min(height / size[0], width / size[1])  # pixels of the image from one pixel of the crop to the next
+    assert rows[:, 0].diff().median() == pytest.approx(step, rel=0.05)
+    assert columns[0].diff().median() == pytest.approx(step, rel=0.05)
+    assert rows.mean() == pytest.approx((height - 1) / 2, abs=step)
+    assert columns.mean() == pytest.approx((width - 1) / 2, abs=step)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
