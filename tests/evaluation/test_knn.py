@@ -404,3 +404,20 @@ def test_features_that_are_no_numbers_are_refused_and_no_file_of_the_users_overw
     save_file(weights, out / "model.safetensors", {"format": "pt"})
     for command in ("knn", "linear", "attentive"):
         assert "not finite" in fails(command, f"run={out}", *sets, "cache=false")
+
+
+def test_a_checkpoint_that_was_chosen_on_the_test_images_says_so(cli, labelled, tmp_path):
+    """save.keep_best chose it by the k-NN on eval.test: neither another checkpoint nor other images have the note."""
+    out = tmp_path / "run"
+    train, test, other = f"{labelled / 'train'}", f"{labelled / 'test'}", str(tmp_path / "other")
+    shutil.copytree(test, other)
+    arguments = training_words("mae", f"out={out}", "steps=2", "k=5", "keep_best=true", "keep_last=9")
+    sets = [f"eval.train={train}", f"eval.test={test}", "every_epochs=0.5", "save.every_steps=1"]
+    assert cli("pretrain", train, *arguments, *sets)[0] == 0
+    before, chosen = sorted((out / "checkpoints").iterdir())  # of step 1, and of step 2 with the first evaluation
+    for checkpoint, images, expected in ((before, test, False), (chosen, other, False), (chosen, test, True)):
+        status, printed, _ = cli("knn", f"run={checkpoint}", f"data.train={train}", f"data.test={images}", "k=[5]")
+        assert status == 0
+        record = json.loads((out / "eval" / checkpoint.name / "knn.json").read_text())
+        assert ("note" in record) == ("is too high: measure it on other" in printed) == expected
+    assert "chosen by its k-NN accuracy" in cli("compare", chosen)[1]
