@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 SERVER = """
-import json, os, select, socket, sys, traceback
+import importlib, json, os, select, socket, sys, traceback
 import numpy, safetensors.torch, timm, torch
+for name in sys.argv[2:]:
+    importlib.import_module(name)
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(sys.argv[1])
 listener.listen()
@@ -51,12 +53,16 @@ sys.exit(connection.recv(1)[0])
 class Interpreter:
     """Has the one name of `sys` that sslvit/checkpoints/timm_format.py reads. Nothing starts before it is asked for."""
 
+    def __init__(self, *modules: str) -> None:
+        """modules: what its programs find imported, beside timm."""
+        self.modules = modules
+
     @cached_property
     def executable(self) -> str:
         self.folder = tempfile.TemporaryDirectory()  # a short path, as that of a socket has to be
         address, client = str(Path(self.folder.name) / "socket"), Path(self.folder.name) / "python"
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-c", SERVER, address, *self.modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=self.folder.name,
         )  # fmt: skip
         assert self.server.stdout.readline() == b"ready\n"

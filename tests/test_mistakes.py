@@ -3,16 +3,15 @@
 `python -m pytest -m slow -s -n0 tests/test_mistakes.py` tries them all; `-k` and a part of a name chooses some.
 """
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from .forked_python import Interpreter
 from .mistakes import Mistake
 from .mistakes.evaluation import EVALUATION
 from .mistakes.training import TRAINING
@@ -50,31 +49,49 @@ def copy_of_the_package(folder: Path) -> Path:
     return folder
 
 
-def run_tests(folder: Path, targets: str) -> tuple[int, str]:
-    """Exit status and output of pytest in a fresh process."""
-    command = [sys.executable, "-m", "pytest", "-x", "-n0", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, *targets.split()], cwd=folder, capture_output=True, text=True, timeout=600,
-        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+# What a process does that was forked from one with torch and timm: no import is waited for, and sslvit is the copy's.
+PYTEST = """
+import os, signal, sys
+os.environ.update(PYTHONPATH=os.getcwd(), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+sys.dont_write_bytecode = True
+signal.alarm(600)
+import pytest
+status = pytest.main(["-x", "-n0", "-q", "--tb=short", "-p", "no:cacheprovider", *sys.argv[1:]])
+assert "sslvit" in sys.modules and sys.modules["sslvit"].__file__.startswith(os.getcwd())
+sys.stdout.flush()
+os._exit(int(status))
+"""
+
+
+@pytest.fixture(scope="module")
+def python():
+    interpreter = Interpreter("accelerate", "faiss", "pytest", "sklearn.linear_model", "torchvision.transforms")
+    yield interpreter
+    interpreter.close()
+
+
+def run_tests(python: Interpreter, folder: Path, targets: str) -> tuple[int, str]:
+    """Exit status and output of pytest in a process of its own."""
+    command = [python.executable, "-c", PYTEST, *targets.split()]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tests", sorted({mistake.tests for mistake in MISTAKES}))
-def test_without_a_mistake_the_tests_pass(tests, tmp_path):
-    status, output = run_tests(copy_of_the_package(tmp_path / "copy"), tests)
+def test_without_a_mistake_the_tests_pass(tests, python, tmp_path):
+    status, output = run_tests(python, copy_of_the_package(tmp_path / "copy"), tests)
     assert status == 0, output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
-def test_a_mistake_makes_a_test_fail(mistake, tmp_path, capsys):
+def test_a_mistake_makes_a_test_fail(mistake, python, tmp_path, capsys):
     copy = copy_of_the_package(tmp_path / "copy")
     path = copy / "sslvit" / mistake.file
     path.write_text(source(mistake).replace(mistake.before, mistake.after), encoding="utf-8")
     began = time.monotonic()
-    status, output = run_tests(copy, mistake.tests)
+    status, output = run_tests(python, copy, mistake.tests)
     failed = re.findall(r"^FAILED (\S+)", output, re.M)
     assert status == 1, f"exit status {status}: the mistake was not found\n{output}"
     assert failed, f"no test failed by itself\n{output}"
