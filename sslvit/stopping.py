@@ -9,15 +9,15 @@ from types import FrameType
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2")  # schedulers send one of these
 EXIT_REQUEUE = 75  # exit status, EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again
-AGREE_EVERY = 10  # steps after which several processes ask one another, so that all stop at the same one
+AGREE_EVERY = 10  # steps; several processes then agree, so that all stop at the same step
 
 
 class Stopped(Exception):
-    """Work other than pretraining was asked to stop and has saved what it did; the text says where."""
+    """A command was asked to stop and has saved its work. The text says where."""
 
 
 class StopRequest:
-    """Asked after each step."""
+    """The loop asks it after each step."""
 
     def __init__(self, max_hours: float | None) -> None:
         self.reason: str | None = None
@@ -25,7 +25,7 @@ class StopRequest:
 
     def reason_at(self, step: int) -> str | None:
         """Why the run has to stop after this step, the same on all processes; None to go on."""
-        from .distributed import gather_objects, world_size  # torch: seconds, and `sslvit --help` reads this file too
+        from .distributed import gather_objects, world_size  # imports torch, which takes seconds; --help needs no torch
 
         if self.reason is None and self.end is not None and time.monotonic() > self.end:
             self.reason = "max_hours"
@@ -40,8 +40,8 @@ class StopRequest:
 def stop_requests(max_hours: float | None) -> Iterator[StopRequest]:
     """Within it SIGTERM, SIGUSR1 and SIGUSR2 ask the run to stop after the current step.
 
-    A second one changes nothing: a launcher that was signalled sends one of its own, perhaps while the first process
-    writes the checkpoint. SIGINT and SIGKILL end a run at once.
+    A second signal changes nothing: a launcher sends one of its own, perhaps while the checkpoint is being written.
+    SIGINT and SIGKILL end a run at once.
     """
     stop, before = StopRequest(max_hours), {}
 
@@ -59,8 +59,10 @@ def stop_requests(max_hours: float | None) -> Iterator[StopRequest]:
 
 
 def ignore_in_worker(worker: int) -> None:
-    """For loader processes: a scheduler signals every process, and the step that is running still needs them. They end
-    with the process that started them."""
+    """For loader processes: a scheduler signals every process, but the current step still needs its images.
+
+    They end with the process that started them.
+    """
     for name in SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -1,21 +1,20 @@
-"""How fast this machine runs a recipe: the time of each stage, what to change first, how long the whole run will take.
+"""How fast this machine runs a recipe: the time of each stage, what to change first, the time of the whole run.
 
-Read pretrain.py first: this measures its parts. Nothing is written but the report that is asked for, and no run
-directory is touched.
+It measures the parts of pretrain.py. It writes nothing but the report that is asked for.
 """
 
 import dataclasses
 import json
 import math
-import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -36,6 +35,7 @@ from ..hardware import (
     bf16_is_fast,
     blocks_of,
     choose_attention,
+    cores,
     default_workers,
     first_on_each_machine,
     keep_memory,
@@ -48,40 +48,42 @@ from ..pretrain import compiled
 from ..step import train_step, update
 
 SAMPLE = 64  # images read and cut to measure one core
-FEW = 4  # global batches that are kept in memory to measure the epochs after the first
+FEW = 4  # global batches in memory that stand for the epochs after the first
+T = TypeVar("T")
+Batch = dict[str, Any]  # of the loader, or augmented
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class Config:
-    seconds: float = 4.0  # of measuring the parts of a step, and twice that for the loop
-    report: str | None = None  # a JSON file to write what was measured to
+    seconds: float = 4.0  # time to measure the parts of a step; the loop takes twice as long
+    report: str | None = None  # write what was measured to this JSON file
 
 
 @dataclass
 class Report:
-    """What was measured. Times are seconds an image; those of the loop are of all processes together."""
+    """What was measured. Times are seconds an image: of one process, or of all together for the loop."""
 
     device: str
     dtype: torch.dtype
     processes: int
     workers: int  # loader processes of one process
-    cached: bool  # decoded images stay in memory ...
-    on_device: bool  # ... of the training device, and are cut there
-    read: float  # one core
-    cut: float  # one core, all crops of an image; if on_device there, a batch
-    colours: float  # and the three below: one process
+    cached: bool  # decoded images stay in memory
+    on_device: bool  # in the memory of the training device, which also cuts the crops
+    read: float  # on one core
+    cut: float  # all crops of an image, on one core or on the device
+    colours: float  # the photometric augmentation
     forward: float
     backward: float
     update: float
-    loop: float  # of images that are in memory, if they stay there and the run has more than an epoch
-    first: float | None  # then the loop of the first epoch, which decodes them
-    waiting: float  # share of the loop that is spent waiting for the loader
-    flop: float  # of the matrix products of forward and backward, an image; with grad_checkpointing, done twice
-    matmul: float  # FLOP/s of the matrix products of one process, measured
+    loop: float  # all together; after the first epoch if images stay in memory
+    first: float | None  # the loop of the first epoch, which decodes images, if the others do not
+    waiting: float  # share of the loop spent waiting for the loader
+    flop: float  # of the matrix products of an image, forward and backward; grad_checkpointing does some twice
+    matmul: float  # FLOP/s that matrix products reach on one process, measured
     memory: int  # bytes at the peak: of the GPU, or of the process on a CPU
     memory_total: int
-    images: int  # that the whole run trains on
+    images: int  # of the whole run
     epoch: int  # images of an epoch
 
     @property
@@ -97,8 +99,7 @@ class Report:
 
     @property
     def utilisation(self) -> float:
-        """Share of the measured matrix-product rate that the loop uses for its products (MFU; with grad_checkpointing
-        the recomputed ones count too)."""
+        """Share of the measured rate of matrix products that the loop reaches (MFU)."""
         return self.flop / (self.loop * self.processes) / self.matmul
 
 
@@ -112,82 +113,74 @@ def run(config: RunConfig, settings: Config, arguments: list[str]) -> None:
 
 def bench(config: RunConfig, settings: Config) -> Report:
     """Measure a configuration on this machine, on as many processes as were started. Raises UserError."""
-    if not 0 < settings.seconds < math.inf:
-        raise UserError(f"seconds={settings.seconds} must be above 0.")
-    if settings.report and not Path(settings.report).expanduser().parent.is_dir():
-        raise UserError(
-            f"report={settings.report} cannot be written: there is no folder {Path(settings.report).parent}."
-        )
-    configuration.check(config)
-    if config.batch_size == "auto":
-        raise UserError("bench measures a batch_size: give a number in place of batch_size=auto.")
+    _check(config, settings)
+    # As pretrain.set_up does, without a run directory.
     accelerator = start_accelerator(config.precision)
     device = accelerator.device
-    method = objectives.find(config.method)
     source = first_on_each_machine(accelerator, lambda: data.open_source(config.data.train, config.data))
     plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
-    views, normalize = method.views(config.objective, config.data), Normalize(*data.normalization(config.data))
+    views = objectives.find(config.method).views(config.objective, config.data)
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps)
     choose_attention(objective, device, accelerator.mixed_precision)
     sharding.place(objective, device, config.shard)
     if config.compile:
         blocks_of(objective)
-    optimizer = optim.make_optimizer(config.optim, objective)
-    model, optimizer = sharding.prepare(accelerator, objective, optimizer)
-    workers = default_workers(device) if config.data.workers is None else config.data.workers
+    model, optimizer = sharding.prepare(accelerator, objective, optim.make_optimizer(config.optim, objective))
     objective.train()
     if config.compile:
         say(compiled(config, plan, accelerator, model, optimizer, views))
-
     read, crops = _one_core(source, views, config.seed, config.data.jpeg_scaling)
+    workers = default_workers(device) if config.data.workers is None else config.data.workers
     in_memory = cached(source, config.data.cache, config.seed, Memory())
     in_memory = on_device(in_memory, config.data.cache, device, workers)
     resident = isinstance(in_memory, OnDevice)
     workers = 0 if resident else workers
-    endless = partial(_endless, config, plan, views=views, workers=workers, device=device)
-    batches = endless(in_memory)
+    load = partial(_batches, config, plan, views, workers, device)
+    batches = load(in_memory)
     raw, window = next(batches), Window()
     keep_memory(device)
-    batch = augment(raw, views, normalize, device)
+
+    # The parts of a step, one after another.
+    prepare = partial(augment, views=views, normalize=Normalize(*data.normalization(config.data)), device=device)
+    batch = prepare(raw)
     spent: dict[str, list[float]] = {"colours": [], "forward": [], "backward": [], "update": []}
 
     def parts() -> None:
-        _timed(spent["colours"], device, lambda: augment(raw, views, normalize, device))
+        _timed(spent["colours"], device, lambda: prepare(raw))
         loss = _timed(spent["forward"], device, lambda: model(batch, 0)["loss"])
         _timed(spent["backward"], device, lambda: accelerator.backward(loss))
         _timed(spent["update"], device, lambda: update(accelerator, model, optimizer, 0, window, config.optim))
 
     with FlopCounterMode(display=False) as counter:
         parts()
-    spent = {name: [] for name in spent}  # without the first, which allocates
+    spent = {name: [] for name in spent}  # the first call also allocated memory
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     _repeat(parts, settings.seconds, device)
+    batch_size, accumulate = plan.layout.batch_size, plan.layout.accumulate
     if resident:
         cuts: list[float] = []
         _repeat(lambda: _timed(cuts, device, lambda: next(batches)), settings.seconds / 4, device)
-        crops = statistics.median(cuts) / plan.layout.batch_size
-    b, accumulate = plan.layout.batch_size, plan.layout.accumulate
-    each = {name: statistics.median(values) / b for name, values in spent.items()}
-    each["update"] /= accumulate
+        crops = statistics.median(cuts) / batch_size
+    an_image = {name: statistics.median(values) / batch_size for name, values in spent.items()}
+    an_image["update"] /= accumulate
 
-    prepare = partial(augment, views=views, normalize=normalize, device=device)
+    # The whole loop, with loading.
     step = partial(
         train_step, accelerator, model, optimizer, accumulate=accumulate, seed=config.seed, config=config.optim
     )
     loop = partial(_loop, step, prepare, accumulate, 2 * workers, 2 * settings.seconds, device)
     (a_step, waiting), first = loop(batches), None
     if in_memory is not source and not resident and plan.steps > plan.steps_per_epoch:
-        first = a_step
+        first = a_step / plan.layout.global_batch_size
+        few = min(plan.steps_per_epoch, FEW)
         batches.close()
-        batches = endless(First(in_memory, min(plan.steps_per_epoch, FEW) * plan.layout.global_batch_size))
-        for _ in range(min(plan.steps_per_epoch, FEW) * accumulate):  # their first epoch
+        batches = load(First(in_memory, few * plan.layout.global_batch_size))
+        for _ in range(few * accumulate):  # their first epoch
             next(batches)
         a_step, waiting = loop(batches)
-    dtype = DTYPES[accelerator.mixed_precision]
-    used = peak_memory(device)  # before the matrix products below add to it
-    gpu = device.type == "cuda"
-    total = torch.cuda.get_device_properties(device).total_memory if gpu else psutil.virtual_memory().total
+    memory = peak_memory(device)  # before the matrix products below add to it
+    gpu, dtype = device.type == "cuda", DTYPES[accelerator.mixed_precision]
     return Report(
         device=_name(device),
         dtype=dtype,
@@ -197,17 +190,28 @@ def bench(config: RunConfig, settings: Config) -> Report:
         on_device=resident,
         read=read,
         cut=crops,
-        **each,
+        **an_image,
         loop=a_step / plan.layout.global_batch_size,
-        first=first and first / plan.layout.global_batch_size,
+        first=first,
         waiting=waiting,
-        flop=counter.get_total_flops() / b,
+        flop=counter.get_total_flops() / batch_size,
         matmul=matmul_rate(device, dtype),
-        memory=used,
-        memory_total=total,
+        memory=memory,
+        memory_total=torch.cuda.get_device_properties(device).total_memory if gpu else psutil.virtual_memory().total,
         images=plan.steps * plan.layout.global_batch_size,
         epoch=plan.steps_per_epoch * plan.layout.global_batch_size,
     )
+
+
+def _check(config: RunConfig, settings: Config) -> None:
+    if not 0 < settings.seconds < math.inf:
+        raise UserError(f"seconds={settings.seconds} must be above 0.")
+    if settings.report and not Path(settings.report).expanduser().parent.is_dir():
+        folder = Path(settings.report).parent
+        raise UserError(f"report={settings.report} cannot be written: there is no folder {folder}.")
+    configuration.check(config)
+    if config.batch_size == "auto":
+        raise UserError("bench measures a batch_size: give a number in place of batch_size=auto.")
 
 
 def lines(report: Report, config: RunConfig) -> list[str]:
@@ -258,28 +262,28 @@ def save(report: Report, path: Path) -> None:
 def advice(report: Report, config: RunConfig) -> list[str]:
     """What to change first, the largest gain first; at least one sentence."""
     r, found = report, []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loading = r.cut + (0 if r.cached else r.read)
     if r.waiting > 0.1 and r.on_device:
         found.append(
-            f"cutting the crops on the device takes {r.waiting:.0%} of the time: data.cache=ram leaves it to the cores."
+            f"cutting the crops on the device takes {r.waiting:.0%} of the time: data.cache=ram does it on the cores."
         )
     elif r.waiting > 0.1:
         wanted = math.ceil(loading / r.step)
-        if r.workers < wanted and r.workers * r.processes < cores:
+        if r.workers < wanted and r.workers * r.processes < cores():
             found.append(
-                f"the loader holds training up: data.workers={min(wanted, cores // r.processes)} "
+                f"training waits for the loader: data.workers={min(wanted, cores() // r.processes)} "
                 f"(an image takes {1000 * loading:.1f} ms of a core, and training {1000 * r.step:.1f} ms)."
             )
         else:
             found.append(
-                f"the loader holds training up and the {cores} cores are busy: smaller image files "
+                f"training waits for the loader, and the {cores()} cores are busy: smaller image files "
                 f"(reading takes {1000 * r.read:.1f} ms of a core, cropping {1000 * r.cut:.1f}), or data.cache=ram."
             )
     if r.dtype == torch.float32 and bf16_is_fast(torch.device("cuda" if "cuda" in r.device else "cpu")):
         found.append("precision=bf16: this hardware multiplies it several times faster than float32.")
-    if "cuda" in r.device and r.memory < 0.4 * r.memory_total and (config.batch_size or 0) < config.global_batch_size:
-        found.append("batch_size: twice as large a one fits into memory, and keeps the GPU busier.")
+    size = config.batch_size if isinstance(config.batch_size, int) else config.global_batch_size
+    if "cuda" in r.device and r.memory < 0.4 * r.memory_total and size < config.global_batch_size:
+        found.append(f"batch_size={2 * size} fits into memory, and keeps the GPU busier.")
     if r.update > 0.25 * r.step:
         found.append(
             f"the update takes {r.update / r.step:.0%} of a step, because the global batch is small for this model: "
@@ -295,7 +299,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         spent: list[float] = []
         for _ in range(8):
-            _timed(spent, device, lambda a=a, b=b: a @ b)
+            _timed(spent, device, partial(torch.matmul, a, b))
         best = max(best, 2 * n**3 / statistics.median(spent))
     return best
 
@@ -312,10 +316,10 @@ def _one_core(source: Source, views: Views, seed: int, scaling: bool) -> tuple[f
 
     for index in order[: SAMPLE + 1].tolist():
         try:
-            image, size = _timed(spent["read"], None, lambda index=index: read(index))
+            image, size = _timed(spent["read"], None, partial(read, index))
         except BadImage:
             continue
-        _timed(spent["cut"], None, lambda image=image, size=size: cut([image] * 4, order[:4], views, [size] * 4))
+        _timed(spent["cut"], None, partial(cut, [image] * 4, order[:4], views, [size] * 4))
     torch.set_num_threads(threads)
     if not spent["cut"]:
         raise UserError(f"None of {SAMPLE} images of the source can be read, for example {source.name(int(order[0]))}.")
@@ -323,8 +327,8 @@ def _one_core(source: Source, views: Views, seed: int, scaling: bool) -> tuple[f
 
 
 def _loop(
-    step: Callable[[Iterator[dict[str, Tensor]], int, Window], None], prepare: Callable[[dict], dict[str, Tensor]],
-    accumulate: int, ahead: int, seconds: float, device: torch.device, batches: Iterator[dict],
+    step: Callable[[Iterator[Batch], int, Window], Tensor], prepare: Callable[[Batch], Batch],
+    accumulate: int, ahead: int, seconds: float, device: torch.device, batches: Iterator[Batch],
 ) -> tuple[float, float]:  # fmt: skip
     """Seconds a step, and the share of them that is spent waiting for batches.
 
@@ -332,7 +336,7 @@ def _loop(
     """
     waited: list[float] = []
 
-    def micro_batches() -> Iterator[dict[str, Tensor]]:
+    def micro_batches() -> Iterator[Batch]:
         for _ in range(accumulate):
             yield prepare(_timed(waited, None, lambda: next(batches)))
 
@@ -354,15 +358,16 @@ class First(Kept):
         return self.count
 
 
-def _endless(
-    config: RunConfig, plan: Plan, source: Source, views: Views, workers: int, device: torch.device
-) -> Iterator[dict]:
+def _batches(
+    config: RunConfig, plan: Plan, views: Views, workers: int, device: torch.device, source: Source
+) -> Generator[Batch]:
+    """Micro-batches without an end."""
     steps, scaling = (0, sys.maxsize // 2**20), config.data.jpeg_scaling
     yield from make_loader(source, views, plan.layout, config.seed, steps, workers, device, scaling=scaling)
 
 
-def _timed(into: list[float], device: torch.device | None, work: Callable[[], object]) -> object:
-    """What work returns; its seconds are appended. With a device, all that was asked of it is waited for."""
+def _timed(into: list[float], device: torch.device | None, work: Callable[[], T]) -> T:
+    """What `work` returns. Its seconds are appended to `into`; with a device, until the device has finished."""
     start = time.perf_counter()
     result = work()
     if device is not None and device.type == "cuda":
@@ -371,8 +376,8 @@ def _timed(into: list[float], device: torch.device | None, work: Callable[[], ob
     return result
 
 
-def _repeat(work: Callable[[], None], seconds: float, device: torch.device) -> tuple[int, float]:
-    """Call it for about so many seconds, as many times on each process, at least three: (times, seconds)."""
+def _repeat(work: Callable[[], object], seconds: float, device: torch.device) -> tuple[int, float]:
+    """Call `work` for about so many seconds, at least three times, on all processes alike: (times, seconds)."""
     first: list[float] = []
     _timed(first, device, work)
     times = max(3, round(seconds / max(gather_objects(first[0]))))

@@ -1,9 +1,10 @@
-"""`sslvit submit`: a pretraining as a job of a SLURM cluster, by submitit: started, stopped with a saved step when its
-time is over or it has to make room, queued again, until it is done.
+"""`sslvit submit`: a pretraining as a job of a SLURM cluster, through submitit.
 
-Read pretrain.py and stopping.py first. One task is one process of the training, so that the scheduler's signal reaches
-each of them directly and it sees how each of them ends; a torchrun in between would take the signal for a failure and
-kill its processes half a minute later, saved or not.
+When its time is over, or when it must make room for another job, the run saves a checkpoint and ends. The job is queued
+again until the run is done. Read pretrain.py and stopping.py first.
+
+One task of the job is one process of the training, without torchrun: torchrun would take the scheduler's signal for a
+failure, and kill its processes half a minute later, saved or not.
 """
 
 import os
@@ -35,25 +36,25 @@ from ..pretrain import Result, pretrain, summary
 from ..run import check_directory, check_images
 from ..stopping import EXIT_REQUEUE
 
-HELD = 3600  # seconds that a process which SLURM told to end waits to be ended: longer than clusters' GraceTime
+HELD = 3600  # seconds that a process waits for SLURM to end it: longer than the GraceTime of clusters
 
 
 @dataclass
 class Config:
     cluster: Literal["slurm", "local"] = "slurm"  # local: on this machine, to try it; 6 starts at most
     nodes: int = 1  # machines
-    gpus: int = 1  # of each machine, with one process each; 0: train on CPUs
-    processes: int | None = None  # with gpus=0: on each machine; null: one
-    cpus: int = 8  # cores for each process: for its loader processes, and with gpus=0 for the training itself
-    memory: float | None = None  # GiB of each machine; null: what the cluster gives
-    hours: float = 24.0  # of one start; then the run saves and is queued again until it is done ...
-    restarts: int = 100  # ... but not more often than this
-    warn_minutes: float = 5.0  # so long before the hours are over the run is told to save
-    partition: str | None = None  # null: the cluster's default
-    account: str | None = None  # null: the cluster's default
-    sbatch: str = ""  # more options of sbatch, which win: "--qos=high --gres=gpu:a100:4"
-    setup: str = ""  # a line of shell before each start: "module load cuda/12"
-    check_images: bool = True  # open the images here first; false where only the cluster's machines see them
+    gpus: int = 1  # GPUs of each machine, with one process each; 0: train on CPUs
+    processes: int | None = None  # processes of each machine, with gpus=0; null: one
+    cpus: int = 8  # cores of each process
+    memory: float | None = None  # GiB of each machine; null: the default of the cluster
+    hours: float = 24.0  # length of one start; then the run saves and is queued again until it is done
+    restarts: int = 100  # the job is queued again so many times at most
+    warn_minutes: float = 5.0  # the run is told to save so many minutes before its hours are over
+    partition: str | None = None  # null: the default of the cluster
+    account: str | None = None  # null: the default of the cluster
+    sbatch: str = ""  # further options of sbatch, which win: "--qos=high --gres=gpu:a100:4"
+    setup: str = ""  # a shell command before each start: "module load cuda/12"
+    check_images: bool = True  # open the images here first; false if only the machines of the cluster see them
 
 
 def run(config: RunConfig, settings: Config, arguments: list[str]) -> None:
@@ -66,12 +67,12 @@ def submit(config: RunConfig, settings: Config) -> list[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("submit starts the processes itself: call it without accelerate launch or torchrun.")
     options = check_settings(settings)
-    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # its default, SIGUSR2, is one that stopping.py listens to
+    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # its default is SIGUSR2, which stopping.py handles
     submitit = require("submitit", "slurm", "sslvit submit")
     if settings.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise UserError(
-            "submit.cluster=slurm needs sbatch and srun, and this machine has neither or one of them: log in where "
-            "jobs are queued from, or give submit.cluster=local to run it on this machine."
+            "submit.cluster=slurm needs sbatch and srun, and one of them is not on this machine: log in to a machine "
+            "that has them, or give submit.cluster=local to run here."
         )
     check(config, settings)
 
@@ -80,7 +81,7 @@ def submit(config: RunConfig, settings: Config) -> list[str]:
     try:
         configuration.save(config, folder / "config.yaml")
         executor = _executor(submitit, folder, run_dir.name, settings, options)
-        # Within a job its variables would be taken for options of the new one. What sbatch says is said below.
+        # Inside a job, sbatch would take the variables of that job for options of the new one.
         outside = submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
         with outside, redirect_stderr(StringIO()):
             job = executor.submit(Job(str((folder / "config.yaml").absolute()), settings.cpus))
@@ -97,7 +98,7 @@ def submit(config: RunConfig, settings: Config) -> list[str]:
 
 
 def describe(job: str, folder: Path, config: RunConfig, settings: Config) -> list[str]:
-    """What was queued and where to look."""
+    """Sentences: what was queued, and where to look."""
     log, slurm = folder / f"{job}_0_log.out", settings.cluster == "slurm"
     machines = f"{settings.nodes} machines with " if settings.nodes > 1 else ""
     one = tasks(settings) == 1
@@ -110,12 +111,12 @@ def describe(job: str, folder: Path, config: RunConfig, settings: Config) -> lis
         f"Job {job}: {machines}{each}, {settings.hours:g} hours a start, until the run in {config.out} is done.",
         f"  log    tail -F {log}",
         f"  state  {f'squeue -j {job}' if slurm else f'ps {job}'}",
-        f"  stop   {f'scancel {job}' if slurm else f'kill {job}'}, which saves; submit the same again to go on",
+        f"  stop   {f'scancel {job}' if slurm else f'kill {job}'} (it saves); submit the same again to continue",
     ]
 
 
 def check_settings(settings: Config) -> dict[str, Any]:
-    """The further options of sbatch, by name. Raises UserError for settings that have no meaning."""
+    """Raises UserError for settings that cannot be. Returns the further options of sbatch by name."""
     for name, least in {"nodes": 1, "gpus": 0, "processes": 1, "cpus": 1, "restarts": 0}.items():
         value = getattr(settings, name)
         if value is not None and value < least:
@@ -128,8 +129,8 @@ def check_settings(settings: Config) -> dict[str, Any]:
         raise UserError(f"submit.processes={settings.processes} is for submit.gpus=0: each GPU has one process.")
     if settings.warn_minutes >= 60 * settings.hours:
         raise UserError(
-            f"submit.warn_minutes={settings.warn_minutes:g} must be less than submit.hours={settings.hours:g}: the run "
-            "would be told to stop before it has begun."
+            f"submit.warn_minutes={settings.warn_minutes:g} is not less than submit.hours={settings.hours:g}: the run "
+            "would have to stop before it begins."
         )
     if settings.cluster == "local" and settings.nodes > 1:
         raise UserError(f"submit.nodes={settings.nodes}: submit.cluster=local has one machine.")
@@ -143,8 +144,7 @@ def check_settings(settings: Config) -> dict[str, Any]:
 
 
 def check(config: RunConfig, settings: Config) -> None:
-    """What pretrain refuses before its first step, but for what only the cluster's machines can say. Raises
-    UserError."""
+    """Refuse what pretrain refuses before its first step, as far as this machine can tell. Raises UserError."""
     configuration.check(config)
     if not settings.gpus:
         resolve_precision(config.precision, torch.device("cpu"))
@@ -158,7 +158,7 @@ def check(config: RunConfig, settings: Config) -> None:
         per_epoch, steps = plan.steps_per_epoch, plan.steps
         if config.eval.train or config.eval.test:
             KnnMonitor(config.eval, config.data, config.seed, Memory(), start_accelerator("float32"))
-    else:  # the number of images decides the rest
+    else:  # the number of images is not known: check what does not depend on it
         size = config.batch_size if isinstance(config.batch_size, int) else None
         make_layout(config.global_batch_size, size, config.global_batch_size, processes, 0, config.data.train)
         per_epoch, steps = 1, 10**6
@@ -172,8 +172,7 @@ def check(config: RunConfig, settings: Config) -> None:
         check_images(saved, source, config.data.train)
         if saved["step"] >= steps:
             raise UserError(
-                f"{run_dir} has done all of its {steps} steps: there is nothing to queue. A larger epochs=, steps= or "
-                "images= extends it."
+                f"{run_dir} has done all of its {steps} steps: give a larger epochs=, steps= or images= to extend it."
             )
 
 
@@ -183,7 +182,7 @@ def tasks(settings: Config) -> int:
 
 
 def _new_folder(run_dir: Path) -> Path:
-    """<run_dir>/submit/<n>, of a number that has none yet. Raises UserError."""
+    """Make <run_dir>/submit/<n> with the first free number. Raises UserError."""
     number = 1
     while True:
         folder = run_dir / "submit" / str(number)
@@ -220,10 +219,10 @@ def _executor(submitit: Any, folder: Path, name: str, settings: Config, options:
     executor.update_parameters(
         job_name=name, time=round(60 * settings.hours), nodes=settings.nodes, ntasks_per_node=tasks(settings),
         cpus_per_task=settings.cpus, signal_delay_s=warn_seconds, stderr_to_stdout=True,
-        # --requeue: the cluster may start it again too, after a preemption or the loss of a machine.
+        # requeue: the cluster may also start it again, after a preemption or the loss of a machine.
         additional_parameters={"requeue": True, **options},
-        # Newer sruns do not take over the cores of sbatch; bound to its own cores a process would divide them by the
-        # number of processes once more (hardware.py); and when one process fails the others must not wait for it.
+        # Newer versions of srun ignore sbatch's cores. A process that is bound to its own cores would divide them by
+        # the number of processes (hardware.py). When one process fails, the others must not wait for it.
         srun_args=[f"--cpus-per-task={settings.cpus}", "--cpu-bind=none", "--kill-on-bad-exit=1"],
         **{key: value for key, value in wanted.items() if value is not None},
     )  # fmt: skip
@@ -234,11 +233,11 @@ def _executor(submitit: Any, folder: Path, name: str, settings: Config, options:
 class Job:
     """What each process of the job calls at each start."""
 
-    recipe: str  # the configuration that was checked, so that what is edited while the job waits does not matter
+    recipe: str  # a copy of the configuration: edits while the job waits do not matter
     cpus: int
 
     def __call__(self) -> None:
-        """Train. Ends the process with status 2 after a mistake of the user's, which another start would repeat."""
+        """Train. A mistake of the user ends the process with status 2: another start would repeat it."""
         import submitit
 
         environment = submitit.JobEnvironment()
@@ -246,8 +245,8 @@ class Job:
             # All GPUs of the machine stay visible: accelerate takes the one of LOCAL_RANK.
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(self.cpus)  # instead of all cores of the machine in each process
-        sys.argv = ["sslvit", "pretrain", self.recipe]  # which starts.jsonl records
+            torch.set_num_threads(self.cpus)  # torch's default is all cores of the machine
+        sys.argv = ["sslvit", "pretrain", self.recipe]  # starts.jsonl records it
         try:
             result = pretrain(configuration.load([self.recipe]))
         except UserError as error:
@@ -258,16 +257,15 @@ class Job:
         say(*summary(result))
 
     def leave(self, result: Result, environment: Any) -> None:
-        """End a process whose run was asked to stop and has saved.
+        """End a process after its run was asked to stop and has saved.
 
-        Within `pretrain` the signals were the run's own (stopping.py); now they are submitit's again, and it is handed
-        the one that makes it queue the job once more. After SIGTERM it is not: whoever sends that decides what becomes
-        of the job. `scancel` ends it for good; SLURM, where it makes room for another job, queues it by itself, but
-        only if it is still there when its time of grace is over.
+        Inside `pretrain` the run handles the signals (stopping.py). Now submitit handles them again, and gets the one
+        that makes it queue the job again. Not after SIGTERM: `scancel` sends it to end the job for good. SLURM also
+        sends it when the job must make room, and queues it again itself, if it still runs after its time of grace.
         """
         saved = f"Stopped by {result.stopped} after step {result.steps}, which is saved in {result.run_dir}"
         if result.stopped == "SIGTERM":
-            say(f"{saved}. Submit it again to go on, if the cluster does not.")
+            say(f"{saved}. Submit it again to continue, if the cluster does not.")
             if environment.name() == "slurm":
                 time.sleep(HELD)
             sys.exit(EXIT_REQUEUE)
@@ -277,7 +275,7 @@ class Job:
         sys.exit(0)
 
     def checkpoint(self) -> Any:
-        """For submitit: what to call at the next start."""
+        """What submitit calls at the next start."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)

@@ -53,7 +53,7 @@ def test_checkpoints_at_multiples_and_the_best_are_kept(cli, fails, labelled, tm
     out = tmp_path / "run"
     arguments = ["pretrain", labelled / "train", *words("mae", f"out={out}", "steps=20", "k=5", "base_lr=0.1")]
     sets = [f"eval.train={labelled / 'train'}", f"eval.test={labelled / 'test'}", "every_epochs=0.25"]
-    assert "it needs eval.train" in fails(*arguments, "keep_best=true")
+    assert "give eval.train" in fails(*arguments, "keep_best=true")
     assert cli(*arguments, *sets, "keep_every=8", "keep_last=1", "keep_best=true")[0] == 0
     measured = {line["step"]: line["knn/top1"] for line in processes.lines(out) if "knn/top1" in line}
     best = max((step for step in measured if step), key=lambda step: (measured[step], -step))
@@ -116,7 +116,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_it_goes_on_when_there_is_r
     assert "3 x" in printed
     assert error.count("\n") == 1, error
     assert f"The checkpoint of step 9 cannot be written to {out} (" in error
-    assert "The one of step 6 is whole: make room" in error
+    assert "The checkpoint of step 6 is whole: make room" in error
     assert state.steps_saved(out) == [3, 6]
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"step_000000003", "step_000000006"}
     state.latest(out, state.MODEL, state.OPTIMIZER)

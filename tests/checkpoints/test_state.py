@@ -103,7 +103,7 @@ def test_when_no_checkpoint_can_be_read_the_run_does_not_start_over(tmp_path):
         state.restore(tmp_path, *trained(0))
     with pytest.raises(UserError, match="None of the 1 checkpoints"):
         state.latest(tmp_path, state.MODEL)
-    with pytest.raises(UserError, match="has no checkpoint yet"):
+    with pytest.raises(UserError, match="has no checkpoint"):
         state.latest(tmp_path / "elsewhere")
 
 

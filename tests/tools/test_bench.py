@@ -47,7 +47,7 @@ def test_the_report_names_every_stage_and_the_whole_run(report):
     ("changes", "expected"),
     [
         ({"waiting": 0.5, "read": 0.02, "workers": 0}, "data.workers="),
-        ({"waiting": 0.5, "workers": 0, "on_device": True}, "data.cache=ram leaves it to the cores"),
+        ({"waiting": 0.5, "workers": 0, "on_device": True}, "data.cache=ram does it on the cores"),
         ({"waiting": 0.5, "read": 0.02, "workers": 999}, "smaller image files"),
         ({"device": "cuda (a GPU)", "dtype": torch.bfloat16, "memory": 10, "memory_total": 100}, "batch_size"),
         ({"update": 9.0, "dtype": torch.bfloat16}, "a larger global_batch_size"),
