@@ -411,10 +411,10 @@ def test_a_checkpoint_that_was_chosen_on_the_test_images_says_so(cli, labelled, 
     out = tmp_path / "run"
     train, test, other = f"{labelled / 'train'}", f"{labelled / 'test'}", str(tmp_path / "other")
     shutil.copytree(test, other)
-    arguments = training_words("mae", f"out={out}", "steps=2", "k=5", "keep_best=true", "keep_last=9")
-    sets = [f"eval.train={train}", f"eval.test={test}", "every_epochs=0.5", "save.every_steps=1"]
+    arguments = training_words("mae", f"out={out}", "steps=6", "k=5", "keep_best=true", "keep_last=9")
+    sets = [f"eval.train={train}", f"eval.test={test}", "save.every_steps=5"]
     assert cli("pretrain", train, *arguments, *sets)[0] == 0
-    before, chosen = sorted((out / "checkpoints").iterdir())  # of step 1, and of step 2 with the first evaluation
+    before, chosen = sorted((out / "checkpoints").iterdir())  # of step 5, and of step 6 with the evaluation
     for checkpoint, images, expected in ((before, test, False), (chosen, other, False), (chosen, test, True)):
         status, printed, _ = cli("knn", f"run={checkpoint}", f"data.train={train}", f"data.test={images}", "k=[5]")
         assert status == 0
