@@ -5,7 +5,12 @@ classes have other numbers there), its images lie in no order, and some images h
 computed here, from the images and timm's own model, by NumPy and scikit-learn.
 """
 
+import contextlib
+import io
 import json
+import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
 from sslvit import pretrained, rng
+from sslvit.__main__ import main
 from tests import processes
 from tests.conftest import words as training_words
 
@@ -56,10 +62,13 @@ class Images:
         return (tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)).double().numpy()[self.known]
 
 
+def both_sets(folder: Path) -> tuple[Images, Images]:
+    return Images(folder / "train.npy", TRAIN, seed=1), Images(folder / "test.npy", TEST, seed=2)
+
+
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> tuple[Images, Images]:
-    folder = tmp_path_factory.mktemp("sets")
-    return Images(folder / "train.npy", TRAIN, seed=1), Images(folder / "test.npy", TEST, seed=2)
+    return both_sets(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture
@@ -227,3 +236,65 @@ def test_retrieval_ranks_by_cosine(evaluate, sets, both):
     for i, row in enumerate(results["at"]):
         assert row["recall"] == pytest.approx(100 * np.mean(np.array(hits)[:, i] > 0), abs=1e-3)
         assert row["precision"] == pytest.approx(100 * np.mean(np.array(hits)[:, i]) / row["k"], abs=1e-3)
+
+
+def test_robustness_begins_with_the_linear_probe(evaluate, sets):
+    train, test = sets
+    more = ["lr=[1.5]", "weight_decay=[0.05]", "probe_batch_size=1000", "epochs=300", "holdout=0.25", "pool=mean"]
+    results = evaluate("robustness", *SMALL, *more, "corruptions=[]", "attacks=[]", "images=null")
+    bank, queries = (images.features(random_vit(), "mean", HALF) for images in sets)
+    top1, _, _ = Probe(bank, train.targets, 0.05, bias_too=True).judge(queries, test.targets)
+    assert results["clean"] == pytest.approx(top1, abs=1e-3)
+
+
+FINETUNE = [*SMALL, "base_lr=0.005", "global_batch_size=32", "batch_size=16", "holdout=0.2", "warmup_epochs=0.7"]
+PUBLISHED = [*SMALL, "epochs=3", "global_batch_size=64", "batch_size=16", "cache=false"]
+# Protocols for which nobody else has a number: theirs are in golden/evaluations.json, which
+# `python -m tests.evaluation.test_protocols` writes anew.
+STORED = {
+    "attentive": [*SMALL, "lr=[1e-3,3e-2]", "weight_decay=[1e-4,1]", "epochs=5", "probe_batch_size=32", "holdout=0.25"],
+    "finetune mae": [*FINETUNE, "recipe=mae", "epochs=2", "layer_decay=0.8", "drop_path=0.3", "clip=1"],
+    "finetune small": [
+        *FINETUNE, "recipe=small", "epochs=3", "drop_path=0.3", "head_epochs=1", "unfreeze_epochs=0.5",
+    ],
+    "linear mae": [*PUBLISHED, "protocol=mae", "lr=[20]"],
+    "linear dino": [*PUBLISHED, "protocol=dino", "lr=[1]"],
+}  # fmt: skip
+GOLDEN = Path(__file__).parents[1] / "golden" / "evaluations.json"
+
+
+def losses(found, name="") -> dict[str, float]:
+    """{where: value} of all losses and gradient norms in a result."""
+    if isinstance(found, dict):
+        parts = [losses(value, f"{name} {key}".strip()) for key, value in found.items()]
+    elif isinstance(found, list):
+        parts = [losses(value, f"{name} {i}") for i, value in enumerate(found)]
+    else:
+        parts = [{name: found}] if name.endswith(("loss", "grad_norm")) else []
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def run_stored(name, sets, out) -> dict[str, float]:
+    """Losses and accuracy of a protocol."""
+    data = [f"data.train={sets[0].path}", f"data.test={sets[1].path}", *FIXED[:2]]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main([name.split()[0], *data, *STORED[name], f"out={out}"]) == 0
+    results = json.loads(out.read_text())["results"]
+    shown = re.findall(r"loss (\S+) in the last step", printed.getvalue())  # of the published probes
+    return losses(results) | {f"step {i} loss": float(loss) for i, loss in enumerate(shown)} | {"top1": results["top1"]}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_losses_are_the_stored_ones(name, sets, tmp_path):
+    expected, found = json.loads(GOLDEN.read_text())[name], run_stored(name, sets, tmp_path / "result.json")
+    one_image = 100 / len(sets[1].targets)
+    assert found.pop("top1") == pytest.approx(expected.pop("top1"), abs=1.5 * one_image)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        sets = both_sets(Path(folder))
+        found = {name: run_stored(name, sets, Path(folder) / "result.json") for name in STORED}
+    GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
