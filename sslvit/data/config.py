@@ -12,7 +12,7 @@ Cache = bool | Literal["ram", "device"] | None
 
 @dataclass
 class Config:
-    train: str = "fractals"  # a folder, list, archive, table ... of images (see README), fractals, cifar10, stl10
+    train: str = ""  # a folder, list, archive, table ... of images (see README); or fractals, cifar10, stl10
     image_size: int | tuple[int, int] = 224  # pixels, one number or [height, width]
     in_chans: int = 3  # channels that the encoder sees; images are converted
     mean: tuple[float, ...] | None = None  # of each channel, in [0, 1]; null: ImageNet's for 3 channels, 0.5 otherwise

@@ -103,7 +103,7 @@ def test_the_centre_is_torchvisions_resize_and_centre_crop(height, width, size):
 
 
 @pytest.mark.parametrize("size", [(32, 48), (48, 32), (7, 50)])
-@pytest.mark.parametrize(("height", "width"), [(301, 199), (201, 333), (33, 47), (7, 50), (5, 5)])
+@pytest.mark.parametrize(("height", "width"), [(231, 199), (151, 253), (33, 47), (7, 50), (5, 5)])
 def test_the_centre_of_another_shape_is_as_large_as_fits(height, width, size):
     position = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).float()
     rows, columns = crops.centre(position, size)
@@ -111,8 +111,8 @@ def test_the_centre_of_another_shape_is_as_large_as_fits(height, width, size):
     step = min(height / size[0], width / size[1])  # pixels of the image from one pixel of the crop to the next
     assert rows[:, 0].diff().median() == pytest.approx(step, rel=0.05)
     assert columns[0].diff().median() == pytest.approx(step, rel=0.05)
-    assert rows.mean() == pytest.approx((height - 1) / 2, abs=step)
-    assert columns.mean() == pytest.approx((width - 1) / 2, abs=step)
+    assert rows.mean() == pytest.approx((height - 1) / 2, abs=0.6 * step)
+    assert columns.mean() == pytest.approx((width - 1) / 2, abs=0.6 * step)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
