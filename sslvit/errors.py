@@ -35,6 +35,14 @@ def check_range(section: str, config: object, low: float, high: float | None, *n
                 raise UserError(f"{section}{name}={shown} must {bounds}.")
 
 
+def check_positive(section: str, config: object, *names: str) -> None:
+    """Raises UserError for a field of the configuration that is not above 0; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{section}{name}={value} must be above 0.")
+
+
 def check_share(section: str, config: object, *names: str) -> None:
     """Raises UserError for a pair (low, high) of shares of an area that is not 0 < low <= high <= 1."""
     for name in names:

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from . import schedules
 from .distributed import all_reduce_sum, is_sharded, local_shard
-from .errors import UserError
+from .errors import UserError, check_positive, check_range
 
 FUSED = {"cuda", "cpu"}  # devices with AdamW as one kernel, which can also leave out a step by itself
 REFERENCE_BATCH = 256  # base_lr is the learning rate at this global batch size
@@ -44,9 +44,8 @@ class Schedule:
         return self.config.base_lr * self.global_batch_size / REFERENCE_BATCH
 
     def lr(self, step: int) -> float:
-        linspace = self.config.lr_schedule == "linspace_cosine"
-        shape = schedules.linspace_cosine if linspace else schedules.warmup_cosine
-        return shape(step, self.peak_lr, self.config.min_lr, self.warmup_steps, self.total_steps)
+        config, linspace = self.config, self.config.lr_schedule == "linspace_cosine"
+        return schedules.warmup_cosine(step, self.peak_lr, config.min_lr, self.warmup_steps, self.total_steps, linspace)
 
     def weight_decay(self, step: int) -> float:
         start, end = self.config.weight_decay, self.config.weight_decay_end
@@ -55,38 +54,32 @@ class Schedule:
 
 def check(config: Config) -> None:
     """Raises UserError for values without a meaning."""
-    for key in ("base_lr", "eps"):
-        if not getattr(config, key) > 0:
-            raise UserError(f"optim.{key}={getattr(config, key)} must be above 0.")
-    for key in ("min_lr", "warmup_epochs", "weight_decay"):
-        if not getattr(config, key) >= 0:
-            raise UserError(f"optim.{key}={getattr(config, key)} must be 0 or above.")
+    check_positive("optim.", config, "base_lr", "eps", "clip")
+    check_range("optim.", config, 0, None, "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise UserError(f"optim.betas={list(config.betas)} must lie in [0, 1).")
-    if config.clip is not None and not config.clip > 0:
-        raise UserError(f"optim.clip={config.clip} must be above 0, or null for no clipping.")
 
 
-def parameter_groups(module: nn.Module) -> list[dict]:
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Two groups: with weight decay, and without (biases and one-dimensional parameters).
 
-    As in both published codes, class, mask and register tokens are decayed, and so are DINO's position embedding and
-    prototype gains; MAE's position embeddings are frozen and in neither group.
+    As in both published codes, class, mask and register tokens, and positions that learn, are decayed.
     """
-    decayed, others = [], []
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (others if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
-    return [{"params": decayed, "decayed": True}, {"params": others, "decayed": False, "weight_decay": 0.0}]
+            groups[not (parameter.ndim == 1 or name.endswith(".bias"))].append(parameter)
+    return [
+        {"params": groups[True], "decayed": True},
+        {"params": groups[False], "decayed": False, "weight_decay": 0.0},
+    ]
 
 
 def make_optimizer(config: Config, module: nn.Module) -> torch.optim.AdamW:
     groups = parameter_groups(module)
-    # One kernel for all parameters; on a CPU too, where it is 3.5 times faster than the foreach form (5.6M parameters).
-    fused = all(p.device.type in FUSED for group in groups for p in group["params"])
-    return torch.optim.AdamW(
-        groups, config.base_lr, tuple(config.betas), config.eps, config.weight_decay, fused=fused or None
-    )
+    # One kernel for all parameters; on a CPU it is 3.5 times faster than the foreach form (5.6M parameters).
+    fused = all(p.device.type in FUSED for group in groups for p in group["params"]) or None
+    return torch.optim.AdamW(groups, config.base_lr, config.betas, config.eps, config.weight_decay, fused=fused)
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
@@ -98,22 +91,22 @@ def set_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int
 
 @torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], config: Config) -> torch.Tensor:
-    """Clip in place and return the norm of all gradients before it, a scalar on the device (nothing waits for it).
+    """Clip in place. Returns the norm of all gradients before that, a scalar on the device (nothing waits for it).
 
     parameters: sharded or not; a norm is that of the whole gradient. "tensor" scales each gradient by
     min(1, clip / (norm + 1e-6)) of its own norm, as DINO's released code does.
     """
     sharded = any(map(is_sharded, parameters))
     gradients = [local_shard(p.grad) for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
+    norms = torch.stack(torch._foreach_norm(gradients))
     if sharded:
-        norms = list(all_reduce_sum(torch.stack(norms).square()).sqrt())
-    total = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+        norms = all_reduce_sum(norms.square()).sqrt()
+    total = torch.linalg.vector_norm(norms.float())
     if config.clip is not None:
         if config.clip_mode == "tensor":
-            scales = [(config.clip / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+            scales = (config.clip / (norms + 1e-6)).clamp(max=1.0).unbind()
         else:
-            scales = [(config.clip / (total + 1e-6)).clamp(max=1.0)] * len(gradients)
+            scales = ((config.clip / (total + 1e-6)).clamp(max=1.0),) * len(gradients)
         torch._foreach_mul_(gradients, scales)
     return total
 
@@ -124,7 +117,7 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
     The fused kernel looks by itself, as it does for GradScaler, so nothing waits for the device; without it we do. With
     fp16 the scaler decides, see `poison_gradients`.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
     if getattr(optimizer, "scaler", None) is not None:
         optimizer.step()
     elif inner.defaults["fused"]:
@@ -145,28 +138,19 @@ def poison_gradients(optimizer: torch.optim.Optimizer, parameters: list[nn.Param
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al., 2017), as MAE's linear probe uses it (He et al., appendix A.1).
 
-    For parameters of two or more dimensions d = grad + wd * p is scaled by trust_coefficient * |p| / |d|; biases and
-    the like get plain momentum. Then mu = momentum * mu + d and p -= lr * mu.
+    For parameters of two or more dimensions d = grad + wd * p is scaled by trust_coefficient * |p| / |d|. Others get
+    plain momentum. Then mu = momentum * mu + d and p -= lr * mu.
     """
 
     def __init__(
-        self,
-        params: Iterable,
-        lr: float = 0.0,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
+        self, params: Iterable[Any], lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9,
         trust_coefficient: float = 0.001,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "trust_coefficient": trust_coefficient,
-        }
-        super().__init__(params, defaults)
+    ) -> None:  # fmt: skip
+        defaults = {"weight_decay": weight_decay, "momentum": momentum, "trust_coefficient": trust_coefficient}
+        super().__init__(params, {"lr": lr, **defaults})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:

@@ -199,8 +199,7 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     scaling, steps = config.data.jpeg_scaling, (run.step, plan.steps)
     batches = iter(make_loader(images, views, plan.layout, config.seed, steps, workers, device, scaling=scaling))
     keep_memory(device)
-    hooks = getattr(objective, "alarm", None), getattr(objective, "scheduled", None)
-    recorder = Recorder(run_dir, config, plan, schedule, run, source, lock, *hooks)
+    recorder = Recorder(run_dir, config, plan, schedule, run, source, lock, objective)
     say(*filter(None, [disk_space_warning(run_dir, config.save, objective, plan.steps - run.step)]))
     rank_monitor = None
     if config.log.rank_every_steps:

@@ -32,9 +32,9 @@ from .errors import UserError
 from .evaluation.online import rank_alarm
 from .hardware import versions
 from .metrics import MetricsLog, Stopwatch, Trace, Window, console_line, format_bytes
-from .nonfinite import SkippedSteps
 from .objectives import Objective
 from .optim import Schedule
+from .step import SkippedSteps
 
 # Keys that may change when a run goes on: they say how long, on what and how it is watched, not what is learned.
 MUTABLE_ON_RESUME = {
@@ -163,14 +163,11 @@ class Recorder:
 
     def __init__(
         self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, source: Source,
-        lock: IO[str] | None, alarm: Callable[[dict[str, float]], str | None] | None = None,
-        scheduled: Callable[[int], dict[str, float]] | None = None,
+        lock: IO[str] | None, objective: Objective,
     ) -> None:  # fmt: skip
-        """alarm, scheduled: hooks of the objective, see objectives/__init__.py."""
         self.run_dir, self.every, self.plan, self.schedule = run_dir, config.log.every_steps, plan, schedule
         self.lock = lock  # held until close()
-        self.alarm, self.stop_on_collapse, self.warned = alarm, config.log.on_collapse == "stop", False
-        self.scheduled = scheduled
+        self.objective, self.stop_on_collapse, self.warned = objective, config.log.on_collapse == "stop", False
         self.log = MetricsLog(run_dir, run.step, config.log.tensorboard) if rank() == 0 else None
         self.window, self.watch = Window(), Stopwatch()
         self.skipped = SkippedSteps(run_dir, source, config.log.max_nonfinite)
@@ -196,11 +193,11 @@ class Recorder:
             **self.window.close(),
             "lr": self.schedule.lr(run.step - 1),
             "weight_decay": self.schedule.weight_decay(run.step - 1),
-            **(self.scheduled(run.step - 1) if self.scheduled else {}),
+            **self.objective.scheduled(run.step - 1),
             **timing,
         }
         self.write(record)
-        self._warn(self.alarm(record) if self.alarm and "loss" in record else None, run.step)
+        self._warn(self.objective.alarm(record) if "loss" in record else None, run.step)
         epochs = self.plan.steps / self.plan.steps_per_epoch
         say(console_line({**record, "seconds_left": left}, self.plan.steps, epochs))
 

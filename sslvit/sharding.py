@@ -23,6 +23,7 @@ from .distributed import full_tensor, is_sharded, say, shard, world_size
 from .errors import UserError
 from .model.blocks import let_take_rows
 from .model.encoder import Encoder
+from .objectives import Objective
 
 
 class EvalEncoder:
@@ -34,10 +35,11 @@ class EvalEncoder:
 
     def __init__(self, encoder: Encoder, device: torch.device | None = None) -> None:
         """device: of the copy; None: show the encoder itself."""
-        self.encoder, self.copy = encoder, None
-        if device is not None:
-            self.copy = copy.deepcopy(encoder)  # now, as torch copies no modules that are sharded
-            self._empty()
+        self.encoder = encoder
+        # Copied now, as torch copies no modules that are sharded.
+        self.copy = None if device is None else copy.deepcopy(encoder)
+        if self.copy is not None:
+            self._empty(self.copy)
             self.copy.to(device)
 
     @contextmanager
@@ -47,20 +49,21 @@ class EvalEncoder:
             return
         with torch.no_grad():
             for mine, sharded in zip(self.copy.parameters(), self.encoder.parameters(), strict=True):
-                mine.data = full_tensor(sharded)
-            for mine, buffer in zip(self.copy.buffers(), self.encoder.buffers(), strict=True):
-                mine.copy_(buffer)
+                mine.data = full_tensor(sharded.detach())
+            for own, buffer in zip(self.copy.buffers(), self.encoder.buffers(), strict=True):
+                own.copy_(buffer)
         try:
             yield self.copy
         finally:
-            self._empty()
+            self._empty(self.copy)
 
-    def _empty(self) -> None:
-        for parameter in self.copy.parameters():
+    @staticmethod
+    def _empty(encoder: Encoder) -> None:
+        for parameter in encoder.parameters():
             parameter.data = parameter.data.new_empty(0)
 
 
-def place(objective: nn.Module, device: torch.device, wanted: bool) -> EvalEncoder:
+def place(objective: Objective, device: torch.device, wanted: bool) -> EvalEncoder:
     """Bring an objective to the device, split among the processes if that is wanted and there are several. Raises
     UserError."""
     if wanted and world_size() > 1:
@@ -73,7 +76,7 @@ def place(objective: nn.Module, device: torch.device, wanted: bool) -> EvalEncod
     return EvalEncoder(objective.exported_encoder())
 
 
-def split(objective: nn.Module, device: torch.device) -> None:
+def split(objective: Objective, device: torch.device) -> None:
     """Unit by unit, so that what does not fit on the device as a whole never is there as a whole."""
     for name, parameter in objective.named_parameters():
         if parameter.ndim == 0:
@@ -84,26 +87,20 @@ def split(objective: nn.Module, device: torch.device) -> None:
     shard([*parts, objective], device)
 
 
-def units(objective: nn.Module) -> list[nn.Module]:
+def units(objective: Objective) -> list[nn.Module]:
     """The modules whose weights come and go together, inner ones first: the blocks of student, teacher and decoder, and
-    modules that say `shard_unit = True` (heads). What lies outside of them (embeddings, norms) is whole from a forward
-    to the end of its backward pass."""
-    lists = [
-        child
-        for module in objective.modules()
-        for name, child in module.named_children()
-        if name.endswith("blocks") and isinstance(child, (nn.ModuleList, nn.Sequential))
-    ]
-    listed = {block for blocks in lists for block in blocks}  # families have blocks of their own
-
-    def is_unit(module: nn.Module) -> bool:
-        return module in listed or isinstance(module, Block) or getattr(module, "shard_unit", False) is True
-
-    return [module for module in objective.modules() if is_unit(module)][::-1]
+    `objective.shard_units()`. What lies outside of them (embeddings, norms) is whole from a forward to the end of its
+    backward pass."""
+    found = set(objective.shard_units())
+    for module in objective.modules():
+        for name, child in module.named_children():
+            if name.endswith("blocks") and isinstance(child, (nn.ModuleList, nn.Sequential)):
+                found |= set(child)  # families have blocks of their own
+    return [module for module in objective.modules() if module in found or isinstance(module, Block)][::-1]
 
 
 def prepare(
-    accelerator: Accelerator, objective: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, objective: Objective, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """As accelerate wraps them for training. A sharded objective only gets autocast: it averages its gradients itself,
     after each micro-batch, as keeping the whole ones until the last would take the memory that sharding saves."""

@@ -17,7 +17,7 @@ def test_mae_warms_up_from_exactly_zero_and_would_end_one_step_after_the_last():
 
 
 def test_dino_reaches_its_peak_twice():
-    lr = [schedules.linspace_cosine(i, 1.0, 0.1, 10, 110) for i in range(110)]
+    lr = [schedules.warmup_cosine(i, 1.0, 0.1, 10, 110, linspace=True) for i in range(110)]
     assert lr[0] == 0
     assert lr[9] == lr[10] == 1.0
     assert lr[1] == pytest.approx(1 / 9)
@@ -26,17 +26,8 @@ def test_dino_reaches_its_peak_twice():
 
 def test_without_warm_up_the_first_step_has_the_peak():
     assert schedules.warmup_cosine(0, 1.0, 0.0, 0, 10) == 1.0
-    assert schedules.linspace_cosine(0, 1.0, 0.0, 0, 10) == 1.0
-
-
-def test_teacher_temperature_is_the_published_array():
-    temperatures = [schedules.teacher_temperature(e, 0.04, 0.07, 4) for e in range(6)]
-    assert temperatures == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07, 0.07])
-    assert schedules.teacher_temperature(0, 0.04, 0.07, 0) == 0.07
-    assert schedules.teacher_temperature(0, 0.04, 0.07, 1) == 0.04
-    assert schedules.teacher_temperature(0.25, 0.04, 0.08, 0.5) == pytest.approx(0.06)  # a fraction of an epoch
-    assert schedules.teacher_temperature(1.0, 0.04, 0.08, 1.5) == pytest.approx(0.04 + 0.04 / 1.5)
-    assert schedules.teacher_temperature(3.7, 0.04, 0.07, 4) == 0.07  # a smooth warm-up does not overshoot
+    assert schedules.warmup_cosine(0, 1.0, 0.0, 0, 10, linspace=True) == 1.0
+    assert schedules.warmup_cosine(0, 1.0, 0.0, 1, 10, linspace=True) == 0.0
 
 
 def test_learning_rate_scales_with_the_global_batch_and_weight_decay_follows_its_cosine():

@@ -19,11 +19,11 @@ LAYERS = [
     {"__main__"},
     {"tools"},
     {"pretrain"},
-    {"run", "config", "memory"},
+    {"run", "config", "memory", "sharding"},
     {"evaluation", "export"},
     {"pretrained"},
     {"objectives"},
-    {"step", "sharding", "nonfinite", "checkpoints", "optim", "data"},
+    {"step", "checkpoints", "optim", "data"},
     {"model"},
     {
         "metrics",

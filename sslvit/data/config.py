@@ -27,8 +27,12 @@ class Config:
 
 def image_size(config: Config) -> tuple[int, int]:
     """(h, w) in pixels."""
-    size = config.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return pair(config.image_size)
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of a size that may be given as one number."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:

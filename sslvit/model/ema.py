@@ -26,9 +26,3 @@ class EMA:
         # Sharded, both have the same parts on each process.
         theirs, ours = ([local_shard(p) for p in network.parameters()] for network in (teacher, student))
         torch._foreach_lerp_(theirs, ours, 1 - self.momentum(step))
-
-
-def begin(teacher: nn.Module, student: nn.Module) -> None:
-    """Give the teacher the student's weights, and no gradients."""
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)

@@ -2,6 +2,7 @@
 model."""
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,12 +13,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import UserError
 from . import blocks
 from .blocks import DropPath
 
 Pool = Literal["cls", "mean", "cls+mean", "last4", "mean4", "pooled"]
 NUM_BLOCKS = {"last4": 4, "mean4": 4}  # how many of the last blocks these features come from; the others: the last one
-Resampling = Literal["timm", "published"]  # of position embeddings, see `_positions`
+Resampling = Literal["timm", "published"]  # of position embeddings, see `resample_positions`
 
 
 class Tokens(NamedTuple):
@@ -33,22 +35,16 @@ class Encoder(nn.Module):
     model: Any  # of any family, and each has attributes of its own
 
     def __init__(
-        self,
-        model: nn.Module,
-        image_size: tuple[int, int],
-        in_chans: int,
-        architecture: str,
+        self, model: nn.Module, image_size: tuple[int, int], in_chans: int, architecture: str,
         model_args: dict[str, Any],
-    ) -> None:
-        """architecture, model_args: what `timm.create_model` needs to make this model again, but for in_chans."""
+    ) -> None:  # fmt: skip
+        """architecture, model_args: with in_chans, what `timm.create_model` needs to make this model again."""
         super().__init__()
-        self.model = model
-        self.image_size = image_size
-        self.in_chans = in_chans
+        self.model, self.image_size, self.in_chans = model, image_size, in_chans
         self.architecture, self.model_args = architecture, model_args
         self.is_vit = _is_plain_vit(model)
-        self.pool: Pool = "pooled" if not self.is_vit else "cls" if self.model.has_class_token else "mean"
-        self._drop_paths = _replace_drop_paths(model)
+        self.pool: Pool = self.pools()[0]
+        replace_drop_paths(model)
 
     @property
     def width(self) -> int:
@@ -78,33 +74,28 @@ class Encoder(nn.Module):
 
     def why_tokens_cannot_be_dropped(self) -> str | None:
         """None for a plain ViT, whose blocks treat patches as a set; else the reason, as part of a sentence."""
-        if not self.is_vit:
-            name = type(self.model).__name__
-            if isinstance(self.model, VisionTransformer):
-                return f"{name} pools its tokens in a way of its own"
+        name = type(self.model).__name__
+        if not isinstance(self.model, VisionTransformer):
             return f"{name} works on the whole grid of patches (windows, convolutions or pooling)"
-        embed = self.model.patch_embed
+        if not self.is_vit:
+            return f"{name} pools its tokens in a way of its own"
+        embed: Any = self.model.patch_embed
         if not isinstance(embed, PatchEmbed) or embed.proj.kernel_size != embed.proj.stride:
             return f"its {type(embed).__name__} stem lets neighbouring patches see each other"
         return None
 
     def forward(
-        self,
-        images: Tensor,
-        keep: Tensor | None = None,
-        replace: tuple[Tensor, Tensor] | None = None,
-        key: Tensor | None = None,
-        prefix_only: bool = False,
-        resampling: Resampling = "timm",
-    ) -> Tokens:
+        self, images: Tensor, keep: Tensor | None = None, replace: tuple[Tensor, Tensor] | None = None,
+        key: Tensor | None = None, prefix_only: bool = False, resampling: Resampling = "timm",
+    ) -> Tokens:  # fmt: skip
         """[B, C, H, W] float -> Tokens. Plain ViTs only.
 
-        keep: [B, K] int64 indices of patches: only these are embedded and encoded (MAE).
-        replace: a mask [B, N] bool and a token [1, 1, D]: the token takes the place of the embedding of each patch
-        where the mask is True, before positions are added (SimMIM, iBOT).
+        keep: [B, K] int64, the only patches that are embedded and encoded (MAE).
+        replace: a mask [B, N] bool and a token [1, 1, D], which replaces the embeddings of patches where the mask is
+        True, before positions are added (SimMIM, iBOT).
         key: [B] int64, needed for drop path.
         prefix_only: leave patches empty, which saves most of the last block.
-        resampling: how position embeddings are fitted to images of another size than the encoder's own.
+        resampling: of position embeddings for images of another size than the encoder's own, see `resample_positions`.
 
         Without these, in float32, this equals timm's `forward_features` bit for bit.
         """
@@ -119,18 +110,13 @@ class Encoder(nn.Module):
         return self._tokens(vit.norm(x))
 
     def features(
-        self,
-        images: Tensor,
-        pool: Pool | None = None,
-        key: Tensor | None = None,
-        keep: Tensor | None = None,
+        self, images: Tensor, pool: Pool | None = None, key: Tensor | None = None, keep: Tensor | None = None,
         resampling: Resampling = "timm",
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """[B, C, H, W] float -> [B, feature_dim]: class token, mean of the (kept) patches, or both, after the norm."""
         pool = pool or self.pool
         if not self.is_vit:
-            for module in self._drop_paths:
-                module.set_key(key)
+            _set_keys(self.model, key)
             return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
         if pool in NUM_BLOCKS:
             return self.pooled(images, (pool,))[pool]
@@ -158,14 +144,16 @@ class Encoder(nn.Module):
                 found.append(self._tokens(vit.norm(x)))
         return found
 
-    def takes_sincos_positions(self) -> bool:
-        """Whether it has a position embedding that `sincos` can fill."""
-        return self.is_vit and self.model.pos_embed is not None and self.width % 4 == 0
-
     @torch.no_grad()
-    def initialise_as_mae(self) -> None:
-        """Xavier uniform weights and sin-cos positions, as MAE starts its encoder (He et al., 2022, appendix A.1)."""
+    def init_xavier_sincos(self, wanted_by: str) -> None:
+        """Xavier uniform weights and sin-cos positions (MAE, appendix A.1). Raises UserError that begins with the
+        setting that wants them."""
         vit = self.model
+        if not self.is_vit or vit.pos_embed is None or self.width % 4:
+            raise UserError(
+                f"{wanted_by} needs a ViT with a position embedding whose width is divisible by 4, not "
+                f"{self.architecture}."
+            )
         vit.pos_embed.copy_(sincos(self.width, self.grid(), 0 if vit.no_embed_class else vit.num_prefix_tokens))
         xavier(self)
         embed = vit.patch_embed.proj.weight
@@ -175,12 +163,9 @@ class Encoder(nn.Module):
                 nn.init.normal_(token, std=0.02)
 
     def _embed(
-        self,
-        images: Tensor,
-        keep: Tensor | None = None,
-        replace: tuple[Tensor, Tensor] | None = None,
+        self, images: Tensor, keep: Tensor | None = None, replace: tuple[Tensor, Tensor] | None = None,
         resampling: Resampling = "timm",
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """[B, C, H, W] -> [B, P + N, D], or [B, P + K, D] with keep: what the first block gets, as timm computes it."""
         vit: VisionTransformer = self.model
         embed: Any = vit.patch_embed
@@ -196,47 +181,44 @@ class Encoder(nn.Module):
             assert keep is None, "patches are dropped or replaced, not both"
             mask, token = replace
             x = torch.where(mask.unsqueeze(-1), token.to(x.dtype), x)
-        prefix_positions, positions = self._positions(grid, resampling)
-        if positions is not None:
+        prefix: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+        tokens = torch.cat(prefix, dim=1) if prefix else None
+        if vit.pos_embed is not None:
+            of_prefix, positions = vit.pos_embed[:, : -embed.num_patches], vit.pos_embed[:, -embed.num_patches :]
+            if grid != embed.grid_size:
+                positions = resample_positions(positions, embed.grid_size, grid, resampling)
             x = x + (positions if keep is None else take(positions.expand(len(x), -1, -1), keep))
-        prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
-        if prefix:
-            tokens = torch.cat(prefix, dim=1)
-            tokens = tokens if prefix_positions is None else tokens + prefix_positions
-            x = torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)
+            tokens = tokens if tokens is None or not of_prefix.shape[1] else tokens + of_prefix
+        x = x if tokens is None else torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)
         return vit.norm_pre(vit.patch_drop(vit.pos_drop(x)))
-
-    def _positions(self, grid: tuple[int, int], resampling: Resampling) -> tuple[Tensor | None, Tensor | None]:
-        """Position embeddings of prefix tokens [1, P, D] and of patches [1, N, D] for a grid of (h, w) patches.
-
-        For another grid than the encoder's own the table is resampled: by timm with antialiasing, or as DINO's released
-        code does it ("published"), without and by a factor for a target that is 0.1 patches larger.
-        """
-        vit: VisionTransformer = self.model
-        if vit.pos_embed is None:
-            return None, None
-        num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        own: tuple[int, int] = vit.patch_embed.grid_size
-        prefix, patches = vit.pos_embed[:, :num_prefix], vit.pos_embed[:, num_prefix:]
-        if grid != own and resampling == "published":
-            factors = [(new + 0.1) / old for new, old in zip(grid, own, strict=True)]
-            table = patches.unflatten(1, own).permute(0, 3, 1, 2)
-            patches = F.interpolate(table, scale_factor=factors, mode="bicubic").flatten(2).transpose(1, 2)
-        elif grid != own:
-            patches = resample_abs_pos_embed(patches, list(grid), list(own), num_prefix_tokens=0)
-        return (prefix if num_prefix else None), patches
 
     def _tokens(self, x: Tensor) -> Tokens:
         """[B, P + N, D] -> its prefix and its patches."""
         return Tokens(x[:, : self.model.num_prefix_tokens], x[:, self.model.num_prefix_tokens :])
 
 
+def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], resampling: Resampling) -> Tensor:
+    """[1, N, D] position embeddings of a grid of (h, w) patches -> those of another grid, by bicubic interpolation.
+
+    timm: with antialiasing. published: as DINO's released code, without, by a factor for a grid larger by 0.1.
+    """
+    if resampling == "timm":
+        return resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=0)
+    factors = [(n + 0.1) / o for n, o in zip(new, old, strict=True)]
+    square = table.unflatten(1, old).permute(0, 3, 1, 2)
+    return F.interpolate(square, scale_factor=factors, mode="bicubic").flatten(2).transpose(1, 2)
+
+
 def _run(block: nn.Module, x: Tensor, key: Tensor | None = None, rows: slice | None = None) -> Tensor:
     """[B, N, D] through one block. Sets its keys here, not once a forward: a recomputed block needs its own crops'."""
-    for module in block.modules():
-        if isinstance(module, DropPath):
-            module.set_key(key)
+    _set_keys(block, key)
     return blocks.run(block, x, rows)
+
+
+def _set_keys(module: nn.Module, key: Tensor | None) -> None:
+    for child in module.modules():
+        if isinstance(child, DropPath):
+            child.set_key(key)
 
 
 def _pooled(last: list[Tokens], pool: Pool) -> Tensor:
@@ -252,21 +234,15 @@ def _pooled(last: list[Tokens], pool: Pool) -> Tensor:
 
 
 def sincos(width: int, grid: tuple[int, int], num_prefix: int) -> Tensor:
-    """[1, num_prefix + h*w, width] fixed 2-D sine-cosine embedding; prefix tokens have zeros (section 3).
+    """[1, num_prefix + h*w, width] fixed 2-D sine-cosine embedding; prefix tokens have zeros (MAE, section 3).
 
-    Half of the channels encode the column, then half the row, each as all sines followed by all cosines of
-    position / 10000^(k / (width / 4)). That the column comes first is the released code's order: transposing it would
-    turn released checkpoints by a quarter.
+    The first half of the channels encodes the column, the second half the row, as in the released code. Each half has
+    all sines, then all cosines, of position / 10000^(k / (width / 4)).
     """
     frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     h, w = grid
-
-    def code(position: Tensor) -> Tensor:
-        angle = position.double().unsqueeze(1) * frequencies
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-    column, row = torch.arange(w).repeat(h), torch.arange(h).repeat_interleave(w)
-    table = torch.cat([code(column), code(row)], dim=1)
+    column, row = torch.arange(w).repeat(h).outer(frequencies), torch.arange(h).repeat_interleave(w).outer(frequencies)
+    table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
     return torch.cat([torch.zeros(num_prefix, width), table]).float().unsqueeze(0)
 
 
@@ -296,23 +272,21 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def _is_plain_vit(model: nn.Module) -> bool:
-    """Whether its output is the normalised tokens that our pooling takes: no pooling of its own, as DeiT's distilled
-    models, an attention pool, or a norm after the mean have."""
-    return (
-        isinstance(model, VisionTransformer)
-        and type(model).forward_head is VisionTransformer.forward_head
-        and type(model)._pos_embed is VisionTransformer._pos_embed
-        and model.attn_pool is None
-        and isinstance(model.fc_norm, nn.Identity)
-    )
+    """Whether its tokens are pooled as here: by no head of its own, attention or norm after the mean."""
+    kind: Any = type(model)
+    standard = isinstance(model, VisionTransformer) and kind.forward_head is VisionTransformer.forward_head
+    return standard and kind._pos_embed is VisionTransformer._pos_embed and not pools_by_itself(model)
 
 
-def _replace_drop_paths(model: nn.Module) -> list[DropPath]:
+def pools_by_itself(vit: Any) -> bool:
+    """Whether a ViT pools by an attention or with a norm of its own, which leaves tokens without their final norm."""
+    return vit.attn_pool is not None or not isinstance(vit.fc_norm, nn.Identity)
+
+
+def replace_drop_paths(model: nn.Module) -> None:
     """Put our DropPath in the place of each of timm's."""
-    found: list[DropPath] = []
+    place = count()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, TimmDropPath):
-                found.append(DropPath(child.drop_prob, place=len(found)))
-                setattr(parent, name, found[-1])
-    return found
+                setattr(parent, name, DropPath(child.drop_prob, next(place)))

@@ -1,4 +1,4 @@
-"""From a configuration to an encoder: timm's model, told the image size in whatever way its family wants to be told."""
+"""From a configuration to an encoder. Families of timm's models are told the image size in different ways."""
 
 import difflib
 import math
@@ -11,7 +11,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..errors import UserError
-from .encoder import Encoder
+from .encoder import Encoder, pools_by_itself
+
+# Arguments of timm.create_model that are keys here.
+ELSEWHERE = {
+    "img_size": "data.image_size", "in_chans": "data.in_chans", "drop_path_rate": "objective.drop_path",
+}  # fmt: skip
 
 
 @dataclass
@@ -24,36 +29,19 @@ class Config:
 def create(
     config: Config, image_size: tuple[int, int], in_chans: int = 3, drop_path: float = 0.0, pretrained: bool = False
 ) -> Encoder:
-    """Build the encoder of a configuration, initialised as timm does, or with the weights that timm fetches."""
-    places = {
-        "img_size": "data.image_size",
-        "in_chans": "data.in_chans",
-        "drop_path_rate": "objective.drop_path (DINO)",
-    }
-    for name, place in places.items():
-        if name in config.args:
-            raise UserError(f"model.args has {name}={config.args[name]}: set {place} instead.")
+    """The encoder of a configuration, initialised as timm does, or with the weights that timm fetches. Raises
+    UserError."""
     for key, value in config.args.items():
-        if value is None:  # timm would pass over it in silence
-            hint = f"; write {{{key.replace(':', ': ', 1)}}} with a space after the colon" if ":" in key else ""
-            raise UserError(f"model.args has {key} without a value{hint}.")
-    extra = {"in_chans": in_chans, "pretrained": pretrained}
-    if drop_path:
-        extra["drop_path_rate"] = drop_path
+        _check_argument(key, value)
+    extra = {"in_chans": in_chans, "pretrained": pretrained} | ({"drop_path_rate": drop_path} if drop_path else {})
     model, args = _create_model(config.name, dict(config.args), image_size, extra)
     if isinstance(model, VisionTransformer):
         check_patches(model.patch_embed.patch_size, image_size)
-        if model.attn_pool is not None or not isinstance(model.fc_norm, nn.Identity):
-            # Pooling by a norm or an attention of its own would leave the tokens without their final norm.
+        if pools_by_itself(model):
             pooling = {"global_pool": "token"} if model.has_class_token else {"global_pool": "avg", "fc_norm": False}
             model, args = _create_model(config.name, config.args | pooling, image_size, extra)
     if config.grad_checkpointing:
-        if drop_path and not isinstance(model, VisionTransformer):
-            raise UserError(
-                f"model.grad_checkpointing with drop path {drop_path} works for plain ViTs only, not {config.name}: "
-                "set objective.drop_path=0 or model.grad_checkpointing=false."
-            )
-        model.set_grad_checkpointing(True)
+        _recompute_blocks(model, config.name, drop_path)
     if not drop_path:  # some families have it by default, as Swin 0.1
         for module in model.modules():
             if isinstance(module, TimmDropPath):
@@ -61,18 +49,34 @@ def create(
     return Encoder(model, image_size, in_chans, config.name.split(".")[0], args)
 
 
+def _check_argument(key: str, value: Any) -> None:
+    if key in ELSEWHERE:
+        raise UserError(f"model.args has {key}={value}: set {ELSEWHERE[key]} instead.")
+    if value is None:  # timm would pass over it in silence
+        hint = f"; write {{{key.replace(':', ': ', 1)}}} with a space after the colon" if ":" in key else ""
+        raise UserError(f"model.args has {key} without a value{hint}.")
+
+
+def _recompute_blocks(model: Any, name: str, drop_path: float) -> None:
+    if drop_path and not isinstance(model, VisionTransformer):
+        raise UserError(
+            f"model.grad_checkpointing with drop path {drop_path} works for plain ViTs only, not {name}: set "
+            "objective.drop_path=0 or model.grad_checkpointing=false."
+        )
+    model.set_grad_checkpointing(True)
+
+
 def _create_model(
     name: str, args: dict[str, Any], image_size: tuple[int, int], extra: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """timm.create_model with whatever way the family has to be told an image size, or to accept several: the model, and
-    args with that way."""
+    """timm's model, told the image size by the first way that its family takes; and args with that way."""
     base = name.split(".")[0]
     if not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"{name} is not a model of timm {timm.__version__}.{hint}")
-    size = {"img_size": list(image_size)}
-    for sizing in ({**size, "dynamic_img_size": True}, {**size, "strict_img_size": False}, size, {}):
+    size: dict[str, Any] = {"img_size": list(image_size)}
+    for sizing in (size | {"dynamic_img_size": True}, size | {"strict_img_size": False}, size, {}):
         try:
             model = timm.create_model(name if extra["pretrained"] else base, num_classes=0, **extra, **args, **sizing)
             return model, {**args, **sizing}

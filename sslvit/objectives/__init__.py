@@ -1,7 +1,7 @@
-"""Pretraining objectives: one module a method, found by its name. A method of your own is one file, given by its dotted
-name (`method=my.simmim`) from any folder on the Python path.
+"""Pretraining objectives: one module a method, found by its name. A method of your own is one file in any folder on the
+Python path: `method=my_simmim`, or `method=my.simmim` for a module of a package.
 
-May import data, model and the pure helpers; nothing outside of this folder knows a method's name or class.
+May import data, model, optim and the pure helpers. Nothing outside of this folder knows a method's name or class.
 
 A module defines
     Config     its dataclass: `objective.*`; the comment beside a field is its help
@@ -39,7 +39,7 @@ The smallest one, which pulls two crops of an image together (and would collapse
         def exported_encoder(self):
             return self.encoder
 
-`SSLVIT_METHODS=my.pair python -m pytest tests/objectives/test_all.py` runs the tests that every method has to pass. A
+`SSLVIT_METHODS=my_pair python -m pytest tests/objectives/test_all.py` runs the tests that every method has to pass. A
 whole method in 90 lines: tests/objectives/simmim.py.
 """
 
@@ -59,15 +59,17 @@ from ..model.encoder import Encoder
 class Objective(nn.Module):
     """Student, teacher, heads and decoder in one module, which is what DDP, FSDP and torch.compile want.
 
-    With shard=true every parameter is this process's part of it (distributed.local_shard), but for those of a block or
-    a head while that is called, and those outside of them within __call__.
+    A method defines `forward` and `exported_encoder`. The other functions are optional.
+
+    With shard=true each process has a part of each parameter (distributed.local_shard). A parameter is whole only while
+    its block or head runs; those outside of blocks and heads are whole within `forward`.
     """
 
     def forward(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """{"key": [B] int64, name: [V, B, C, h, w] float32} -> {"loss": scalar, others to log} of one micro-batch.
 
         What is random is drawn from the images' keys (rng.py). Writes nothing but sums that `after_step` consumes. So
-        neither accumulation nor the number of processes changes a run (but for koleo_weight, off by default).
+        neither accumulation nor the number of processes changes a run (except by BatchNorm and by koleo_weight).
         """
         raise NotImplementedError
 
@@ -79,7 +81,7 @@ class Objective(nn.Module):
         """Gradients are final (averaged, unscaled, clipped) and the optimizer has not stepped."""
 
     def after_step(self, step: int) -> None:
-        """The optimizer has stepped. Called once a step."""
+        """The optimizer has stepped, or skipped the step. Called once a step."""
 
     def scheduled(self, step: int) -> dict[str, float]:
         """Values of the method's own schedules, for the log."""
@@ -88,6 +90,10 @@ class Objective(nn.Module):
     def alarm(self, values: dict[str, float]) -> str | None:
         """What the means of a logged line say of collapse, as a sentence with what to change; None if all is well."""
         return None
+
+    def shard_units(self) -> list[nn.Module]:
+        """Large modules, beside transformer blocks, that shard=true splits by themselves, such as a head."""
+        return []
 
 
 REQUIRED = ("Config", "DEFAULTS", "views", "build")
@@ -98,13 +104,14 @@ def names() -> list[str]:
 
 
 def find(method: str) -> ModuleType:
-    """The module of a method: `mae`, `dino`, or a dotted name of one's own. Raises UserError."""
-    if "." not in method and method not in names():
-        raise UserError(f"method={method} is not one of {', '.join(names())}.{did_you_mean(method, names())}")
+    """The module of a method of this folder, or of your own. Raises UserError."""
     try:
-        module = importlib.import_module(method if "." in method else f"{__name__}.{method}")
+        module = importlib.import_module(f"{__name__}.{method}" if method in names() else method)
     except (ImportError, TypeError, ValueError) as error:  # the last two for names such as `.x` and `x.`
-        raise UserError(f"method={method} cannot be imported ({error}): give an importable module.") from error
+        raise UserError(
+            f"method={method} cannot be imported ({error}).{did_you_mean(method, names())} Give one of "
+            f"{', '.join(names())}, or the name of a module of your own."
+        ) from error
     missing = [name for name in REQUIRED if not hasattr(module, name)]
     if missing:
         raise UserError(f"method={method}: the module defines no {', '.join(missing)}.")
@@ -112,8 +119,7 @@ def find(method: str) -> ModuleType:
 
 
 def start(config: Any, steps_per_epoch: int, steps: int) -> Objective:
-    """The objective of a RunConfig as it is before the first step: its weights hang on the seed only. Raises
-    UserError."""
+    """The objective of a RunConfig before the first step; its weights depend on the seed only. Raises UserError."""
     torch.manual_seed(int(rng.fold_in(config.seed, "weights")))
     return find(config.method).build(config.objective, config.model, config.data, steps_per_epoch, steps)
 

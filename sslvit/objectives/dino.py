@@ -7,20 +7,22 @@ teacher's distributions are summed first, so each student crop needs one, with t
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from .. import data, schedules
+from .. import data
+from ..arguments import first_line
 from ..data.crops import Crop, Views, crop_key
 from ..distributed import all_reduce_sum, world_size
-from ..errors import UserError, check_range, check_share
-from ..model import ema, factory, masks
+from ..errors import UserError, check_positive, check_range, check_share
+from ..model import factory, masks
+from ..model.ema import EMA
 from ..model.encoder import Encoder, Resampling
-from ..model.heads import DINOHead
-from ..model.losses import koleo
+from ..model.heads import PrototypeHead, koleo
 from . import Objective
 
 Preset = Literal["photo", "gray", "xray", "microscopy", "satellite", "channels", "dinov2_released"]
@@ -108,112 +110,91 @@ PRESETS: dict[str, dict[str, Any]] = {
 def views(config: Config, data_config: data.Config) -> Views:
     """Two global crops and several local ones (section 3.1, multi-crop), with BYOL's photometric augmentation (section
     3.2)."""
-
-    def crop(
-        size: int | tuple[int, int], scale: tuple[float, float], blur_prob: float, solarize_prob: float = 0.0
-    ) -> Crop:
-        return Crop(
-            size=(size, size) if isinstance(size, int) else size,
-            scale=scale,
-            flip_prob=config.flip_prob,
-            vertical_flip_prob=config.vertical_flip_prob,
-            rotate_prob=config.rotate_prob,
-            channel_jitter=config.channel_jitter,
-            jitter=config.jitter,
-            jitter_prob=config.jitter_prob,
-            gray_prob=config.gray_prob,
-            blur_prob=blur_prob,
-            blur_sigma=config.blur_sigma,
-            solarize_prob=solarize_prob,
-        )
-
-    size, scale = config.global_crop_size or data.image_size(data_config), config.global_crop_scale
-    first = crop(size, scale, config.blur_prob[0])
-    second = crop(size, scale, config.blur_prob[1], config.solarize_prob)
+    crop = partial(
+        Crop, flip_prob=config.flip_prob, vertical_flip_prob=config.vertical_flip_prob, rotate_prob=config.rotate_prob,
+        jitter=config.jitter, channel_jitter=config.channel_jitter, jitter_prob=config.jitter_prob,
+        gray_prob=config.gray_prob, blur_sigma=config.blur_sigma,
+    )  # fmt: skip
+    size, scale = data.pair(config.global_crop_size or data_config.image_size), config.global_crop_scale
+    first = crop(size, scale, blur_prob=config.blur_prob[0])
+    second = crop(size, scale, blur_prob=config.blur_prob[1], solarize_prob=config.solarize_prob)
     crops = {"global": [first, second]}
     if config.local_crops:
-        local = crop(config.local_crop_size, config.local_crop_scale, config.blur_prob[2])
+        local = crop(data.pair(config.local_crop_size), config.local_crop_scale, blur_prob=config.blur_prob[2])
         crops["local"] = [local] * config.local_crops
     return crops
 
 
-def check(config: Config) -> None:
-    """Raises UserError for values that cannot be used."""
-    for key in ("student_temp", "teacher_temp", "teacher_temp_start"):
-        if not getattr(config, key) > 0:
-            raise UserError(f"objective.{key}={getattr(config, key)} must be above 0.")
-    if not 0 < config.student_keep <= 1 or not 0 <= config.drop_path < 1:
-        raise UserError(
-            f"objective.student_keep={config.student_keep} must be above 0 and at most 1, and "
-            f"objective.drop_path={config.drop_path} at least 0 and below 1."
-        )
-    check_range("objective.", config, 1, None, "prototypes", "hidden_dim", "bottleneck_dim", "head_layers")
-    check_range("objective.", config, 1, None, "global_crop_size", "local_crop_size")
-    check_range("objective.", config, 0, None, "local_crops", "koleo_weight", "teacher_temp_warmup_epochs", "jitter")
-    check_range("objective.", config, 0, None, "channel_jitter")
-    check_range("objective.", config, 0, None, "freeze_last_layer_epochs")
-    check_range("objective.", config, 0, 1, "center_momentum", "momentum", "momentum_end", "solarize_prob")
-    check_range("objective.", config, 0, 1, "flip_prob", "jitter_prob", "gray_prob", "blur_prob")
-    check_range("objective.", config, 0, 1, "vertical_flip_prob", "rotate_prob")
+LIMITS = [
+    (1, None, ("prototypes", "hidden_dim", "bottleneck_dim", "head_layers", "global_crop_size", "local_crop_size")),
+    (0, None, ("local_crops", "koleo_weight", "teacher_temp_warmup_epochs", "freeze_last_layer_epochs")),
+    (0, None, ("jitter", "channel_jitter")),
+    (0, 1, ("center_momentum", "momentum", "momentum_end", "student_keep", "drop_path", "flip_prob", "blur_prob")),
+    (0, 1, ("vertical_flip_prob", "rotate_prob", "jitter_prob", "gray_prob", "solarize_prob")),
+]
+
+
+def check(config: Config, epochs: float) -> None:
+    """Raises UserError for values that cannot be used in a run of so many epochs."""
+    for low, high, keys in LIMITS:
+        check_range("objective.", config, low, high, *keys)
+    check_positive("objective.", config, "student_temp", "teacher_temp", "teacher_temp_start", "student_keep")
     check_share("objective.", config, "global_crop_scale", "local_crop_scale")
+    if config.drop_path == 1:
+        raise UserError("objective.drop_path=1.0 must be below 1: it would leave no block.")
     if not 0 < config.blur_sigma[0] <= config.blur_sigma[1]:
         raise UserError(f"objective.blur_sigma={list(config.blur_sigma)} must be two widths, 0 < low <= high.")
+    if config.teacher_temp_warmup_epochs > epochs:
+        raise UserError(
+            f"objective.teacher_temp_warmup_epochs={config.teacher_temp_warmup_epochs:g} is longer than the run of "
+            f"{epochs:g} epochs: lower it, or set it to 0 and teacher_temp to the value that you want."
+        )
 
 
 def build(config: Config, model: factory.Config, data_config: data.Config, steps_per_epoch: int, steps: int) -> "DINO":
     """Raises UserError for settings and models that cannot work."""
-    check(config)
-    if config.teacher_temp_warmup_epochs * steps_per_epoch > steps:
-        raise UserError(
-            f"objective.teacher_temp_warmup_epochs={config.teacher_temp_warmup_epochs:g} is longer than the run of "
-            f"{steps / steps_per_epoch:g} epochs: lower it, or set it to 0 and teacher_temp to the value that you want."
-        )
+    check(config, steps / steps_per_epoch)
     size = data.image_size(data_config)
     student = factory.create(model, size, data_config.in_chans, drop_path=config.drop_path)
     teacher = factory.create(model, size, data_config.in_chans)
     if config.pool != "auto":
-        if not student.is_vit or (config.pool == "cls" and not student.model.has_class_token):
+        if config.pool not in student.pools():
             raise UserError(f"objective.pool={config.pool} is not something that {model.name} has: use pool=auto.")
         student.pool = teacher.pool = config.pool
-    reason = student.why_tokens_cannot_be_dropped()
-    if config.student_keep < 1 and reason:
+    if config.student_keep < 1 and (reason := student.why_tokens_cannot_be_dropped()):
         raise UserError(
             f"objective.student_keep={config.student_keep} drops patches, and {model.name} cannot: {reason}."
         )
     if config.init == "mae":
-        if not student.takes_sincos_positions():
-            raise UserError(
-                f"objective.init=mae needs a ViT with a position embedding whose width is divisible by 4, "
-                f"not {model.name}."
-            )
-        student.initialise_as_mae()
-    _check_crop_sizes(config, data_config, teacher, model.name)
+        student.init_xavier_sincos("objective.init=mae")
+    _try_crops(views(config, data_config), teacher, model.name)
     return DINO(config, student, teacher, steps_per_epoch, steps)
 
 
 @torch.no_grad()
-def _check_crop_sizes(config: Config, data_config: data.Config, built: Encoder, name: str) -> None:
+def _try_crops(views: Views, encoder: Encoder, name: str) -> None:
     """Try crops of every size on the model itself: families differ in what they take, and few say so."""
-    for crops in views(config, data_config).values():
+    for crops in views.values():
         h, w = crops[0].size
         try:
-            built.eval().features(torch.zeros(1, data_config.in_chans, h, w))
+            encoder.eval().features(torch.zeros(1, encoder.in_chans, h, w))
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{name} for {'x'.join(map(str, built.image_size))} pixels does not take crops of {h}x{w} ({reason}): "
-                "set objective.local_crop_size to a size that it takes, or objective.local_crops=0."
+                f"{name} for {'x'.join(map(str, encoder.image_size))} pixels does not take crops of {h}x{w} "
+                f"({first_line(error)}): set objective.local_crop_size to a size that it takes, or objective."
+                "local_crops=0."
             ) from error
-        finally:
-            built.train()
+    encoder.train()
 
 
 class Network(nn.Module):
     """An encoder and a head: what the student and the teacher are."""
 
-    def __init__(self, encoder: Encoder, head: DINOHead, resampling: Resampling) -> None:
+    def __init__(self, config: Config, encoder: Encoder, train_gain: bool) -> None:
         super().__init__()
-        self.encoder, self.head, self.resampling = encoder, head, resampling
+        self.encoder, self.resampling = encoder, config.position_resampling
+        widths = config.prototypes, config.hidden_dim, config.bottleneck_dim, config.head_layers
+        self.head = PrototypeHead(encoder.feature_dim(), *widths, train_gain)
 
     def features(self, resolutions: list[tuple[Tensor, Tensor]], keep: float = 1.0) -> Tensor:
         """For each resolution crops [R, C, h, w] and their keys [R] -> [sum of R, D] float32 features.
@@ -225,8 +206,8 @@ class Network(nn.Module):
         for i, (crops, key) in enumerate(resolutions):
             kept = None
             if keep < 1 and i == 0:
-                h, w = self.encoder.grid((crops.shape[-2], crops.shape[-1]))
-                kept = masks.random_order(key, h * w)[:, : max(1, round(h * w * keep))]
+                num_patches = math.prod(self.encoder.grid((crops.shape[-2], crops.shape[-1])))
+                kept = masks.random_order(key, num_patches)[:, : max(1, round(num_patches * keep))]
             features.append(self.encoder.features(crops, key=key, keep=kept, resampling=self.resampling).float())
         return torch.cat(features)
 
@@ -243,21 +224,16 @@ class DINO(Objective):
     def __init__(self, config: Config, student: Encoder, teacher: Encoder, steps_per_epoch: int, steps: int) -> None:
         super().__init__()
         self.config, self.steps_per_epoch = config, steps_per_epoch
-        self.ema = ema.EMA(config.momentum, config.momentum_end, steps)
-
-        def network(encoder: Encoder, train_gain: bool) -> Network:
-            widths = config.prototypes, config.hidden_dim, config.bottleneck_dim, config.head_layers
-            head = DINOHead(encoder.feature_dim(), *widths, train_gain)
-            return Network(encoder, head, config.position_resampling)
-
-        self.student = network(student, train_gain=not config.norm_last_layer)
-        self.teacher = network(teacher, train_gain=False)
+        self.ema = EMA(config.momentum, config.momentum_end, steps)
+        self.student = Network(config, student, train_gain=not config.norm_last_layer)
+        self.teacher = Network(config, teacher, train_gain=False)
         cls_token = getattr(student.model, "cls_token", None)
         if config.init == "vit" and cls_token is not None:
-            # As the released ViT draws it; timm's standard deviation is 1e-6. By timm's function: the numbers that
-            # torch's draws differ between 2.11 and 2.15.
+            # As the released ViT draws it; timm's standard deviation is 1e-6. By timm's function, as the numbers that
+            # torch's draws differ between versions.
             trunc_normal_(cls_token, std=0.02)
-        ema.begin(self.teacher, self.student)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
         self.register_buffer("center", torch.zeros(1, config.prototypes))
         # What the micro-batches of a step leave for after_step.
         self.register_buffer("logit_sum", torch.zeros(1, config.prototypes), persistent=False)
@@ -299,10 +275,14 @@ class DINO(Objective):
         return values
 
     def teacher_temp(self, step: int) -> float:
-        """Changes once an epoch if its warm-up is given in whole epochs, as in the released code, else every step."""
-        c, warmup = self.config, self.config.teacher_temp_warmup_epochs
-        epoch = step // self.steps_per_epoch if warmup == int(warmup) else step / self.steps_per_epoch
-        return schedules.teacher_temperature(epoch, c.teacher_temp_start, c.teacher_temp, warmup)
+        """Rises linearly. A warm-up of whole epochs is a linspace that includes both ends and changes once an epoch, as
+        in the released code. Another one changes every step."""
+        config, warmup = self.config, self.config.teacher_temp_warmup_epochs
+        epoch, whole = step / self.steps_per_epoch, warmup == int(warmup)
+        if epoch >= warmup:
+            return config.teacher_temp
+        share = int(epoch) / max(1, warmup - 1) if whole else epoch / warmup
+        return config.teacher_temp_start + (config.teacher_temp - config.teacher_temp_start) * share
 
     def before_step(self, step: int) -> None:
         """Freeze the prototypes at first (section 3.2, "avoiding collapse" in the code). Without a gradient AdamW skips
@@ -323,6 +303,9 @@ class DINO(Objective):
 
     def exported_encoder(self) -> Encoder:
         return self.teacher.encoder
+
+    def shard_units(self) -> list[nn.Module]:
+        return [self.student.head, self.teacher.head]
 
     def scheduled(self, step: int) -> dict[str, float]:
         return {"momentum": self.ema.momentum(step), "teacher_temp": self.teacher_temp(step)}

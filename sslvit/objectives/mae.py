@@ -20,7 +20,7 @@ from ..data.crops import Crop, Views
 from ..errors import UserError, check_range, check_share
 from ..model import blocks, factory, masks
 from ..model.encoder import Encoder, patchify, sincos, take, xavier
-from ..model.losses import koleo
+from ..model.heads import koleo
 from . import Objective
 
 Preset = Literal["photo", "gray", "xray", "microscopy", "satellite", "channels"]
@@ -83,14 +83,11 @@ def build(config: Config, model: factory.Config, data_config: data.Config, steps
             f"{config.decoder_heads}, and by 4 for the position embedding."
         )
     encoder = factory.create(model, data.image_size(data_config), data_config.in_chans)
-    reason = encoder.why_tokens_cannot_be_dropped()
-    if reason:
+    if reason := encoder.why_tokens_cannot_be_dropped():
         raise UserError(
             f"method=mae drops hidden patches before the encoder, and {model.name} cannot do without them: {reason}. "
             "Use a plain ViT (vit_*, deit_*) or method=dino."
         )
-    if not encoder.takes_sincos_positions():
-        raise UserError(f"method=mae needs a position embedding whose width is divisible by 4, not {model.name}.")
     return MAE(config, encoder)
 
 
@@ -121,7 +118,7 @@ class MAE(Objective):
         self.decoder_norm = norm(width)
         self.decoder_pred = nn.Linear(width, math.prod(self.patch_size) * encoder.in_chans)
         xavier(self)
-        encoder.initialise_as_mae()
+        encoder.init_xavier_sincos("method=mae")
         encoder.model.pos_embed.requires_grad_(False)
         nn.init.normal_(self.mask_token, std=0.02)
 

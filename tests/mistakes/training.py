@@ -111,8 +111,8 @@ CROPS = [
     Mistake(
         "local crops cut with global_crop_scale",
         "objectives/dino.py",
-        "crop(config.local_crop_size, config.local_crop_scale,",
-        "crop(config.local_crop_size, config.global_crop_scale,",
+        "data.pair(config.local_crop_size), config.local_crop_scale",
+        "data.pair(config.local_crop_size), config.global_crop_scale",
         DINO,
         issue=True,
     ),
@@ -210,8 +210,8 @@ AUGMENTATION = [
     Mistake(
         "the second global crop is blurred as often as the first",
         "objectives/dino.py",
-        "config.blur_prob[1], config.solarize_prob",
-        "config.blur_prob[0], config.solarize_prob",
+        "config.blur_prob[1], solarize_prob",
+        "config.blur_prob[0], solarize_prob",
         DINO,
     ),
 ]
@@ -297,7 +297,7 @@ OBJECTIVES = [
     Mistake(
         "the teacher's temperature warms up at every step",
         "objectives/dino.py",
-        "if warmup == int(warmup) else",
+        "if whole else",
         "if False else",
         DINO,
     ),
@@ -361,8 +361,8 @@ OBJECTIVES = [
         "return self.student.encoder",
         DINO,
     ),
-    Mistake("KoLeo draws features together", "model/losses.py", "return -(distance", "return (distance", MAE),
-    Mistake("KoLeo's nearest feature is the feature itself", "model/losses.py", ".fill_(-2)", ".fill_(2)", MAE),
+    Mistake("KoLeo draws features together", "model/heads.py", "return -(distance", "return (distance", MAE),
+    Mistake("KoLeo's nearest feature is the feature itself", "model/heads.py", ".fill_(-2)", ".fill_(2)", MAE),
     Mistake(
         "MAE normalises patches by their biased variance",
         "objectives/mae.py",
@@ -401,8 +401,8 @@ OBJECTIVES = [
     Mistake(
         "rows come before columns in the sine-cosine positions",
         "model/encoder.py",
-        "torch.cat([code(column), code(row)], dim=1)",
-        "torch.cat([code(row), code(column)], dim=1)",
+        "[column.sin(), column.cos(), row.sin(), row.cos()]",
+        "[row.sin(), row.cos(), column.sin(), column.cos()]",
         MAE,
     ),
 ]
@@ -447,8 +447,8 @@ OPTIMIZER = [
     Mistake(
         "the warm-up is one step ahead",
         "schedules.py",
-        "peak * step / warmup_steps",
-        "peak * (step + 1) / warmup_steps",
+        "peak * step / max",
+        "peak * (step + 1) / max",
         MAE,
     ),
     Mistake(

@@ -290,7 +290,7 @@ def test_drop_path_is_the_students_only_and_as_asked(name):
         ({"head_layers": 0}, "head_layers=0 must be 1 or above"),
         ({"prototypes": 0}, "prototypes=0 must be 1 or above"),
         ({"student_keep": 0.0}, "student_keep=0.0 must be above 0"),
-        ({"drop_path": 1.0}, "drop_path=1.0 at least 0 and below 1"),
+        ({"drop_path": 1.0}, "drop_path=1.0 must be below 1"),
         ({"flip_prob": 7.0}, "flip_prob=7.0 must lie between 0 and 1"),
         ({"blur_prob": (0.5, 0.5, 2.0)}, r"blur_prob=\[0.5, 0.5, 2.0\] must lie"),
         ({"momentum": 1.5}, "momentum=1.5 must lie between 0 and 1"),

@@ -12,7 +12,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ... import rng
-from ...distributed import all_reduce_sum, world_size
 from ...errors import UserError
 from ...model.encoder import Encoder, Pool
 from ...model.factory import check_patches
@@ -216,12 +215,3 @@ def freeze(classifier: Classifier, trained: int) -> None:
         parameters = list(module.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             module.eval()
-
-
-@torch.no_grad()
-def average_statistics(classifier: Classifier) -> None:
-    """BatchNorm's means and variances, of which each process has those of its own images, become everybody's."""
-    for module in classifier.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            for values in (module.running_mean, module.running_var):
-                all_reduce_sum(values).div_(world_size())

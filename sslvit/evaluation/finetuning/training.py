@@ -34,7 +34,7 @@ from ...stopping import Stopped, StopRequest
 from .. import scores
 from ..frozen import Frozen
 from . import mixing
-from .classifier import Classifier, average_statistics, freeze, layer_ids, parameter_groups, trained_layers
+from .classifier import Classifier, freeze, layer_ids, parameter_groups, trained_layers
 
 BETAS = (0.9, 0.999)  # of AdamW; pretraining has (0.9, 0.95)
 KEEP_CHECKPOINTS = 2  # the older one is there in case the newer one is damaged
@@ -156,8 +156,6 @@ class Training:
             progress.seconds = first_second + time.perf_counter() - clock
             epoch_ends = progress.step % self.steps_per_epoch == 0
             reason = stop.reason_at(progress.step) if stop and progress.step < self.steps else None
-            if epoch_ends or reason:  # a checkpoint holds those of all processes
-                average_statistics(self.classifier)
             if epoch_ends:
                 rate = (progress.images_seen - first_image) / (progress.seconds - first_second)
                 self._end_epoch(window, held_out, evaluate, rate)
