@@ -1,26 +1,25 @@
-"""What predictions are worth: accuracy, average precision and AUROC, errors of numbers, with intervals of 95 %."""
+"""Scores of predictions with intervals of 95 %: accuracy, average precision, AUROC, mean absolute error, R2."""
 
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 DRAWS = 500  # of the bootstrap
-NORMAL = 1.959964  # deviations to each side that hold 95 % of a normal distribution
+NORMAL = 1.959964  # standard deviations to each side that hold 95 % of a normal distribution
 MAIN_SCORE = {"single": "top1", "multilabel": "map", "regression": "mae"}  # the number that a result is known by
 
 
 def accuracy_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval, in percent, of the accuracy that `right` of `count` test images were classified rightly.
+    """The 95 % interval, in percent, of an accuracy: `right` of `count` test images were classified correctly.
 
-    Wilson's (JASA 22, 1927), which Brown, Cai and DasGupta ("Interval Estimation for a Binomial Proportion",
-    Statistical Science 16, 2001) recommend for few images; for ten thousand it is the bootstrap's but for hundredths of
-    a point. At 0 % and 100 %, where images drawn anew are all alike, it has a width. It says nothing about other seeds
-    of the training.
+    Wilson's interval (JASA 22, 1927), which Brown, Cai and DasGupta recommend for few images ("Interval Estimation for
+    a Binomial Proportion", Statistical Science 16, 2001). For ten thousand images it equals the bootstrap's within
+    hundredths of a point. At 0 % and 100 %, where all draws of the bootstrap are alike, it still has a width. It says
+    nothing about other seeds of the training.
     """
     squared = NORMAL**2
     middle = (right + squared / 2) / (count + squared)
@@ -34,20 +33,21 @@ def measure(task: str, outputs: Tensor, targets: Tensor, names: Sequence[str], s
 
 
 def single(outputs: Tensor, labels: Tensor, names: Sequence[str], seed: int) -> dict[str, Any]:
-    """[N, K] logits, [N] int64 -> accuracies in percent; a class without images has none."""
+    """[N, K] logits, [N] int64 -> accuracies in percent; None for a class without images."""
     ranked = outputs.argsort(dim=1, descending=True, stable=True)[:, :5]
     correct = ranked == labels.unsqueeze(1)
-    top1 = 100 * correct[:, 0].double().mean().item()
-    per_class = {
-        name: round(100 * correct[labels == i, 0].double().mean().item(), 4) if (labels == i).any() else None
-        for i, name in enumerate(names)
-    }
+
+    def percent(hits: Tensor) -> float:
+        return round(100 * hits.double().mean().item(), 4)
+
     return {
-        "top1": round(top1, 4),
+        "top1": percent(correct[:, 0]),
         "top1_interval": accuracy_interval(int(correct[:, 0].sum()), len(labels)),
-        **({"top5": round(100 * correct.any(dim=1).double().mean().item(), 4)} if len(names) > 5 else {}),
+        **({"top5": percent(correct.any(dim=1))} if len(names) > 5 else {}),
         "loss": round(F.cross_entropy(outputs.double(), labels).item(), 6),
-        "per_class": per_class,
+        "per_class": {
+            name: percent(correct[labels == i, 0]) if (labels == i).any() else None for i, name in enumerate(names)
+        },
     }
 
 
@@ -56,25 +56,28 @@ def multilabel(outputs: Tensor, targets: Tensor, names: Sequence[str], seed: int
 
     A label that all or none of the images have has neither, and is left out of the means.
     """
-    scores, truth = outputs.double().numpy(), targets.double().numpy()
-    ranked = [Ranked(scores[:, i], truth[:, i]) for i in range(len(names)) if 0 < truth[:, i].sum() < len(truth)]
-    judged = [name for i, name in enumerate(names) if 0 < truth[:, i].sum() < len(truth)]
-    even = np.ones(len(truth))
+    logits, truth = outputs.double().numpy(), targets.double().numpy()
+    ranked = {
+        name: Ranked(logits[:, i], truth[:, i]) for i, name in enumerate(names) if 0 < truth[:, i].sum() < len(truth)
+    }
+    once = np.ones(len(truth))
 
     def means(weights: np.ndarray) -> tuple[float, float]:
-        both = np.array([[of_one.average_precision(weights), of_one.auroc(weights)] for of_one in ranked])
-        return 100 * known_mean(both[:, 0]), 100 * known_mean(both[:, 1])
+        both = np.array([(one.average_precision(weights), one.auroc(weights)) for one in ranked.values()])
+        ap, auroc = both.reshape(-1, 2).T  # without any label too
+        return 100 * mean_without_nan(ap), 100 * mean_without_nan(auroc)
 
-    known = bool(ranked)
-    ap, auroc = means(even) if known else (None, None)
-    drawn = bootstrap(means, len(truth), seed) if known else [(None, None)] * 2
-    of_ap, of_auroc = (_of_share(score, ends, len(truth)) for score, ends in zip((ap, auroc), drawn, strict=True))
+    ap, auroc = means(once)
+    intervals = bootstrap(means, len(truth), seed)
+    ap_interval, auroc_interval = (
+        _percent_interval(score, ends, len(truth)) for score, ends in zip((ap, auroc), intervals, strict=True)
+    )
     return {
-        "map": _rounded(ap), "map_interval": of_ap, "auroc": _rounded(auroc), "auroc_interval": of_auroc,
+        "map": _rounded(ap), "map_interval": ap_interval, "auroc": _rounded(auroc), "auroc_interval": auroc_interval,
         "loss": round(F.binary_cross_entropy_with_logits(outputs.double(), targets.double()).item(), 6),
         "per_class": {
-            name: {"ap": _rounded(100 * one.average_precision(even)), "auroc": _rounded(100 * one.auroc(even))}
-            for name, one in zip(judged, ranked, strict=True)
+            name: {"ap": _rounded(100 * one.average_precision(once)), "auroc": _rounded(100 * one.auroc(once))}
+            for name, one in ranked.items()
         },
     }  # fmt: skip
 
@@ -92,28 +95,33 @@ def regression(outputs: Tensor, targets: Tensor, names: Sequence[str], seed: int
 
     def means(weights: np.ndarray) -> tuple[float, float]:
         mae, r2 = per_target(weights)
-        return mae.mean(), known_mean(r2)
+        return mae.mean(), mean_without_nan(r2)
 
-    mae, r2 = means(np.ones(len(truth)))
-    of_mae, of_r2 = bootstrap(means, len(truth), seed)
-    each = per_target(np.ones(len(truth)))
+    once = np.ones(len(truth))
+    mae, r2 = means(once)
+    mae_interval, r2_interval = bootstrap(means, len(truth), seed)
+    each = per_target(once)
     return {
-        "mae": _rounded(mae, 6), "mae_interval": tuple(_rounded(value, 6) for value in of_mae),
-        "r2": _rounded(r2), "r2_interval": tuple(map(_rounded, of_r2)),
+        "mae": _rounded(mae, 6), "mae_interval": tuple(_rounded(end, 6) for end in mae_interval),
+        "r2": _rounded(r2), "r2_interval": tuple(map(_rounded, r2_interval)),
         "per_target": {
             name: {"mae": _rounded(each[0][i], 6), "r2": _rounded(each[1][i])} for i, name in enumerate(names)
         },
     }  # fmt: skip
 
 
-def known_mean(values: np.ndarray) -> float:
-    """The mean of those that are not NaN, NaN if all are."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else np.nan
+def mean_without_nan(values: np.ndarray) -> float:
+    """The mean of the values that are not NaN; NaN without any."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else np.nan
 
 
 class Ranked:
-    """One label's images in the order of their scores, equal scores together, for any weights of the images."""
+    """One label's images in the order of their scores, equal scores together, for any weights of the images.
+
+    Equals scikit-learn's average_precision_score and roc_auc_score with sample_weight. Those sort the scores in every
+    call: a draw of the bootstrap takes them 20 to 60 times as long (5,000 images: 5.9 against 0.17 ms).
+    """
 
     def __init__(self, scores: np.ndarray, truth: np.ndarray) -> None:
         """[N] scores and [N] 0 or 1."""
@@ -149,42 +157,41 @@ def bootstrap(
 ) -> list[tuple[float, float]]:
     """95 % intervals of two scores over the images that they were measured on: [(low, high), (low, high)].
 
-    The score plus and minus 1.96 deviations of the bootstrap's draws, and not their percentiles: a draw holds images
-    twice, which raises an average precision, so that its percentiles would lie above the score itself.
-
-    score: of the numbers of times that each image was drawn.
+    score: takes how many times each image was drawn, [N]. An interval is the score plus and minus 1.96 standard
+    deviations of the draws, and not their percentiles: a draw holds images twice, which raises an average precision, so
+    percentiles would lie above the score itself.
     """
     generator = np.random.default_rng(seed)
-    drawn = [score(np.bincount(generator.integers(num_images, size=num_images), minlength=num_images).astype(float))
+    draws = [score(np.bincount(generator.integers(num_images, size=num_images), minlength=num_images).astype(float))
              for _ in range(DRAWS)]  # fmt: skip
     intervals = []
-    for middle, column in zip(score(np.ones(num_images)), np.array(drawn).T, strict=True):
-        known = column[~np.isnan(column)]  # a draw may miss all images of a label
-        half = NORMAL * known.std() if len(known) else np.nan
+    for middle, column in zip(score(np.ones(num_images)), np.array(draws).T, strict=True):
+        finite = column[~np.isnan(column)]  # a draw may miss all images of a label
+        half = NORMAL * finite.std() if len(finite) else np.nan
         intervals.append((middle - half, middle + half))
     return intervals
 
 
-def _of_share(score: float | None, ends: tuple, count: int) -> tuple[float | None, float | None]:
-    """The interval of a score in percent: the bootstrap's within 0 and 100; of a perfect one, which every draw has too,
-    that of as many right answers as there are images."""
-    if score is None:
-        return ends
+def _percent_interval(score: float, ends: tuple[float, float], count: int) -> tuple[float | None, float | None]:
+    """The interval of a score in percent: the bootstrap's, cut at 0 and 100. All draws of a perfect score are perfect:
+    it has the interval of `count` right answers of `count` images."""
     if score > 100 - 1e-9:
         return accuracy_interval(count, count)
-    return tuple(_rounded(min(100.0, max(0.0, end))) for end in ends)
+    low, high = np.clip(ends, 0, 100)
+    return _rounded(low), _rounded(high)
 
 
-def _rounded(value: float | None, digits: int = 4) -> float | None:
-    return None if value is None or not np.isfinite(value) else round(float(value), digits)
+def _rounded(value: float, digits: int = 4) -> float | None:
+    """None for what is not finite: JSON has no word for it."""
+    return round(float(value), digits) if np.isfinite(value) else None
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean and deviation (of a sample) over the seeds, of each score that is a number in all of them."""
+    """Mean and standard deviation (of a sample) over the seeds, of each score that is a number in all of them."""
     found = {}
     for name, value in results[0].items():
         values = [result[name] for result in results]
         if isinstance(value, float) and all(isinstance(v, float) for v in values):
             found[name] = round(float(np.mean(values)), 4)
-            found[f"{name}_deviation"] = round(float(torch.tensor(values).double().std()), 4)
+            found[f"{name}_deviation"] = round(float(np.std(values, ddof=1)), 4)
     return found

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from sslvit.evaluation import retrieval, scores
 
@@ -62,26 +63,22 @@ def test_the_interval_of_a_share_does_not_leave_its_range():
         assert low < found[name] < high <= 100
 
 
-def test_average_precision_and_auroc_are_their_definitions():
+def test_average_precision_and_auroc_equal_scikit_learns():
     generator = np.random.default_rng(0)
     score, truth = generator.integers(0, 6, 40).astype(float), generator.integers(0, 2, 40).astype(float)  # with ties
     weights = generator.integers(0, 3, 40).astype(float)
-    rows = np.repeat(np.arange(40), weights.astype(int))  # a weight of 2 is the image twice
-    s, t = score[rows], truth[rows]
-    pairs = [(p > n) + 0.5 * (p == n) for p in s[t == 1] for n in s[t == 0]]
-    precision = 0.0
-    for level in sorted(set(s)):
-        found = s >= level
-        precision += ((s == level) & (t == 1)).sum() / t.sum() * t[found].mean()
     ranked = scores.Ranked(score, truth)
-    assert ranked.auroc(weights) == pytest.approx(np.mean(pairs))
-    assert ranked.average_precision(weights) == pytest.approx(precision)
+    for w in (weights, np.ones(40)):
+        assert ranked.auroc(w) == pytest.approx(roc_auc_score(truth, score, sample_weight=w))
+        assert ranked.average_precision(w) == pytest.approx(average_precision_score(truth, score, sample_weight=w))
     perfect = scores.Ranked(truth, truth)
     assert perfect.auroc(np.ones(40)) == perfect.average_precision(np.ones(40)) == 1
 
 
 def test_a_label_that_all_images_have_is_left_out():
     truth = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+    none = scores.measure("multilabel", truth, truth[:, 1:].expand(-1, 2), ["a", "b"], 0)
+    assert (none["map"], none["map_interval"], none["per_class"]) == (None, (None, None), {})
     found = scores.measure("multilabel", torch.tensor([[2.0, 0], [-1, 0], [1, 0]]), truth, ["a", "b"], 0)
     assert found["map"] == found["auroc"] == 100
     assert list(found["per_class"]) == ["a"]
