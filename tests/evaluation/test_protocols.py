@@ -253,12 +253,12 @@ PUBLISHED = [*SMALL, "epochs=3", "global_batch_size=64", "batch_size=16", "cache
 # `python -m tests.evaluation.test_protocols` writes anew.
 STORED = {
     "attentive": [*SMALL, "lr=[1e-3,3e-2]", "weight_decay=[1e-4,1]", "epochs=5", "probe_batch_size=32", "holdout=0.25"],
-    "finetune mae": [*FINETUNE, "recipe=mae", "epochs=2", "layer_decay=0.8", "drop_path=0.3", "clip=1"],
-    "finetune small": [
+    "finetune-mae": [*FINETUNE, "recipe=mae", "epochs=2", "layer_decay=0.8", "drop_path=0.3", "clip=1"],
+    "finetune-small": [
         *FINETUNE, "recipe=small", "epochs=3", "drop_path=0.3", "head_epochs=1", "unfreeze_epochs=0.5",
     ],
-    "linear mae": [*PUBLISHED, "protocol=mae", "lr=[20]"],
-    "linear dino": [*PUBLISHED, "protocol=dino", "lr=[1]"],
+    "linear-mae": [*PUBLISHED, "protocol=mae", "lr=[20]"],
+    "linear-dino": [*PUBLISHED, "protocol=dino", "lr=[1]"],
 }  # fmt: skip
 GOLDEN = Path(__file__).parents[1] / "golden" / "evaluations.json"
 
@@ -279,7 +279,7 @@ def run_stored(name, sets, out) -> dict[str, float]:
     data = [f"data.train={sets[0].path}", f"data.test={sets[1].path}", *FIXED[:2]]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert main([name.split()[0], *data, *STORED[name], f"out={out}"]) == 0
+        assert main([name.split("-")[0], *data, *STORED[name], f"out={out}"]) == 0
     results = json.loads(out.read_text())["results"]
     shown = re.findall(r"loss (\S+) in the last step", printed.getvalue())  # of the published probes
     return losses(results) | {f"step {i} loss": float(loss) for i, loss in enumerate(shown)} | {"top1": results["top1"]}
