@@ -4,16 +4,16 @@ recipe=mae    He et al., 2022, appendix A.2 and the released FINETUNE.md, with t
               decay of the learning rate, RandAugment, mixup, CutMix, label smoothing, random erasing, stochastic
               depth, normalised mean of the patches. For ViT-L epochs=50 base_lr=1e-3 layer_decay=0.75 drop_path=0.2,
               for ViT-H the same with drop_path=0.3.
-recipe=small  for some hundreds or thousands of images: crops and flips only, the head first, then one block after
-              the other from the top. For any model of timm that has one linear head.
+recipe=small  For some hundreds or thousands of images: crops and flips only. The head is trained first, then one block
+              after the other from the top. For any timm model with one linear head.
 
-A key that is null takes the recipe's value. Nothing is chosen on the test images: they are seen once, by the weights
-after the last epoch. holdout= keeps a part of the training images out and logs their score after each epoch.
+A key that is null takes the recipe's value. Nothing is chosen on the test images: they are scored once, with the
+weights after the last epoch. holdout= keeps a part of the training images out and logs their score after each epoch.
 """
 
 import hashlib
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,15 +26,17 @@ from ..data import BadImage, Source
 from ..data.cache import Memory, cached
 from ..data.loader import make_layout
 from ..distributed import on_first_process, rank, say, world_size
-from ..errors import UserError, check_range, check_share
+from ..errors import UserError, check_range
 from ..hardware import choose_attention
+from ..model.encoder import Encoder
 from ..stopping import StopRequest, stop_requests
 from . import Column, Command, protocol, records, scores
 from .feature_cache import digest
 from .features import Features, extract
 from .finetuning.classifier import POOLING, Classifier, build_classifier
+from .finetuning.recipe import Recipe, resolve
 from .finetuning.targets import Targets, read_targets, split, standardise_targets
-from .finetuning.training import Examples, Recipe, Training
+from .finetuning.training import Examples, Training
 from .frozen import EncoderConfig, Frozen, describe_pool, load_frozen
 from .subset import Subset
 
@@ -52,21 +54,6 @@ OUTPUTS = {"single": "classes", "multilabel": "labels", "regression": "numbers"}
 STANDARDISE_IMAGES = 2048  # training images from which standardise=true takes mean and standard deviation
 MAX_ROWS = 100  # with more classes, the table of classes is in the file only
 
-RECIPES = {
-    "mae": Recipe(
-        epochs=100, global_batch_size=1024, base_lr=5e-4, min_lr=1e-6, warmup_epochs=5, weight_decay=0.05,
-        layer_decay=0.65, head_lr=1.0, standardise=False, drop_path=0.1, clip=None, crop_scale=(0.08, 1.0),
-        flip_prob=0.5, randaugment="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0,
-        smoothing=0.1, head_epochs=0, unfreeze_epochs=0,
-    ),
-    "small": Recipe(
-        epochs=30, global_batch_size=64, base_lr=1e-3, min_lr=0.0, warmup_epochs=1, weight_decay=0.05,
-        layer_decay=0.75, head_lr=4.0, standardise=True, drop_path=0.0, clip=1.0, crop_scale=(0.5, 1.0), flip_prob=0.5,
-        randaugment="none", erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0,
-        head_epochs=2, unfreeze_epochs=0.5,
-    ),
-}  # fmt: skip
-
 
 @dataclass
 class Config(EncoderConfig):
@@ -80,7 +67,7 @@ class Config(EncoderConfig):
     save: str = ""  # a folder for checkpoints: the same command goes on where it stopped; empty: none
     out_model: str = ""  # a folder for the trained model with its head, for timm; empty: none
     global_batch_size: int | None = None  # images in one optimizer step, over all processes
-    batch_size: int | None = None  # images at once on each process; null: its share of the global batch
+    batch_size: int | None = None  # type: ignore[assignment]  # images at once on each process; null: its global share
     epochs: int | None = None  # passes over the training images
     base_lr: float | None = None  # learning rate of the top layer at a global batch of 256 images; scaled linearly
     min_lr: float | None = None  # learning rate of the top layer at the end
@@ -105,13 +92,13 @@ class Config(EncoderConfig):
 def run(config: Config) -> dict[str, Any]:
     """Train and test for each seed; prints and writes <run>/eval/finetune.json. Raises UserError, and Stopped."""
     seeds = config.seeds or (config.seed,)
-    check(config, resolve(config), seeds)
+    check(config, seeds)
     results: list[dict[str, Any]] = []
     with stop_requests(None) if config.save else nullcontext() as stop:
         frozen, sources, targets = prepare(replace(config, seed=seeds[0]))
         recipe = resolve(config, targets.task)
         for seed in seeds:
-            if results:  # the weights of random: depend on the seed
+            if results:  # run=random:... has other weights for each seed
                 frozen = load(replace(config, seed=seed))
             scored, details = train_and_test(config, recipe, seed, frozen, sources, targets, stop)
             results.append({"seed": seed, **scored})
@@ -125,37 +112,11 @@ def run(config: Config) -> dict[str, Any]:
     return found
 
 
-def resolve(config: Config, task: str = "single") -> Recipe:
-    """The recipe with the values that the user gave, and without what the task cannot have. Raises UserError."""
-    given = {f.name: getattr(config, f.name) for f in fields(Recipe) if getattr(config, f.name) is not None}
-    recipe = replace(RECIPES[config.recipe], **given)
-    excluded = {"single": (), "multilabel": ("smoothing",), "regression": ("smoothing", "mixup", "cutmix")}[task]
-    for name in excluded:
-        if given.get(name):
-            raise UserError(f"{name}={given[name]:g} has no meaning for task={task}: leave it out.")
-        recipe = replace(recipe, **{name: 0.0})
-    return recipe
-
-
-def check(config: Config, recipe: Recipe, seeds: tuple[int, ...]) -> None:
-    """Raises UserError for values without a meaning."""
+def check(config: Config, seeds: tuple[int, ...]) -> None:
+    """Raises UserError for impossible values and for places that cannot be written."""
     protocol.named_sets(config.data, "finetune")
-    check_range("", recipe, 1, None, "epochs", "global_batch_size")
+    resolve(config)
     check_range("", config, 1, None, "image_size", "batch_size")
-    check_range(
-        "", recipe, 0, None, "min_lr", "warmup_epochs", "weight_decay", "head_lr", "mixup", "cutmix", "head_epochs",
-        "unfreeze_epochs",
-    )  # fmt: skip
-    check_range("", recipe, 0, 1, "layer_decay", "drop_path", "erasing", "smoothing", "flip_prob")
-    check_share("", recipe, "crop_scale")
-    if not recipe.base_lr > 0 or not recipe.layer_decay > 0 or not (recipe.clip is None or recipe.clip > 0):
-        raise UserError("base_lr, layer_decay and clip must be above 0.")
-    if recipe.drop_path == 1:
-        raise UserError("drop_path=1 would leave nothing of the last block: it must be below 1.")
-    if recipe.warmup_epochs >= recipe.epochs:
-        raise UserError(f"warmup_epochs={recipe.warmup_epochs:g} is not shorter than the run, epochs={recipe.epochs}.")
-    if recipe.head_epochs and recipe.head_epochs >= recipe.epochs:
-        raise UserError(f"head_epochs={recipe.head_epochs:g} leaves none of epochs={recipe.epochs} for the encoder.")
     if not 0 < config.labels_share <= 1 or not 0 <= config.holdout < 1:
         raise UserError(
             f"labels_share={config.labels_share:g} must be above 0 and at most 1, holdout={config.holdout:g} at least "
@@ -163,12 +124,12 @@ def check(config: Config, recipe: Recipe, seeds: tuple[int, ...]) -> None:
         )
     if len(set(seeds)) < len(seeds):
         raise UserError(f"seeds={list(seeds)} must differ.")
-    if config.out_model and len(seeds) > 1:
-        raise UserError(f"out_model= is for one training, and seeds={list(seeds)} are {len(seeds)}: give one seed.")
     if config.out_model:
+        if len(seeds) > 1:
+            raise UserError(f"out_model= is for one training, and seeds={list(seeds)} are {len(seeds)}: give one seed.")
         timm_format.refuse_foreign(Path(config.out_model))
     for key in ("out", "out_model"):
-        try:  # now, and not after hours
+        try:  # now, not after hours of training
             Path(getattr(config, key)).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{key}={getattr(config, key)} cannot be written: {error.strerror}.") from error
@@ -176,11 +137,11 @@ def check(config: Config, recipe: Recipe, seeds: tuple[int, ...]) -> None:
 
 def load(config: Config) -> Frozen:
     """The pretrained encoder, on the CPU: each training copies it. Raises UserError."""
-    made_for_size = config.run.startswith(("timm:", "random:"))  # others are resampled by build_classifier
+    made_for_size = config.run.startswith(("timm:", "random:"))  # build_classifier resamples the others
     frozen = load_frozen(replace(config, image_size=config.image_size if made_for_size else None))
     encoder = frozen.encoder
     if isinstance(encoder, pretrained.Pixels):
-        raise UserError("run=pixels is no encoder that could be trained: give a run directory.")
+        raise UserError("run=pixels has nothing to train: give a run directory.")
     if config.recipe == "mae" and not encoder.is_vit:
         raise UserError(
             f"recipe=mae is for plain ViTs, and {config.run} is a {type(encoder.model).__name__}: use recipe=small."
@@ -188,11 +149,11 @@ def load(config: Config) -> Frozen:
     if config.recipe == "mae" and config.pool == "auto":
         frozen.pool = "mean"
     if encoder.is_vit and frozen.pool not in POOLING:
-        raise UserError(f"pool={frozen.pool} does not exist in timm's models: use {' or '.join(POOLING)}.")
+        raise UserError(f"pool={frozen.pool} is no pooling of timm's models: use {' or '.join(POOLING)}.")
     encoder.to("cpu")
     size = config.image_size or encoder.image_size
     h, w = (size, size) if isinstance(size, int) else size
-    encoder.image_size = (h, w)  # the images are opened for this size
+    encoder.image_size = (h, w)  # Frozen.open reads the images for this size
     return frozen
 
 
@@ -205,7 +166,7 @@ def prepare(config: Config) -> tuple[Frozen, tuple[Source, Source], Targets]:
     protocol.refuse_same_images(train, test, specs)
     for source, labelled, spec in zip((train, test), targets.labelled, specs, strict=True):
         if not len(labelled):
-            raise UserError(f"{spec} has no image with a label: fine-tuning needs labels in both sets.")
+            raise UserError(f"{spec} has no labelled image: fine-tuning needs labels in both sets.")
         _check_first_image(config, frozen, source, spec)
     return frozen, (train, test), targets
 
@@ -223,15 +184,16 @@ def _check_first_image(config: Config, frozen: Frozen, source: Source, spec: str
         if image.is_floating_point() and resolve(config).randaugment != "none":
             raise UserError(f"{spec} has images of more than 8 bits, and RandAugment takes 8: use randaugment=none.")
         return
-    raise UserError(f"{spec} has many images in a row that cannot be read, the first is {source.name(0)}.")
+    raise UserError(f"Many images of {spec} in a row cannot be read, the first is {source.name(0)}.")
 
 
 def train_and_test(
     config: Config, recipe: Recipe, seed: int, frozen: Frozen, sources: tuple[Source, Source],
     targets: Targets, stop: StopRequest | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """One training and its test: (scores, details of the protocol for the record). Raises UserError, and Stopped."""
+    """One training and its test: (scores, details for the record). Raises UserError, and Stopped."""
     accelerator, subject, pool, task = frozen.accelerator, frozen.subject, frozen.pool, targets.task
+    assert isinstance(frozen.encoder, Encoder)
     learned, held_out = split(targets, config.labels_share, config.holdout, seed)
     train_targets, (mean, std) = standardise_targets(task, targets.train[learned])
     layout = make_layout(
@@ -246,8 +208,8 @@ def train_and_test(
     choose_attention(classifier, accelerator.device, frozen.precision)
     memory = Memory()
 
-    def training_images(index: Tensor, of_index: Tensor) -> Examples:
-        return Examples(cached(Subset(sources[0], index), None, seed, memory), of_index)
+    def training_images(index: Tensor, values: Tensor) -> Examples:
+        return Examples(cached(Subset(sources[0], index), None, seed, memory), values)
 
     def forward_all(model: Any, source: Source) -> Features:
         batch_size = config.batch_size or min(256, layout.batch_size)
@@ -264,7 +226,7 @@ def train_and_test(
     if recipe.standardise:
         some = rng.permutation(rng.fold_in(seed, "standardise"), len(learned))[:STANDARDISE_IMAGES]
         classifier.standardise(forward_all(classifier.encoder, Subset(train.source, some)).values)
-    settings = {  # a checkpoint of others is refused
+    settings = {
         "run": config.run, "weights": digest(frozen.encoder), "recipe": config.recipe, **asdict(recipe),
         "pool": pool, "image_size": list(classifier.image_size), "task": task,
         "labels_share": config.labels_share, "holdout": config.holdout, "seed": seed, "classes": targets.names,

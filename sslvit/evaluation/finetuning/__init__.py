@@ -1,4 +1,4 @@
-"""Training with labels: the classifier (encoder and head), its targets, strong augmentation, the training loop.
+"""The parts of fine-tuning: recipes, classifier (encoder and head), targets, strong augmentation, the training loop.
 
-Called by evaluation/finetune.py. Imports what evaluation may import.
+evaluation/finetune.py puts them together. They may import what evaluations import. Only evaluations import them.
 """

@@ -1,4 +1,4 @@
-"""A pretrained encoder and a linear head as one timm model: its layers, how fast each learns, and which are frozen."""
+"""The classifier: a pretrained encoder and a linear head as one timm model, with a learning rate for each layer."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -23,11 +23,14 @@ POOLING = {"cls": {"global_pool": "token", "fc_norm": False}, "mean": {"global_p
 
 
 class Classifier(nn.Module):
-    """Encoder, pooling and head. `encoder.model` is a plain timm model with `num_classes`, which computes the same once
-    `fold` has been called."""
+    """Encoder, pooling and head. `encoder.model` is a plain timm model with `num_classes`. After `fold` it computes the
+    same as this."""
+
+    shift: Tensor  # [D], of the features that the head sees: (x - shift) * scale
+    scale: Tensor
 
     def __init__(self, encoder: Encoder, model_args: dict[str, Any]) -> None:
-        """model_args: what `timm.create_model` needs, with the pooling, but for in_chans and num_classes."""
+        """model_args: all arguments of `timm.create_model` except in_chans and num_classes."""
         super().__init__()
         self.encoder, self.model_args = encoder, model_args
         width = self.head.in_features
@@ -35,7 +38,7 @@ class Classifier(nn.Module):
         self.register_buffer("scale", torch.ones(width))
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:  # of any timm family
         return self.encoder.model
 
     @property
@@ -50,7 +53,7 @@ class Classifier(nn.Module):
         return self.head.out_features
 
     def pooled(self, images: Tensor, pools: Sequence[Pool]) -> dict[Pool, Tensor]:
-        """What the head gives, under the name by which `features.extract` asks an encoder, by its one pooling."""
+        """The outputs in the place of an encoder's features, for `features.extract`."""
         return {pool: self._outputs(images) for pool in pools}
 
     def forward(self, images: Tensor, key: Tensor | None = None) -> Tensor:
@@ -64,10 +67,10 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
-        """Let the head see these features, [N, D] of the encoder before any fc_norm, with mean 0 and deviation 1.
+        """Give these features, [N, D] of the encoder before any fc_norm, mean 0 and standard deviation 1 for the head.
 
-        As the linear probe does: MAE's features of all images are nearly alike, so that a head learns from them slowly
-        and bf16 rounds most of the difference away. Shift and scale stay as they are while the encoder learns.
+        The linear probe does the same. MAE's features are nearly alike for all images: a head learns from them slowly,
+        and bf16 rounds most of the difference away. Shift and scale are not trained.
         """
         if self.encoder.is_vit:
             features = self.model.fc_norm(features.to(self.shift.device))
@@ -77,7 +80,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Make shift and scale a part of the head, which then gives the same of the features as they are."""
+        """Put shift and scale into the weights of the head. The outputs stay the same."""
         self.head.weight.mul_(self.scale)
         self.head.bias.sub_(self.head.weight @ self.shift)
         self.shift.zero_()
@@ -90,14 +93,15 @@ def build_classifier(
 ) -> Classifier:  # fmt: skip
     """The pretrained weights in a new timm model with a head, stochastic depth and an image size. Raises UserError.
 
-    fresh_norm: normalise after the mean instead of before it, by a new layer; the pretrained final norm is left out
+    fresh_norm: normalise after the mean instead of before it, by a new layer. The pretrained final norm is left out
     (He et al., appendix A.2, and its code).
 
-    A position embedding is resampled to the new grid by timm's bicubic antialiased resampling, a fixed sine-cosine
-    table too: that keeps the range of positions that the blocks know, where a table computed for a larger grid would
-    go beyond it; MAE's code does likewise (without antialiasing, whose cubic kernel differs a little).
+    timm's bicubic antialiased resampling fits position embeddings to the new grid, fixed sine-cosine tables too. A
+    table computed for a larger grid would have positions that the blocks have never seen. MAE's code resamples too,
+    without antialiasing and with a slightly different cubic kernel.
     """
     old, size = subject.encoder, image_size or subject.encoder.image_size
+    assert isinstance(old, Encoder)
     args = dict(old.model_args)
     if old.is_vit:
         check_patches(old.patch_size, size)
@@ -130,16 +134,14 @@ def build_classifier(
     return classifier
 
 
-def _create(old: Encoder, args: dict[str, Any], num_outputs: int, drop_path: float) -> nn.Module:
-    rates = [{"drop_path_rate": drop_path}] + [{}] * (not drop_path)  # some families do not know it at all
-    for rate in rates:
-        try:
-            return timm.create_model(
-                old.architecture, num_classes=num_outputs, in_chans=old.in_chans, **{**args, **rate}
-            )
-        except TypeError as error:
-            problem = error
-    raise UserError(f"timm cannot make {old.architecture} with drop_path={drop_path:g}: {problem}.") from problem
+def _create(old: Encoder, args: dict[str, Any], num_outputs: int, drop_path: float) -> Any:
+    args = {**args, "num_classes": num_outputs, "in_chans": old.in_chans}
+    try:
+        return timm.create_model(old.architecture, **{**args, "drop_path_rate": drop_path})
+    except TypeError as error:  # some families do not have this argument
+        if drop_path:
+            raise UserError(f"timm cannot make {old.architecture} with drop_path={drop_path:g}: {error}.") from error
+    return timm.create_model(old.architecture, **args)
 
 
 @torch.no_grad()
@@ -154,14 +156,17 @@ def _try(classifier: Classifier) -> None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{name} cannot take images of {h}x{w}: {reason}. Use its own image_size.") from error
     if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item()):
-        raise UserError(f"{name} has more between its pooled features and its head than fine-tuning here knows.")
+        raise UserError(
+            f"{name} has layers between its pooled features and its head, which fine-tuning does not support: use "
+            "another model."
+        )
 
 
-def layer_ids(model: nn.Module) -> dict[str, int]:
+def layer_ids(model: Any) -> dict[str, int]:
     """{parameter: its layer}: 0 for the stem, then the blocks, and the head with its norm last.
 
-    These are timm's groups, but that a ViT's final `norm` belongs to the head as in MAE's released code, where timm
-    gives it to the last block.
+    These are timm's groups, with one exception: a ViT's final `norm` belongs to the head, as in MAE's released code.
+    timm gives it to the last block.
     """
     if not hasattr(model, "group_matcher"):
         raise UserError(f"timm does not say what the layers of {type(model).__name__} are: use another model.")
@@ -172,15 +177,16 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
     return ids
 
 
-def parameter_groups(model: nn.Module, layer_decay: float, weight_decay: float, head_lr: float = 1.0) -> list[dict]:
+def parameter_groups(model: Any, layer_decay: float, weight_decay: float, head_lr: float = 1.0) -> list[dict[str, Any]]:
     """Groups for AdamW with "lr_scale": layer_decay^(last layer - layer), for the head times head_lr.
 
     No weight decay for one-dimensional parameters and what the model lists (a ViT's positions and tokens), as in MAE's
-    released fine-tuning (which takes the rule from BEiT).
+    released fine-tuning, which follows BEiT.
     """
     ids = layer_ids(model)
     last, undecayed = max(ids.values()), set(getattr(model, "no_weight_decay", set)())
-    head, groups = list(model.get_classifier().parameters()), {}
+    head = list(model.get_classifier().parameters())
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         scale = layer_decay ** (last - ids[name])
         if any(parameter is p for p in head):
@@ -192,10 +198,10 @@ def parameter_groups(model: nn.Module, layer_decay: float, weight_decay: float, 
 
 
 def trained_layers(epoch: float, num_layers: int, head_epochs: float, unfreeze_epochs: float) -> int:
-    """How many layers, from the head down, learn at a place in the run.
+    """How many layers are trained at this epoch, counted from the head down.
 
-    The head alone for head_epochs, then one block more every unfreeze_epochs until all do (gradual unfreezing: Howard
-    and Ruder, ACL 2018, section 3.3; that the head should come first: Kumar et al., ICLR 2022).
+    Only the head for head_epochs, then one more block every unfreeze_epochs until all are trained (gradual unfreezing:
+    Howard and Ruder, ACL 2018, section 3.3; the head first: Kumar et al., ICLR 2022).
     """
     if epoch < head_epochs:
         return 1
@@ -205,7 +211,7 @@ def trained_layers(epoch: float, num_layers: int, head_epochs: float, unfreeze_e
 
 
 def freeze(classifier: Classifier, trained: int) -> None:
-    """Let the last `trained` layers learn and put the modules of the others, as BatchNorm, into evaluation mode."""
+    """Train the last `trained` layers. The others are frozen, and their modules (BatchNorm) in evaluation mode."""
     ids = layer_ids(classifier.model)
     first = max(ids.values()) + 1 - trained
     classifier.train()

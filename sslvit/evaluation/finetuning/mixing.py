@@ -1,9 +1,9 @@
 """The strong augmentation of published fine-tuning: RandAugment, random erasing, mixup, CutMix, label smoothing.
 
-RandAugment is timm's. It draws from global generators, which are set to the image's own place before it and put back
-after it. Erasing and mixing are written here instead of calling timm's, because theirs draw once for the images that
-happen to lie on one device: here a pair is two neighbours in the global order of the epoch, whose parameters are
-functions of their key, so that neither processes nor micro-batches change what is learned.
+RandAugment is timm's. It draws from global generators: they are seeded by the image's key before, and restored after.
+Erasing, mixup and CutMix are not timm's. timm draws them once for each batch on a device, so the result would depend on
+the number of processes and micro-batches and on a stop in between. Here two neighbours in the global order of the epoch
+are a pair, and their random numbers are a function of their keys.
 """
 
 import math
@@ -24,40 +24,41 @@ from ... import rng
 from ...data.crops import Crop, draw_boxes
 from ...errors import UserError
 
-ERASED = {"scale": (0.02, 1 / 3), "ratio": (0.3, 1 / 0.3)}  # Zhong et al., 2020, as timm's defaults
-SWITCH = 0.5  # share of pairs that get CutMix where both are wanted
+ERASED_SCALE, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)  # timm's defaults (Zhong et al., 2020)
+CUTMIX_PROB = 0.5  # of a pair, if both mixup and CutMix are on; else the pair has mixup
 
 
 class RandAugment:
-    """timm's RandAugment for the crops of a micro-batch, by the workers; each image draws from its own key."""
+    """timm's RandAugment for the crops of a micro-batch, in the workers; each image draws from its own key."""
 
-    def __init__(self, words: str, mean: tuple[float, ...]) -> None:
-        """words: as timm's `rand-m9-mstd0.5-inc1`. mean: of each channel, which fills what a rotation leaves empty."""
+    def __init__(self, spec: str, mean: tuple[float, ...]) -> None:
+        """spec: in timm's notation, `rand-m9-mstd0.5-inc1`. mean: of each channel; fills what a rotation leaves empty.
+        Raises UserError."""
         if len(mean) not in (1, 3):
             raise UserError(
-                f"randaugment={words} is for images of 1 or 3 channels, and these have {len(mean)}: use "
+                f"randaugment={spec} is for images of 1 or 3 channels, and these have {len(mean)}: use "
                 "randaugment=none."
             )
         fill = tuple(min(255, round(255 * value)) for value in mean)
         options = {"interpolation": Image.Resampling.BICUBIC, "img_mean": fill if len(fill) == 3 else fill[0]}
         try:
-            self.transform = rand_augment_transform(words, options)
+            self.transform = rand_augment_transform(spec, options)
         except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
             raise UserError(
-                f"randaugment={words} is not of timm's form, such as rand-m9-mstd0.5-inc1, or none."
+                f"randaugment={spec} is not of timm's form, such as rand-m9-mstd0.5-inc1, or none."
             ) from error
         for op in self.transform.ops:
             if op.name.startswith("Posterize"):
                 op.aug_fn = posterize
 
-    def __call__(self, batch: dict) -> dict:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         images = batch["image"][0]
         for b, key in enumerate(rng.fold_in(batch["key"], "randaugment").tolist()):
             with seeded(key):
-                images[b] = self.one(images[b])
+                images[b] = self.augment(images[b])
         return batch
 
-    def one(self, image: Tensor) -> Tensor:
+    def augment(self, image: Tensor) -> Tensor:
         """[1 or 3, H, W] uint8 -> the same."""
         pixels = image.permute(1, 2, 0).numpy()
         changed = np.asarray(self.transform(Image.fromarray(pixels if len(image) == 3 else pixels[:, :, 0])))
@@ -65,14 +66,14 @@ class RandAugment:
 
 
 def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's, which asks Pillow for 0 bits at the greatest magnitude: black, where newer Pillow refuses."""
+    """timm's. At the largest magnitude it asks for 0 bits, which newer versions of Pillow refuse: that is black."""
     return timm_posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
 
 @contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """Python's and NumPy's global generators at a place of their own; afterwards they are as before."""
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002 -- what timm draws from
+    """Seed Python's and NumPy's global generators, from which timm draws; afterwards they are as before."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
     random.seed(key)
     np.random.seed(key % 2**32)  # noqa: NPY002
     try:
@@ -83,16 +84,15 @@ def seeded(key: int) -> Iterator[None]:
 
 
 def erase(x: Tensor, key: Tensor, probability: float) -> Tensor:
-    """[B, C, H, W] normalised, [B] keys on the CPU -> the same with normal noise in a box of some images, in place."""
+    """[B, C, H, W] normalised, [B] keys on the CPU -> some images have normal noise in a box, in place."""
     if not probability:
         return x
-    key = rng.fold_in(key, "erase")
-    h, w = x.shape[-2:]
+    key, (h, w) = rng.fold_in(key, "erase"), x.shape[-2:]
     rows = (rng.uniform(rng.fold_in(key, "whether"), 1)[:, 0] < probability).nonzero()[:, 0]
     if not len(rows):
         return x
     side = torch.ones(len(rows), dtype=torch.long)
-    boxes = draw_boxes(Crop((h, w), **ERASED), key[rows], h * side, w * side)
+    boxes = draw_boxes(Crop((h, w), ERASED_SCALE, ERASED_RATIO), key[rows], h * side, w * side)
     noise = normal(rng.fold_in(key[rows], "noise").to(x.device), x[0].numel()).view(len(rows), *x.shape[1:])
     rows = rows.to(x.device)
     x[rows] = torch.where(inside(boxes, h, w).unsqueeze(1).to(x.device), noise.to(x.dtype), x[rows])
@@ -115,14 +115,15 @@ def inside(boxes: Tensor, h: int, w: int) -> Tensor:
 
 
 def draw_pairs(key: Tensor, size: tuple[int, int], mixup: float, cutmix: float) -> tuple[Tensor, Tensor, Tensor]:
-    """[P] keys of pairs -> ([P] bool: pasted instead of blended, [P] share that an image keeps, [P, 4] boxes).
+    """[P] keys of pairs -> ([P] bool: CutMix instead of mixup, [P] share of its own pixels
+    that each image keeps, [P, 4] boxes).
 
     mixup, cutmix: the parameter of the symmetric beta distribution, 0 for none (Zhang et al., 2018; Yun et al., 2019).
-    The box is centred anywhere and cut at the image's edge, and what is kept is counted in pixels, as in timm.
+    The box is centred anywhere and clipped at the image's edge, and the share is counted in pixels, as in timm.
     """
     key = rng.fold_in(key, "mix")
     u = rng.uniform(key, 3)
-    pasted = u[:, 0] < (SWITCH if mixup and cutmix else float(bool(cutmix)))
+    pasted = u[:, 0] < (CUTMIX_PROB if mixup and cutmix else float(bool(cutmix)))
     alphas = [cutmix if paste else mixup for paste in pasted.tolist()]
     seeds = rng.fold_in(key, "beta").tolist()
     draws = [np.random.default_rng(s % 2**64).beta(a, a) for s, a in zip(seeds, alphas, strict=True)]
@@ -139,11 +140,11 @@ def draw_pairs(key: Tensor, size: tuple[int, int], mixup: float, cutmix: float) 
 
 
 def mix(x: Tensor, targets: Tensor, key: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """[B, C, H, W], [B, K] float targets, [B] keys on the CPU -> both mixed, images 2i and 2i + 1 with one another."""
+    """[B, C, H, W], [B, K] float targets, [B] keys on the CPU -> both, with images 2i and 2i + 1 mixed."""
     if not (mixup or cutmix):
         return x, targets
-    pasted, kept, boxes = draw_pairs(key[::2], tuple(x.shape[-2:]), mixup, cutmix)
-    mask = inside(boxes, *x.shape[-2:])[:, None, None].to(x.device)
+    pasted, kept, boxes = draw_pairs(key[::2], (x.shape[-2], x.shape[-1]), mixup, cutmix)
+    mask = inside(boxes, x.shape[-2], x.shape[-1])[:, None, None].to(x.device)
     pasted, kept = pasted.to(x.device), kept.to(x.device)
     pairs, labels = x.unflatten(0, (-1, 2)), targets.unflatten(0, (-1, 2))
     share = kept.view(-1, 1, 1, 1, 1)
@@ -154,5 +155,5 @@ def mix(x: Tensor, targets: Tensor, key: Tensor, mixup: float, cutmix: float) ->
 
 
 def smooth_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """[B] int64 -> [B, num_classes]: 1 - smoothing on the label and the rest spread over all classes."""
+    """[B] int64 -> [B, num_classes]: 1 - smoothing for the label, and the rest in equal parts for all classes."""
     return (1 - smoothing) * F.one_hot(labels, num_classes).float() + smoothing / num_classes

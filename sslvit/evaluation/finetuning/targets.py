@@ -1,4 +1,4 @@
-"""The targets of fine-tuning: one class an image, several labels, or numbers; and which images are used."""
+"""The targets of fine-tuning: one class for each image, several labels, or numbers; and which images are used."""
 
 from dataclasses import dataclass
 
@@ -29,8 +29,8 @@ class Targets:
         return self._labelled(self.train), self._labelled(self.test)
 
     def _labelled(self, targets: Tensor) -> Tensor:
-        known = targets >= 0 if self.task == "single" else targets.isfinite().all(dim=1)
-        return known.nonzero()[:, 0]
+        has_target = targets >= 0 if self.task == "single" else targets.isfinite().all(dim=1)
+        return has_target.nonzero()[:, 0]
 
 
 def read_targets(task: str, sources: tuple[Source, Source], specs: tuple[str, str]) -> Targets:
@@ -74,8 +74,8 @@ def split(targets: Targets, labels_share: float, holdout: float, seed: int) -> t
 
 
 def standardise_targets(task: str, values: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """For regression [N, T] -> the same with mean 0 and standard deviation 1, and both of them, [T]. Other tasks: the
-    values as they are, 0 and 1."""
+    """For regression [N, T] -> the values with mean 0 and standard deviation 1; their own mean and standard deviation,
+    [T]. For other tasks: the values as they are, 0 and 1."""
     if task != "regression":
         return values, (torch.tensor(0.0), torch.tensor(1.0))
     mean, std = values.mean(dim=0), values.std(dim=0, unbiased=False)

@@ -1,8 +1,8 @@
-"""The training loop of fine-tuning, which goes on from a checkpoint if there is one, on any number of processes.
+"""The training loop of fine-tuning, on any number of processes. It goes on from a checkpoint if there is one.
 
-As in pretraining, every random draw is a function of the seed and of its place in the run, and a step is a global
-batch. So processes, micro-batches, loader processes and a stop in between do not change what is learned, except for
-models with BatchNorm, which sees the images of one micro-batch on one process.
+As in pretraining, a step is a global batch, and every random draw is a function of the seed and its place in the run.
+So the number of processes, micro-batches and loader processes does not change what is learned, nor does a stop in
+between. The exception is BatchNorm: it sees the images of one micro-batch on one process.
 """
 
 import json
@@ -35,35 +35,10 @@ from .. import scores
 from ..frozen import Frozen
 from . import mixing
 from .classifier import Classifier, freeze, layer_ids, parameter_groups, trained_layers
+from .recipe import Recipe
 
 BETAS = (0.9, 0.999)  # of AdamW; pretraining has (0.9, 0.95)
-KEEP_CHECKPOINTS = 2  # the older one is there in case the newer one is damaged
-
-
-@dataclass
-class Recipe:
-    """Everything that decides what is learned. finetune.Config explains each key."""
-
-    epochs: int
-    global_batch_size: int
-    base_lr: float
-    min_lr: float
-    warmup_epochs: float
-    weight_decay: float
-    layer_decay: float
-    head_lr: float
-    standardise: bool
-    drop_path: float
-    clip: float | None
-    crop_scale: tuple[float, float]
-    flip_prob: float
-    randaugment: str
-    erasing: float
-    mixup: float
-    cutmix: float
-    smoothing: float
-    head_epochs: float
-    unfreeze_epochs: float
+KEEP_CHECKPOINTS = 2  # the older one in case the newer one is damaged
 
 
 @dataclass
@@ -107,11 +82,11 @@ class Training:
         self.steps_per_epoch = len(self.examples.targets) // self.layout.global_batch_size
         self.steps = recipe.epochs * self.steps_per_epoch
         self.num_layers = 1 + max(layer_ids(self.classifier.model).values())
-        self.settings = json.loads(json.dumps(self.settings))  # as a checkpoint gives them back
+        self.settings = json.loads(json.dumps(self.settings))  # as they are read from a checkpoint
         self.progress = state.RunState()
         self.history: list[dict[str, Any]] = []  # a line for each epoch
-        self.unreadable: set[str] = set()  # names of this process's images
-        self.num_unreadable = 0  # of all processes, since this start
+        self.unreadable: set[str] = set()  # names of images, on this process
+        self.num_unreadable = 0  # on all processes, since this start
 
     @property
     def peak_lr(self) -> float:
@@ -133,14 +108,15 @@ class Training:
             self._restore(folder, adamw)
         progress, window = self.progress, Window()
         window.load(progress.window)
-        optimizer, model, trained = accelerator.prepare_optimizer(adamw), None, None
+        optimizer, trained = accelerator.prepare_optimizer(adamw), 0
+        model: Any = None
         batches = self._batches(progress.step)
         first_image, first_second, clock = progress.images_seen, progress.seconds, time.perf_counter()
         for step in range(progress.step, self.steps):
             epoch = step / self.steps_per_epoch
             layers = trained_layers(epoch, self.num_layers, recipe.head_epochs, recipe.unfreeze_epochs)
             if layers != trained:
-                # DDP keeps the list of trained parameters that it is made with: make it anew, the old one first gone.
+                # DDP keeps the list of trained parameters that it is made with. Free the old one, then make a new one.
                 model, trained = None, layers
                 accelerator.free_memory()
                 freeze(self.classifier, trained)
@@ -159,7 +135,7 @@ class Training:
             if epoch_ends:
                 rate = (progress.images_seen - first_image) / (progress.seconds - first_second)
                 self._end_epoch(window, held_out, evaluate, rate)
-                freeze(self.classifier, trained)  # the evaluation has put the model into evaluation mode
+                freeze(self.classifier, trained)  # _end_epoch leaves the model in evaluation mode
             if folder and (epoch_ends or reason):
                 self._save(folder, adamw, window)
             if reason:
@@ -189,7 +165,7 @@ class Training:
             yield self._inputs(batch)
 
     def _inputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """A micro-batch of the loader -> augmented images, targets as the loss wants them, keys; on the device."""
+        """A micro-batch of the loader -> augmented images, targets for `loss_of`, keys; on the device."""
         device, recipe, key = self.frozen.accelerator.device, self.recipe, batch["key"]
         augmented = augment(batch, self.views, self.frozen.normalize, device)
         images, targets = augmented["image"][0], self.examples.targets[batch["index"]].to(device)
@@ -260,6 +236,6 @@ def open_folder(folder: Path) -> IO[str] | None:
 
     def refuse() -> None:
         if {path.name for path in folder.iterdir()} - {"checkpoints", ".lock"}:
-            raise UserError(f"{folder} holds other things than checkpoints: give a new save=.")
+            raise UserError(f"save={folder} holds other things than checkpoints: give a new folder.")
 
     return create_and_acquire(folder, "save", refuse)
