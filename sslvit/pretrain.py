@@ -112,11 +112,10 @@ class Training:
             self.recorder.skipped.note(batch["index"])
             yield augment(batch, self.views, self.normalize, self.accelerator.device)
 
-    def evaluate(self) -> float | None:
-        """k-NN accuracy of the encoder as it is, in percent; None for a run without labelled images."""
+    def evaluate(self) -> float:
+        """k-NN accuracy of the encoder as it is, in percent. Only for a run with labelled images."""
         run = self.progress
-        if self.knn_monitor is None:
-            return None
+        assert self.knn_monitor is not None
         self.saver.check(wait=True)  # the evaluation starts loader processes by fork: no thread may be writing then
         with self.recorder.watch.pausing(), self.eval_encoder() as encoder:
             top1 = self.knn_monitor(encoder)
@@ -217,9 +216,9 @@ def train(training: Training, stop: StopRequest) -> Result:
     config, plan, run, record = training.config, training.plan, training.progress, training.record
     recorder, saver, optimizer = training.recorder, training.saver, training.optimizer
     evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
-    if run.step == 0:
+    if run.step == 0 and training.knn_monitor:
         record["knn_before"] = training.evaluate()
-    if record["knn_due"]:  # the run was asked to stop when it should have evaluated
+    if record["knn_due"] and training.knn_monitor:  # the run was asked to stop when it should have evaluated
         record["knn_after"] = training.evaluate()
     training.objective.train()
     stopped, clock, last_save = None, time.perf_counter(), time.perf_counter()
@@ -244,7 +243,8 @@ def train(training: Training, stop: StopRequest) -> Result:
         if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # processes must agree
             save_now |= any_process((clock - last_save) / 60 > config.save.every_minutes)
         stopped = stop.reason_at(run.step) if run.step < plan.steps else None
-        record["knn_due"] = run.step % evaluate_every == 0 or run.step == plan.steps
+        due = run.step % evaluate_every == 0 or run.step == plan.steps
+        record["knn_due"] = due and training.knn_monitor is not None
         if record["knn_due"] and not stopped:
             record["knn_after"], record["knn_due"] = training.evaluate(), False
             save_now |= saver.is_best(run)
