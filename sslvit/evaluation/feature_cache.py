@@ -26,11 +26,12 @@ def extract_cached(
     folder: Path | None, encoder: Encoder | Pixels, source: Source, normalize: Normalize, accelerator: Accelerator,
     pools: Sequence[Pool], batch_size: int, workers: int | None, whole: bool = True,
 ) -> dict[Pool, Features]:  # fmt: skip
-    """`extract`, or what it gave before for the same weights, images and protocol, from files in the folder.
+    """Like `extract`, but reads features of the same weights, images and protocol from files in the folder, and writes
+    those that it computes there. None: computes all and writes nothing.
 
-    Each process writes its share to a file of its own, `<protocol>.<process>-<number of processes>.safetensors`, so
-    that none has to hold the whole; any number of processes can read them. Features of other weights replace them, and
-    files that cannot be read are made again.
+    Each process writes its share to a file of its own, `<protocol>.<process>-<number of processes>.safetensors`, so no
+    process has to hold the whole. Any number of processes can read them. Features of other weights replace them, and
+    files that cannot be read are written again.
     """
     if folder is None or isinstance(encoder, Pixels):
         return extract(encoder, source, normalize, accelerator, pools, batch_size, workers, whole)
@@ -51,13 +52,13 @@ def extract_cached(
     for pool in missing:
         content, part = common | {"pool": pool}, fresh.pop(pool)
         _write(folder, keys[pool], content, part)
-        stored = _read(folder, keys[pool], content, source)  # read as they are used, and not in memory until then
+        stored = _read(folder, keys[pool], content, source)  # memory-mapped: read from the disk when they are used
         found[pool] = part if any_process(stored is None) or stored is None else stored
     return {pool: gather_features(found[pool]) if whole else found[pool] for pool in pools}
 
 
 def place_of(encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator) -> dict[str, Any]:
-    """What features depend on beside the weights and the pooling."""
+    """What features depend on, except for the weights and the pooling."""
     return {
         "images": source.fingerprint(),
         "where": where(source),
@@ -71,8 +72,8 @@ def place_of(encoder: Encoder, source: Source, normalize: Normalize, accelerator
 
 
 def where(source: Source) -> str:
-    """The place of the first image: two sets of like files, as training and test images unpacked from one archive, may
-    have one fingerprint."""
+    """The place of the first image. Two sets may have equal fingerprints, such as training and test images of equal
+    names, sizes and times that were unpacked from one archive."""
     name = Path(source.name(0))
     return str(name.resolve()) if name.exists() else str(name)
 
@@ -82,7 +83,7 @@ def same_images(a: Source, b: Source) -> bool:
 
 
 def _parts(folder: Path, key: str) -> dict[int, list[Path]]:
-    """{number of processes: files that as many wrote}."""
+    """{number of processes: the files that so many processes wrote}."""
     parts: dict[int, list[Path]] = {}
     for path in sorted(folder.glob(f"{key}.*-*.safetensors")):
         match = re.fullmatch(rf"{key}\.(\d+)-(\d+)\.safetensors", path.name)
@@ -92,7 +93,7 @@ def _parts(folder: Path, key: str) -> dict[int, list[Path]]:
 
 
 def _read(folder: Path, key: str, content: dict[str, str], source: Source) -> Features | None:
-    """This process's share, from whole and matching files of however many processes; None if there are none."""
+    """This process's share, from complete and matching files of any number of processes; None if there are none."""
     for count, paths in _parts(folder, key).items():
         if len(paths) != count:
             continue
@@ -103,8 +104,8 @@ def _read(folder: Path, key: str, content: dict[str, str], source: Source) -> Fe
                     if file.metadata() != content | {"images_read": file.metadata().get("images_read", "")}:
                         return None
                     total, numbers = int(file.metadata()["images_read"]), file.get_tensor("index")
-                    mine, stored = numbers % world_size() == rank(), file.get_tensor("values")
-                    parts.append((stored, numbers) if mine.all() else (stored[mine], numbers[mine]))
+                    here, stored = numbers % world_size() == rank(), file.get_tensor("values")
+                    parts.append((stored, numbers) if here.all() else (stored[here], numbers[here]))
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
         return label_features(*_joined(parts), source, len(source) - total)
@@ -112,8 +113,8 @@ def _read(folder: Path, key: str, content: dict[str, str], source: Source) -> Fe
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """([n, D] values, [n] numbers of images) of several files -> of all, in the order of the numbers; of one file where
-    they lie in it, which the system reads as they are used."""
+    """([n, D] values, [n] numbers of images) of several files -> of all, in the order of the numbers. Those of a single
+    file stay memory-mapped."""
     if len(parts) == 1:
         return parts[0]
     index = torch.cat([numbers for _, numbers in parts]).sort().values
@@ -124,7 +125,8 @@ def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _write(folder: Path, key: str, content: dict[str, str], features: Features) -> None:
-    """This process's share; the files of other runs of the same protocol go, when all processes have written."""
+    """Write this process's share. When all processes have written theirs, older files of the same protocol from other
+    numbers of processes are deleted."""
     path = folder / f"{key}.{rank()}-{world_size()}.safetensors"
     part = path.with_suffix(".part")
     total, problem = sum(gather_objects(len(features))), None
@@ -134,7 +136,7 @@ def _write(folder: Path, key: str, content: dict[str, str], features: Features) 
         tensorfile.write(tensors, part, content | {"images_read": str(total)})
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
-        problem = f"The features are not kept for next time: {path}: {error}."
+        problem = f"The features are not kept for the next evaluation: {path}: {error}."
         part.unlink(missing_ok=True)
     problem = next((one for one in gather_objects(problem) if one), None)
     if problem:

@@ -1,4 +1,4 @@
-"""Frozen features: each image passes the encoder once, on any number of processes."""
+"""Frozen features: each image passes through the encoder once, on any number of processes."""
 
 import os
 import tempfile
@@ -27,13 +27,12 @@ from .classes import labels_of
 
 CROP_RATIO = 224 / 256  # the published evaluation resizes to 256 and cuts the central 224
 SAY_EVERY = 20  # seconds between lines of progress
-BLOCK = 2**14  # features of a process that are passed to the others at once
+BLOCK = 2**14  # features that a process passes to the others at once
 
 
 @dataclass
 class Features:
-    """Features of the readable images of a source, or of the share of them that one process holds, in the source's
-    order."""
+    """Features of the readable images of a source, or one process's share of them, in the source's order."""
 
     values: Tensor  # [N, D] float32 on the CPU
     labels: Tensor  # [N] int64, -1 where an image has none
@@ -49,7 +48,7 @@ class Features:
         return F.normalize(self.values, dim=1)
 
     def normalize(self) -> "Features":
-        """Bring the values to unit length in place: a bank of a million needs no second copy."""
+        """Bring the values to unit length in place, so that a million of them need no second copy."""
         for rows in self.values.split(65536):
             F.normalize(rows, dim=1, out=rows)
         return self
@@ -84,8 +83,8 @@ def batches(
     encoder: Encoder | Pixels, source: Source, normalize: Normalize, accelerator: Accelerator, batch_size: int,
     workers: int | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """(numbers [B], normalised images [B, C, H, W] on the device) of this process's readable images, with the encoder
-    in evaluation mode while it lasts, and a line of progress now and then."""
+    """(numbers [B], normalised images [B, C, H, W] on the device) of this process's readable images. The encoder is in
+    evaluation mode until the last batch. Prints progress every 20 seconds."""
     device = accelerator.device
     loader = DataLoader(
         CentreCropped(source, share(source), encoder.image_size),
@@ -97,18 +96,18 @@ def batches(
     )
     was_training = encoder.training
     encoder.eval()
-    seen, began, said = 0, time.perf_counter(), time.perf_counter()
+    seen, began, last_line = 0, time.perf_counter(), time.perf_counter()
     try:
-        running = iter(loader)  # its processes are there
-        keep_memory(device)
+        running = iter(loader)
+        keep_memory(device)  # now that the loader processes have been started
         for index, images, failed in running:
             seen += len(index) + failed
             if len(index):
                 yield index, normalize(images.to(device, non_blocking=True).float() / 255)
-            if time.perf_counter() - said > SAY_EVERY:
-                said = time.perf_counter()
+            if time.perf_counter() - last_line > SAY_EVERY:
+                last_line = time.perf_counter()
                 done = min(seen * world_size(), len(source))
-                say(f"features of {done} of {len(source)} images, {done / (said - began):.0f} images/s")
+                say(f"features of {done} of {len(source)} images, {done / (last_line - began):.0f} images/s")
     finally:
         encoder.train(was_training)
 
@@ -117,16 +116,15 @@ def extract(
     encoder: Encoder | Pixels, source: Source, normalize: Normalize, accelerator: Accelerator, pools: Sequence[Pool],
     batch_size: int = 256, workers: int | None = None, whole: bool = True, scratch: Path | None = None,
 ) -> dict[Pool, Features]:  # fmt: skip
-    """Features of all images of a source, by each way of pooling, from one pass. Every process computes its share and
-    gets the whole, or with `whole=False` keeps its share: images rank, rank + world size, ... Raises UserError.
+    """Features of all images of a source, by each way of pooling, from one pass. Raises UserError.
 
-    scratch: a folder for what would else be in memory until it is whole.
+    Every process computes its share: images rank, rank + world size, ... It gets the whole, or with `whole=False` its
+    share. scratch: a folder for files that hold the features meanwhile; None: they are in memory.
     """
-    mine = share(source)
-    values = {pool: room_for(len(mine), encoder.feature_dim(pool), scratch) for pool in pools}
-    numbers, done = torch.empty_like(mine), 0
+    numbers, done = torch.empty_like(share(source)), 0
+    values = {pool: room_for(len(numbers), encoder.feature_dim(pool), scratch) for pool in pools}
     for index, x in batches(encoder, source, normalize, accelerator, batch_size, workers):
-        # Blocks that were compiled for training are not compiled again for these shapes.
+        # force_eager: blocks that were compiled for training are not compiled again for these shapes.
         with torch.inference_mode(), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             for pool, pooled in encoder.pooled(x, pools).items():
                 values[pool][done : done + len(index)] = pooled
@@ -145,16 +143,16 @@ def extract(
 
 
 def room_for(rows: int, width: int, folder: Path | None) -> Tensor:
-    """[rows, width] float32 to be filled: in a nameless file of the folder, which the system takes out of memory when
-    that is short; or in memory, if there is no folder or no room in it."""
+    """[rows, width] float32 to be filled: in a nameless file of the folder, which the system can move out of memory. In
+    memory if there is no folder or no room in it."""
     if folder is not None and rows and hasattr(os, "posix_fallocate"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
-                os.posix_fallocate(file.fileno(), 0, 4 * rows * width)  # now: a full disk would kill the process later
+                os.posix_fallocate(file.fileno(), 0, 4 * rows * width)  # or a full disk would kill the process later
                 return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(rows, width)))
         except OSError:
-            pass  # nowhere to write: in memory, as said
+            pass  # no room, or the folder cannot be written: in memory
     return torch.empty(rows, width)
 
 
@@ -170,28 +168,28 @@ def gather_features(part: Features, everywhere: bool = True) -> Features:
     """
     if world_size() == 1:
         return part
-    wanted = everywhere or rank() == 0
+    here = everywhere or rank() == 0
     index = torch.cat(gather_objects(part.index)).sort().values
-    index = index if wanted else index[:0]
+    index = index if here else index[:0]
     values, labels = torch.empty(len(index), part.values.shape[1]), torch.empty_like(index)
     for start in range(0, max(gather_objects(len(part))), BLOCK):
         rows = slice(start, start + BLOCK)
-        # Copies, as pickling a part of a tensor takes all of it along.
-        parts = gather_objects([of_part[rows].clone() for of_part in (part.index, part.labels, part.values)])
-        for numbers, its_labels, its_values in parts if wanted else ():
+        # clone: pickling a part of a tensor pickles all of it.
+        parts = gather_objects([tensor[rows].clone() for tensor in (part.index, part.labels, part.values)])
+        for numbers, block_labels, block_values in parts if here else ():
             places = torch.searchsorted(index, numbers)
-            values[places], labels[places] = its_values, its_labels
+            values[places], labels[places] = block_values, block_labels
     return replace(part, values=values, labels=labels, index=index)
 
 
 def check_finite(values: Tensor, name: str) -> None:
-    """[N, ...]: all processes call it with theirs. Raises UserError on all of them, as a search among numbers that are
-    none finds something all the same."""
+    """[N, ...]: all processes call it, each with its own. Raises UserError on all of them for NaN or infinity: a
+    nearest-neighbour search among such numbers would give a result without any sign of it."""
     broken = sum(gather_objects(int((~torch.isfinite(values.flatten(1)).all(dim=1)).sum())))
     if broken:
         raise UserError(
-            f"{name} gives {broken} images features that are not finite numbers: its weights are broken, or try "
-            "precision=float32."
+            f"{name} gives features of {broken} images that are not finite numbers: try precision=float32, or other "
+            "weights."
         )
 
 

@@ -1,9 +1,9 @@
 """Weighted k-NN classification of frozen features by faiss: all k and temperatures from one exact search.
 
-Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, section 3.4; the
-settings are DINO's (section 4.1): features of unit length, cosine similarity, a neighbour votes with exp(similarity /
-T). Without data.test each training image is classified by all the others (leave-one-out). With several processes each
-holds and searches its share of the training images.
+Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, section 3.4, with the
+settings of DINO (section 4.1): features have unit length, similarity is the cosine, and a neighbour votes for its class
+with the weight exp(similarity / T). Without data.test each training image is classified by all the others
+(leave-one-out). With several processes each holds and searches its share of the training images.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from ..errors import UserError, check_range
 from ..hardware import evaluation_threads
 from . import Column, Command, confusion, pictures, protocol, records, scores
 from .features import Features
+from .strata import first_of_each
 
 COMMAND = Command(
     "run=... data.train=... data.test=...",
@@ -31,18 +32,18 @@ COMMAND = Command(
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 QUERIES = 4096  # searched at once
-LONGEST_TIE = 4096  # equal similarities among which the smallest rows are looked for; of a collapsed encoder, all are
-RECALL_QUERIES = 1000  # on which an approximate search is compared with the exact one
+LONGEST_TIE = 4096  # equal similarities that are put in order; a collapsed encoder gives equal ones only
+RECALL_QUERIES = 1000  # for these an approximate search is compared with the exact one
 
 
 @dataclass
 class Config(protocol.Config):
     k: tuple[int, ...] = KS  # numbers of neighbours; of the default ones those that the training set has
     temperature: tuple[float, ...] = (TEMPERATURE,)  # a neighbour votes with exp(similarity / temperature)
-    shots: tuple[int, ...] = ()  # few-shot: only so many training images of each class, drawn `repeats` times
-    repeats: int = 10  # of each number of shots
+    shots: tuple[int, ...] = ()  # few-shot: train on so many images of each class only, drawn `repeats` times
+    repeats: int = 10  # draws for each number of shots
     index: Literal["exact", "ivf", "ivfpq"] = "exact"  # ivf, ivfpq: approximate, for tens of millions of images
-    probes: int = 64  # cells that an approximate search looks into; more find more and take longer
+    probes: int = 64  # cells that an approximate search reads; more find more and take longer
     picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
 
@@ -69,9 +70,9 @@ class Prediction(NamedTuple):
 
 
 def labelled(features: Features) -> Labelled:
-    """Features brought to unit length in place, without the images that have no label."""
-    found, known = Labelled(features.normalize().values, features.labels, features.index), features.labels >= 0
-    return found if known.all() else found[known]
+    """Features without those of unlabelled images. All are brought to unit length in place."""
+    found, has_label = Labelled(features.normalize().values, features.labels, features.index), features.labels >= 0
+    return found if has_label.all() else found[has_label]
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def run(config: Config) -> dict[str, Any]:
     pictures.check(config.picture)
     frozen, split = protocol.open_split(config, "knn", leave_one_out=True)
     leave_one_out, ks = split.leave_one_out, tuple(config.k)
-    if ks != KS:  # now, before the features are computed; how many images have labels and can be read is seen later
+    if ks != KS:  # a first check before the features are computed; some images may have no label or be unreadable
         _check(ks, len(split.train) - leave_one_out)
     task = protocol.extract_split(frozen, split, "knn", config.cache)
     bank = labelled(task.train)
@@ -96,9 +97,8 @@ def run(config: Config) -> dict[str, Any]:
     results["neighbours"] = [_row(key, prediction.rank) for key, prediction in votes.items()]
     say(*_table(results["neighbours"]))
     if config.picture:
-        shown = (20, TEMPERATURE) if (20, TEMPERATURE) in votes else next(iter(votes))
-        labels = torch.cat(gather_objects(queries.labels))[torch.cat(gather_objects(queries.indices)).argsort()]
-        matrix = confusion.confusion(votes[shown].label, labels, len(task.classes))
+        key = (20, TEMPERATURE) if (20, TEMPERATURE) in votes else next(iter(votes))
+        matrix = confusion.confusion(votes[key].label, _labels_of_all(queries)[1], len(task.classes))
         on_first_process(lambda: confusion.picture(matrix, task.classes, config.picture))
     if index is not None:
         k = min(max(ks), 20)
@@ -114,9 +114,9 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _possible(ks: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """The numbers of neighbours that can be asked for: the default ones that fit, or all that were given. Raises
+    """Those of the default numbers of neighbours that are not above `most`, or all that the user gave. Raises
     UserError."""
-    if ks == KS and most < max(KS):  # nobody asked for these: those that fit will do
+    if ks == KS and most < max(KS):
         ks = tuple(k for k in KS if k <= most) or (most,)
         say(f"k = {', '.join(map(str, ks))} only: there are {most} labelled training images to choose from.")
     _check(ks, most)
@@ -149,9 +149,7 @@ def _few_shot(
     config: Config, num_classes: int, bank: Labelled, queries: Labelled, leave_one_out: bool
 ) -> list[dict[str, Any]]:
     """Accuracy with few training images of each class: mean and deviation over the draws. Raises UserError."""
-    numbers, labels = torch.cat(gather_objects(bank.indices)), torch.cat(gather_objects(bank.labels))
-    order = numbers.argsort()  # so that the draw does not depend on the number of processes
-    numbers, labels = numbers[order], labels[order]
+    indices, labels = _labels_of_all(bank)
     counts = torch.bincount(labels, minlength=num_classes)
     present, smallest = int((counts > 0).sum()), int(counts[counts > 0].min())
     if max(config.shots) > smallest:
@@ -164,11 +162,12 @@ def _few_shot(
         ks = tuple(k for k in config.k if k <= shots * present - leave_one_out) or (1,)
         found: dict[tuple[int, float], list[float]] = {}
         for repeat in range(config.repeats):
-            shuffled = rng.permutation(rng.fold_in(config.seed, "shots", shots, repeat), len(labels))
-            drawn = torch.cat([shuffled[labels[shuffled] == c][:shots] for c in range(num_classes)])
-            few = bank[torch.isin(bank.indices, numbers[drawn])]
-            for key, prediction in classify(few, queries, num_classes, ks, config.temperature, leave_one_out).items():
-                found.setdefault(key, []).append(top_accuracy(prediction.rank, 1))
+            key = rng.fold_in(config.seed, "shots", shots, repeat)
+            drawn = first_of_each(labels, torch.full((num_classes,), shots), key)
+            few = bank[torch.isin(bank.indices, indices[drawn])]
+            votes = classify(few, queries, num_classes, ks, config.temperature, leave_one_out)
+            for setting, prediction in votes.items():
+                found.setdefault(setting, []).append(top_accuracy(prediction.rank, 1))
         results += [
             {"shots": shots, "k": k, "temperature": t, "top1": round(float(np.mean(values)), 4),
              "std": round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else 0.0, "repeats": config.repeats}
@@ -180,27 +179,35 @@ def _few_shot(
     return results
 
 
+def _labels_of_all(part: Labelled) -> tuple[Tensor, Tensor]:
+    """Indices and labels of all processes' images, in the order of the indices, on every process."""
+    indices, labels = torch.cat(gather_objects(part.indices)), torch.cat(gather_objects(part.labels))
+    order = indices.argsort()
+    return indices[order], labels[order]
+
+
 def neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """[N, D], [Q, D] float32 of unit length -> [Q, k] similarities, best first, and [Q, k] int64 rows of the bank.
 
-    Exact; of equal similarities the smaller rows come first, also where the k-th place is shared (by LONGEST_TIE).
+    Exact. Of equal similarities the smaller rows come first, also where the k-th place is shared (by up to
+    LONGEST_TIE).
     """
     faiss.omp_set_num_threads(evaluation_threads())
-    # Without an index, which would be a second copy of the bank.
-    values, wanted = np.ascontiguousarray(bank.numpy()), min(k + 1, len(bank))
+    # Without an index: it would be a second copy of the bank.
+    values, count = np.ascontiguousarray(bank.numpy()), min(k + 1, len(bank))
 
     def nearest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         found = faiss.knn(np.ascontiguousarray(x.numpy()), values, count, metric=faiss.METRIC_INNER_PRODUCT)
         return _in_order(*map(torch.from_numpy, found))
 
-    similarity, rows = nearest(queries, wanted)
-    shared = (similarity[:, -1] == similarity[:, k - 1]) if wanted > k else torch.zeros(len(queries), dtype=torch.bool)
+    similarity, rows = nearest(queries, count)
+    shared = (similarity[:, -1] == similarity[:, k - 1]) if count > k else torch.zeros(len(queries), dtype=torch.bool)
     similarity, rows = similarity[:, :k].contiguous(), rows[:, :k].contiguous()
     most = min(max(k + 1, LONGEST_TIE), len(bank))
-    while wanted < most and shared.any():  # faiss kept whichever it saw first: look further, until the tie has an end
-        wanted = min(4 * wanted, most)
+    while count < most and shared.any():  # faiss keeps any of equal ones: search further, until the tie has an end
+        count = min(4 * count, most)
         tied = shared.nonzero().squeeze(1)
-        further, found = nearest(queries[tied], wanted)
+        further, found = nearest(queries[tied], count)
         similarity[tied], rows[tied] = further[:, :k], found[:, :k]
         shared[tied] = further[:, -1] == further[:, k - 1]
     return similarity, rows
@@ -217,13 +224,13 @@ def _in_order(similarity: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def search(
-    bank: Labelled, x: Tensor, numbers: Tensor, k: int, leave_one_out: bool, index: Any
+    bank: Labelled, x: Tensor, indices: Tensor, k: int, leave_one_out: bool, index: faiss.Index | None
 ) -> tuple[Tensor, Tensor]:
-    """[Q, D] queries of unit length, the same on every process -> [Q, k] similarities, best first, and labels of the
-    nearest images of all processes' banks, on every process.
+    """[Q, D] queries of unit length, the same on every process -> [Q, k] similarities, best first, and [Q, k] labels of
+    the nearest images of all processes' banks, on every process.
 
-    numbers: [Q] indices of the queries. With `leave_one_out` a query does not find itself. index: an approximate one
-    over bank.values.
+    indices: [Q], of the queries. With `leave_one_out` a query does not find itself. index: an approximate one over
+    bank.values; None: exact.
     """
     count = min(k + leave_one_out, len(bank))
     if not count:
@@ -235,7 +242,7 @@ def search(
     missing = rows < 0  # an approximate search may find fewer
     labels, found = bank.labels[rows.clamp(min=0)], bank.indices[rows.clamp(min=0)]
     if leave_one_out:
-        missing |= found == numbers.unsqueeze(1)
+        missing |= found == indices.unsqueeze(1)
     elif world_size() == 1 and index is None:
         return similarity, labels
     similarity = similarity.masked_fill(missing, -torch.inf)
@@ -249,13 +256,13 @@ def search(
 def vote(similarity: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
     """[Q, >=k] similarities and neighbours' labels -> [Q, num_classes] float64 sums of exp(similarity / T) over k."""
     weights = ((similarity[:, :k].double() - similarity[:, :1].double()) / temperature).exp()  # 1 for the nearest
-    weights = weights.nan_to_num(0.0)  # of queries for which an approximate search found nothing
+    weights = weights.nan_to_num(0.0)  # NaN where an approximate search found nothing
     return torch.zeros(len(similarity), num_classes, dtype=torch.float64).scatter_add_(1, labels[:, :k], weights)
 
 
 def rank_of_label(votes: Tensor, labels: Tensor) -> Tensor:
-    """[Q, C] votes, [Q] labels -> [Q] int64: how many classes come before the right one; of equal votes the smaller
-    class number does."""
+    """[Q, C] votes, [Q] labels -> [Q] int64: how many classes come before the right one. Among classes with equal votes
+    the smaller number comes first."""
     right = votes.gather(1, labels.unsqueeze(1))
     before = torch.arange(votes.shape[1]) < labels.unsqueeze(1)
     return (votes > right).sum(dim=1) + ((votes == right) & before).sum(dim=1)
@@ -268,12 +275,12 @@ def top_accuracy(ranks: Tensor, count: int) -> float:
 
 def classify(
     bank: Labelled, queries: Labelled, num_classes: int, ks: Sequence[int] = KS,
-    temperatures: Sequence[float] = (TEMPERATURE,), leave_one_out: bool = False, index: Any = None,
+    temperatures: Sequence[float] = (TEMPERATURE,), leave_one_out: bool = False, index: faiss.Index | None = None,
 ) -> dict[tuple[int, float], Prediction]:  # fmt: skip
-    """{(k, T): what the votes say}, for the queries of all processes in the order of their numbers, on every process.
+    """{(k, T): predictions} for the queries of all processes, in the order of their indices, on every process.
 
-    bank, queries: of this process. leave_one_out: the queries are the bank, and none finds itself. As in the published
-    code, classes without a vote count in their order. Raises UserError for a k above the size of the bank.
+    bank, queries: of this process. leave_one_out: the queries are the bank, and none finds itself. Classes without a
+    vote rank by their numbers, as in the published code. Raises UserError for a k above the size of the bank.
     """
     _check(ks, sum(gather_objects(len(bank))) - leave_one_out)
     found: dict[tuple[int, float], list[Prediction]] = {(k, t): [] for k in ks for t in temperatures}
@@ -282,12 +289,12 @@ def classify(
         batch = queries[slice(start, start + block)]
         # Copies, as pickling a part of a tensor takes all of it along.
         parts = gather_objects([part.clone() for part in (batch.values, batch.labels, batch.indices)])
-        x, labels, numbers = (torch.cat([part[i] for part in parts]) for i in range(3))
-        similarity, voters = search(bank, x, numbers, max(ks), leave_one_out, index)
+        x, labels, indices = (torch.cat([part[i] for part in parts]) for i in range(3))
+        similarity, voters = search(bank, x, indices, max(ks), leave_one_out, index)
         for (k, temperature), predictions in found.items():
             votes = vote(similarity, voters, num_classes, k, temperature)
             predictions.append(Prediction(rank_of_label(votes, labels), votes.argmax(dim=1)))
-        order.append(numbers)
+        order.append(indices)
     in_order = torch.cat(order).argsort()
     return {
         key: Prediction(*(torch.cat(parts)[in_order] for parts in zip(*predictions, strict=True)))
@@ -295,9 +302,8 @@ def classify(
     }
 
 
-def _approximate(config: Config, bank: Tensor) -> faiss.Index:
-    """An inverted file over this process's share: faiss's own names for it (IVF, product quantisation). Raises
-    UserError."""
+def _approximate(config: Config, bank: Tensor) -> faiss.IndexIVF:
+    """An inverted file over this process's share, for `ivfpq` with product quantisation (faiss). Raises UserError."""
     cells, least, width = int(4 * len(bank) ** 0.5), min(gather_objects(len(bank))), bank.shape[1]
     if least < 40 * int(4 * least**0.5):
         raise UserError(
@@ -309,6 +315,7 @@ def _approximate(config: Config, bank: Tensor) -> faiss.Index:
     quantiser = f"PQ{width // 4}" if config.index == "ivfpq" else "Flat"  # a byte for four numbers
     index = faiss.index_factory(width, f"IVF{cells},{quantiser}", faiss.METRIC_INNER_PRODUCT)
     sample = rng.permutation(rng.fold_in(config.seed, "cells"), len(bank))[: 64 * cells]
+    assert isinstance(index, faiss.IndexIVF)
     index.train(np.ascontiguousarray(bank[sample].numpy()))
     for part in bank.split(65536):
         index.add(np.ascontiguousarray(part.numpy()))
@@ -317,8 +324,8 @@ def _approximate(config: Config, bank: Tensor) -> faiss.Index:
 
 
 def _recall(bank: Labelled, queries: Labelled, k: int, index: faiss.Index, leave_one_out: bool = False) -> float:
-    """Share of the exact k nearest of the first process's images that its index finds, in percent. With `leave_one_out`
-    a query is an image of the bank, and does not count."""
+    """Share in percent of the exact k nearest images that an approximate search finds, on the first process's share.
+    With `leave_one_out` a query is an image of the bank, and does not count."""
 
     def measure() -> float:
         x = queries.values[:RECALL_QUERIES]

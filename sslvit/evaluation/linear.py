@@ -1,7 +1,7 @@
 """Linear probe: many linear classifiers on frozen features, trained at once; one is chosen and tested.
 
 The grid is learning rates x weight decays x ways of pooling the tokens (class token, mean of patches, both, the last
-four blocks), as in DINOv2 (Oquab et al., 2023, appendix B.3; 52 heads there). probes.py chooses and tests.
+four blocks), as in DINOv2 (Oquab et al., 2023, appendix B.3, with 52 heads). probes.py chooses and tests.
 `protocol=mae` and `protocol=dino` are the papers' own protocols, see published.py.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import rng, schedules
 from ..errors import UserError, check_range
-from . import Column, Command, pictures, published
+from . import Column, Command, published
 from .probes import ProbeConfig, Setting, Train, run_probe
 from .strata import check_holdout
 
@@ -37,15 +37,14 @@ LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 class Config(ProbeConfig):
     lr: tuple[float, ...] = LEARNING_RATES  # of SGD at a batch of 1024; one is chosen
     weight_decay: tuple[float, ...] = (0.0, 1e-3)  # one is chosen
-    epochs: int | None = None  # of the heads; null: 100, or what the published protocol has
+    epochs: int | None = None  # of the heads; null: 100, or those of the published protocol
     probe_batch_size: int = 1024  # features in a step of the heads
     protocol: Literal["sweep", "mae", "dino"] = "sweep"  # mae, dino: the papers' own, with crops, one head
-    global_batch_size: int | None = None  # of protocol=mae and dino; null: 16384 and 1024, as published
+    global_batch_size: int | None = None  # for protocol=mae and dino only; null: 16384 and 1024, as published
 
 
 def run(config: Config) -> dict[str, Any]:
     """Features, sweep, choice, test; prints and writes <run>/eval/linear.json. Raises UserError."""
-    pictures.check(config.picture)
     if config.protocol != "sweep":
         return run_published(config)
     check(config)
@@ -71,8 +70,8 @@ def check(config: Config) -> None:
     """Raises UserError for settings of the sweep that cannot work."""
     if not config.lr or min(config.lr) <= 0 or not config.weight_decay or min(config.weight_decay) < 0:
         raise UserError(
-            f"lr={list(config.lr)} must be numbers above 0, and weight_decay={list(config.weight_decay)} numbers of 0 "
-            "or above."
+            f"lr={list(config.lr)} must be numbers above 0, and weight_decay={list(config.weight_decay)} numbers of at "
+            "least 0."
         )
     check_range("", config, 1, None, "epochs", "probe_batch_size")
     check_holdout(config.holdout)
@@ -85,7 +84,7 @@ def grid(config: Config) -> list[Setting]:
 
 
 def trainer(config: Config, num_classes: int, device: torch.device) -> Train:
-    """What trains the heads of some settings on features, for `choose`."""
+    """The function that trains one head for each setting, for `run_probe`."""
 
     def train(x: Tensor, labels: Tensor, settings: Sequence[Setting]) -> Tensor:
         rates, decays = [one["lr"] for one in settings], [one["weight_decay"] for one in settings]
@@ -105,14 +104,15 @@ def train_heads(
     """[N, D] features, [N] labels -> [H, D + 1, num_classes] weights (the last row is the bias), one head for each
     learning rate.
 
-    The heads are independent: SGD with momentum 0.9 on the sum of their losses, each with its own rate and decay, on
-    half a cosine. All of them are one matrix product. weight_decay: one for all, or one for each.
+    SGD with momentum 0.9 on the sum of the heads' losses, so each head learns as if it were the only one. Each has its
+    own learning rate, which falls on half a cosine. All heads are one matrix product. weight_decay: one for all heads,
+    or one for each.
     """
     width, heads = x.shape[1] + 1, len(lrs)
     key = rng.fold_in(seed, "probe")
     start = 0.01 * (rng.uniform(key, width * num_classes).view(width, num_classes, 1) * 2 - 1) * 3**0.5
     start[-1] = 0
-    # [D + 1, C, H]: a softmax over few classes is 18 times faster with the heads side by side than with the classes.
+    # [D + 1, C, H]: with the heads in the last dimension a softmax over few classes is 18 times faster.
     weights = start.repeat(1, 1, heads).to(x.device)
     momentum = torch.zeros_like(weights)
     batch_size = min(batch_size, len(x))
@@ -125,7 +125,7 @@ def train_heads(
         if place == 0:
             order = rng.permutation(rng.fold_in(key, epoch), len(x)).to(x.device)
         rows = order[place * batch_size : (place + 1) * batch_size]
-        batch = F.pad(x[rows], (0, 1), value=1.0)  # and not once: that would be a second copy of all features
+        batch = F.pad(x[rows], (0, 1), value=1.0)  # of a batch: padding all features once would copy them
         probabilities = (batch @ weights.flatten(1)).view(batch_size, num_classes, heads).softmax(dim=1)
         probabilities[rows_of_batch, labels[rows]] -= 1
         momentum.mul_(0.9).add_((batch.t() @ probabilities.flatten(1)).view_as(weights), alpha=1 / batch_size)

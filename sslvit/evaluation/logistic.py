@@ -1,9 +1,8 @@
 """Logistic regression on frozen features, solved to its optimum by L-BFGS: no learning rate and no number of epochs.
 
-The strength of the L2 penalty and the way of pooling are chosen on a held-out part of the training images, the same
-share of each class (at least one image where it has two or more); then one regression is solved on all of them, and the
-test images are looked at once. Features are standardised by the training set's mean and deviation. So do CLIP (Radford
-et al., 2021, appendix A.3) and DINOv2 (Oquab et al., 2023).
+The strength of the L2 penalty and the way of pooling are chosen on held-out training images. Then one regression is
+solved on all training images and tested once (probes.py). CLIP (Radford et al., 2021, appendix A.3) and DINOv2 (Oquab
+et al., 2023) do so.
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError, check_range
-from . import Column, Command, pictures
+from . import Column, Command
 from .probes import ProbeConfig, Setting, Train, run_probe
 
 COMMAND = Command(
@@ -24,7 +23,7 @@ COMMAND = Command(
     (Column("logistic", "top1"),),
 )
 
-ROWS = 2**15  # features in a part of the sum over images
+ROWS = 2**15  # images in one part of the sum over images
 CURVATURE = 0.1  # of cross-entropy along a logit, about p (1 - p)
 
 
@@ -39,12 +38,11 @@ def run(config: Config) -> dict[str, Any]:
     if not config.l2 or min(config.l2) <= 0:
         raise UserError(f"l2={list(config.l2)} must be numbers above 0.")
     check_range("", config, 1, None, "iterations")
-    pictures.check(config.picture)
     return run_probe(config, "logistic", [{"l2": l2} for l2 in config.l2], trainer, "penalty")
 
 
 def trainer(config: Config, num_classes: int, device: torch.device) -> Train:
-    """What solves the regression of each setting, for `probes`."""
+    """The function that solves one regression for each setting, for `run_probe`."""
 
     def train(x: Tensor, labels: Tensor, settings: Sequence[Setting]) -> Tensor:
         penalties = [setting["l2"] for setting in settings]
@@ -55,12 +53,12 @@ def trainer(config: Config, num_classes: int, device: torch.device) -> Train:
 
 def solve(x: Tensor, labels: Tensor, num_classes: int, penalties: Sequence[float], iterations: int) -> Tensor:
     """[N, D], [N] -> [H, D + 1, num_classes] weights with the bias last. A head minimises the mean cross-entropy plus
-    half of its penalty times the sum of its squared weights; the bias is not penalised.
+    half of its penalty times the sum of its squared weights. The bias is not penalised.
 
-    The heads are one problem, the sum of theirs, which has the same solution: a pass over the features costs the same
-    for all of them as for one. It is solved in the main directions of the features, each scaled by the curvature that a
-    head has there: MAE's features differ by a factor of thousands between directions, and L-BFGS would need as many
-    iterations. The penalty is on the weights as they are, so the solution is that of the problem as it is written.
+    All heads are solved as one problem, the sum of theirs: it has the same solution, and one pass over the features
+    serves all. The weights are those of the principal components of the features, each scaled by the curvature of the
+    loss there. Without it L-BFGS would need thousands of iterations: MAE's features have components that differ in size
+    by a factor of thousands. The penalty is on the unscaled weights, so the solution stays the same.
     """
     shape = (x.shape[1] + 1, len(penalties), num_classes)
     covariance = sum(part.double().t() @ part.double() for part in x.split(ROWS)) / len(x)
@@ -79,10 +77,10 @@ def solve(x: Tensor, labels: Tensor, num_classes: int, penalties: Sequence[float
         weights, total = scaled[:-1] * scale, torch.zeros((), device=x.device)
         part_weights = weights.detach().requires_grad_()
         bias = scaled[-1]
-        for rows, wanted in zip(x.split(ROWS), labels.split(ROWS), strict=True):
+        for rows, targets in zip(x.split(ROWS), labels.split(ROWS), strict=True):
             logits = (rows @ part_weights.flatten(1)).unflatten(1, shape[1:]) + bias
-            wanted = wanted.unsqueeze(1).expand(-1, shape[1])
-            part = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum") / len(x)
+            targets = targets.unsqueeze(1).expand(-1, shape[1])
+            part = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / len(x)
             part.backward()
             total += part.detach()
         penalty = (half * weights.square()).sum()

@@ -1,9 +1,9 @@
-"""What the probes share: choose settings on held-out training images, train again on all of them, test once.
+"""What the linear probes share: choose settings on held-out training images, train again on all of them, test once.
 
 A probe brings a list of settings and a function that trains one linear head for each of them. The held-out part has the
-same share of each class (at least one image where a class has two or more). Features are standardised by the mean and
-the standard deviation of the training set, as by the BatchNorm without affine parameters of MAE's protocol (He et al.,
-appendix A.1; its code).
+same share of each class, and at least one image of a class with two or more. Features are standardised by the mean and
+the standard deviation of the training set. This is what the BatchNorm without affine parameters does in MAE's protocol
+(He et al., appendix A.1, and the released code).
 """
 
 import math
@@ -18,12 +18,12 @@ from torch import Tensor
 from ..distributed import on_first_process, say
 from ..errors import UserError
 from ..model.encoder import Pool
-from . import confusion, protocol, records, scores
+from . import confusion, pictures, protocol, records, scores
 from .features import Features
 from .frozen import check_pool, describe_pool
 from .strata import check_holdout, hold_out
 
-MAX_LOGITS = 2**24  # computed at once
+MAX_LOGITS = 2**24  # in memory at once
 
 Setting = dict[str, float]  # such as {"lr": 0.1, "weight_decay": 0.0}
 # Features [N, D], labels [N], settings -> one head for each setting, [H, D + 1, C]; the last row is the bias.
@@ -32,9 +32,9 @@ Train = Callable[[Tensor, Tensor, Sequence[Setting]], Tensor]
 
 @dataclass
 class ProbeConfig(protocol.Config):
-    pools: tuple[str, ...] = ()  # ways of pooling to choose from; empty: all that the encoder has, or pool= alone
-    holdout: float = 0.1  # share of the training images of each class on which the choice is made
-    seeds: tuple[int, ...] = ()  # train the heads once for each seed, report mean and deviation; empty: seed
+    pools: tuple[str, ...] = ()  # ways of pooling to choose from; empty: pool= if it is given, else all of them
+    holdout: float = 0.1  # share of the training images of each class on which settings are chosen
+    seeds: tuple[int, ...] = ()  # train the heads for each seed, report mean and standard deviation; empty: seed
     picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
 
@@ -46,29 +46,32 @@ def run_probe(
 ) -> dict[str, Any]:
     """Features, sweep, choice, test, for each seed; prints and writes <run>/eval/<name>.json. Raises UserError.
 
-    trainer: of a configuration, the number of classes and the device. what: the name of the first setting, for people.
+    trainer: makes the training function from a configuration, the number of classes and the device. what: the name of
+    the first setting, for people.
     """
+    pictures.check(config.picture)
     check_seeds(config.seeds)
     check_holdout(config.holdout)
     if config.pools and config.pool != "auto":
         raise UserError(f"pool={config.pool} and pools={list(config.pools)}: give one of them.")
     frozen, split = protocol.open_split(config, name)
-    pools = tuple(check_pool("pools", pool, frozen.encoder, config.run) for pool in config.pools)
-    pools = pools or ((frozen.pool,) if config.pool != "auto" else frozen.encoder.pools())
+    pools = frozen.encoder.pools() if config.pool == "auto" else (frozen.pool,)
+    if config.pools:
+        pools = tuple(check_pool("pools", pool, frozen.encoder, config.run) for pool in config.pools)
     task = protocol.extract_split(frozen, split, name, config.cache, pools)
 
     def train_and_test(config: C) -> dict[str, Any]:
         return choose_and_test(config, task, settings, trainer(config, len(task.classes), frozen.accelerator.device))
 
     results = for_each_seed(config, train_and_test)
-    name_of_first = next(iter(settings[0]))
-    warn_at_edge(results, name_of_first, {setting[name_of_first] for setting in settings}, what)
+    first = next(iter(settings[0]))
+    warn_at_edge(results, first, {setting[first] for setting in settings}, what)
     task.save(results)
     return results
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises UserError."""
+    """Raises UserError for a single seed, or for equal ones."""
     if len(set(seeds)) < len(seeds) or len(seeds) == 1:
         raise UserError(f"seeds={list(seeds)} must be two or more that differ: give seed= for one.")
 
@@ -89,9 +92,9 @@ def for_each_seed(config: C, train_and_test: Callable[[C], dict[str, Any]]) -> d
 def choose_and_test(
     config: ProbeConfig, task: protocol.Task, settings: Sequence[Setting], train: Train
 ) -> dict[str, Any]:
-    """Choose one setting and one way of pooling on the held-out part, train on everything, test; prints tables.
+    """Choose one setting and one way of pooling on held-out images, train on all of them, test; prints tables.
 
-    All processes call it. The first does the work, with the features of one way of pooling at a time. Raises UserError.
+    All processes call it, and the first does the work. One way of pooling is in memory at a time. Raises UserError.
     """
 
     def try_pool(pool: Pool) -> list[dict[str, Any]]:
@@ -106,16 +109,16 @@ def choose_and_test(
 
 
 def split(config: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[N] labels, -1 for none -> indices of all that have one, of those to learn from while choosing, and of those held
-    out. Raises UserError."""
+    """[N] labels, -1 for none -> row numbers of all labelled images, of those that are trained on while settings are
+    chosen, and of those held out. Raises UserError."""
     labelled = (labels >= 0).nonzero()[:, 0]
     held_out = hold_out(labels[labelled], config.holdout, config.seed)
     return labelled, labelled[~held_out], labelled[held_out]
 
 
 def try_settings(config: Any, features: Features, settings: Sequence[Setting], train: Train) -> list[dict[str, float]]:
-    """Train one head for each setting on what is not held out. Returns each setting with its accuracy (percent) and
-    loss on the held-out part."""
+    """Train one head for each setting on the images that are not held out. Returns each setting with its accuracy
+    (percent) and loss on the held-out ones."""
     _, learned, held_out = split(config, features.labels)
     heads, mean, std = fit(features, learned, settings, train)
     labels = features.labels[held_out]
@@ -128,18 +131,19 @@ def try_settings(config: Any, features: Features, settings: Sequence[Setting], t
 
 
 def fit(features: Features, rows: Tensor, settings: Sequence[Setting], train: Train) -> tuple[Tensor, Tensor, Tensor]:
-    """Train one head for each setting on some of the images. Returns heads, and mean and standard deviation of the
-    features. They are standardised in place: there is one copy of them."""
+    """Train one head for each setting on some of the images. Returns the heads, and mean and standard deviation of the
+    features."""
     x = features.values[rows]
     mean, std = mean_and_std(x)
-    return train(x.sub_(mean).div_(std), features.labels[rows], settings), mean, std
+    heads = train(x.sub_(mean).div_(std), features.labels[rows], settings)  # in place: one copy of the features
+    return heads, mean, std
 
 
 def _test_best(
     config: ProbeConfig, classes: list[str], train_set: Features, test_set: Features, sweep: Sequence[dict[str, Any]],
     settings: Sequence[Setting], train: Train,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train the chosen head on everything and test it; prints tables."""
+    """Train the chosen head on all training images and test it; prints tables."""
     best = best_of(sweep)
     setting = {name: best[name] for name in settings[0]}
     labelled, _, held_out = split(config, train_set.labels)
@@ -156,13 +160,14 @@ def _test_best(
 
 
 def best_of(sweep: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The most accurate on held-out images; of equals, the one with the lower loss there. Heads that diverged lose."""
+    """The row with the highest accuracy on held-out images; of equal ones, that with the lowest loss there. Rows whose
+    loss is not finite come last."""
     return max(sweep, key=lambda row: (math.isfinite(row["holdout_loss"]), row["holdout_top1"], -row["holdout_loss"]))
 
 
 def report(config: Any, classes: list[str], predictions: Tensor, labels: Tensor, how: str) -> dict[str, Any]:
     """[N] predicted classes and [N] labels of the test images -> top-1, its interval, accuracy by class. Prints them,
-    and draws the confusion matrix if `config.picture` is given."""
+    and draws the confusion matrix if `config.picture` is set."""
     right = predictions == labels
     top1 = 100 * right.double().mean().item()
     low, high = scores.accuracy_interval(int(right.sum()), len(right))
@@ -204,9 +209,9 @@ def predict(heads: Tensor, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """[H, D + 1, C] heads, [N, D] features, [N] labels -> [H, N] predicted classes, [H] float64 cross-entropy."""
     predictions, losses = [], []
     size = max(1, MAX_LOGITS // (heads.shape[0] * heads.shape[2]))
-    for part, of_part in zip(x.split(size), labels.split(size), strict=True):
-        logits = F.pad(part, (0, 1), value=1.0) @ heads  # [H, part, C]
+    for features, targets in zip(x.split(size), labels.split(size), strict=True):
+        logits = F.pad(features, (0, 1), value=1.0) @ heads  # [H, part, C]
         predictions.append(logits.argmax(dim=-1))
-        of_label = logits.gather(2, of_part.view(1, -1, 1).expand(len(heads), -1, -1)).squeeze(2)
-        losses.append((logits.logsumexp(dim=-1) - of_label).double().sum(dim=1))
+        right = logits.gather(2, targets.view(1, -1, 1).expand(len(heads), -1, -1)).squeeze(2)
+        losses.append((logits.logsumexp(dim=-1) - right).double().sum(dim=1))
     return torch.cat(predictions, dim=1), torch.stack(losses).sum(dim=0) / len(x)

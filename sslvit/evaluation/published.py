@@ -1,6 +1,6 @@
 """The papers' own linear probes, for comparison with their tables: `sslvit linear protocol=mae` or `protocol=dino`.
 
-They pass every image through the frozen encoder in each epoch, in a new random crop, and train one head.
+Each epoch passes a new random crop of every image through the frozen encoder and trains one head.
 
 mae   He et al., appendix A.1, and the released code: class token after the final norm, BatchNorm without affine
       parameters (eps 1e-6), LARS at 0.1 x batch / 256, batch 16384, no weight decay, 90 epochs of which 10 warm up,
@@ -9,10 +9,10 @@ dino  Caron et al., section 4.1, and the released code: class tokens of the last
       0.001 x batch / 256, batch 1024, no weight decay, 100 epochs, half a cosine for each epoch, crops of 0.08 to 1 of
       the area (bilinear), flips. For a ViT-B the code takes `pool=cls+mean`.
 
-BatchNorm sees 512 features at once, as on each of the paper's GPUs, and a shorter run warms up for as large a share.
-Here the last epoch is reported, and the test images are looked at once; both released codes report the best epoch on
-the test images. `epochs=`, `global_batch_size=`, `lr=[...]` (one rate at a batch of 256) and `pool=` change the
-protocol, and the result says so. The encoder runs in the configured precision; theirs in float32.
+BatchNorm sees 512 features at once, as on each of the paper's GPUs. A shorter run warms up for the same share of its
+epochs. The result is that of the last epoch, so the test images are used once. Both released codes report the best
+epoch on the test images instead. `epochs=`, `global_batch_size=`, `lr=[...]` (one rate, at a batch of 256) and `pool=`
+change the protocol, and the result says so. The encoder runs in the configured precision, theirs in float32.
 """
 
 from collections.abc import Iterator
@@ -33,14 +33,14 @@ from ..errors import UserError
 from ..hardware import default_workers
 from ..model.encoder import Pool
 from ..optim import LARS
-from . import protocol
+from . import pictures, protocol
 from .classes import check_readable, labels_of
 from .frozen import Frozen, describe_pool
-from .probes import report
+from .probes import ProbeConfig, report
 from .records import describe_set
 
-IGNORED = -1  # the label of an image that has none
-NORMED = 512  # features that BatchNorm sees at once
+IGNORED = -1  # the label of an image without one
+NORMED = 512  # features that BatchNorm normalises together
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,13 @@ PROTOCOLS = {
 
 
 def run(
-    config: protocol.Config, name: str, lr: float | None, epochs: int | None, global_batch_size: int | None
+    config: ProbeConfig, name: str, lr: float | None, epochs: int | None, global_batch_size: int | None
 ) -> dict[str, Any]:
     """Train the head on random crops, test it once; prints and writes <run>/eval/linear_<name>.json. Raises UserError.
 
     lr (at a batch of 256 images), epochs, global_batch_size: None for the published value.
     """
+    pictures.check(config.picture)
     published = PROTOCOLS[name]
     frozen, split = protocol.open_split(config, "linear")
     encoder, accelerator, train = frozen.encoder, frozen.accelerator, split.train
@@ -82,15 +83,15 @@ def run(
             f"{', '.join(encoder.pools())}."
         )
     lr = lr or published.lr
-    wanted = global_batch_size or published.global_batch_size
-    layout = _layout(config, min(wanted, len(train)))
+    asked = global_batch_size or published.global_batch_size
+    layout = _layout(config, min(asked, len(train)))
     total = layout.global_batch_size
     epochs, steps_per_epoch = epochs or published.epochs, len(train) // total
     warmup_steps = round(published.warmup_epochs * epochs / published.epochs * steps_per_epoch)
-    asked = "" if total == wanted else f" of {wanted} asked"
+    instead = "" if total == asked else f" instead of {asked}"
     say(
         f"linear probe of {config.run}, protocol {name}: {describe_pool(pool)}, {frozen.precision}; {epochs} "
-        f"epochs of {steps_per_epoch} steps, batch {total}{asked}, learning rate {lr * total / 256:g}"
+        f"epochs of {steps_per_epoch} steps, batch {total}{instead}, learning rate {lr * total / 256:g}"
     )
     head = Head(encoder.feature_dim(pool), len(train.classes), published.batch_norm, config.seed).to(accelerator.device)
     make = LARS if published.batch_norm else partial(torch.optim.SGD, momentum=0.9)
@@ -105,9 +106,9 @@ def run(
         epoch, place = divmod(step, steps_per_epoch)
         at = epoch * steps_per_epoch if published.by_epoch else step
         optimizer.param_groups[0]["lr"] = schedules.warmup_cosine(at, lr * total / 256, 0.0, warmup_steps, steps)
-        features, of = _global_batch(batches, layout, frozen, views, pool, labels, split.specs[0])
+        features, targets = _global_batch(batches, layout, frozen, views, pool, labels, split.specs[0])
         optimizer.zero_grad()
-        loss = head.loss(features.to(accelerator.device), of.to(accelerator.device))
+        loss = head.loss(features.to(accelerator.device), targets.to(accelerator.device))
         loss.backward()
         optimizer.step()
         if place == steps_per_epoch - 1:
@@ -149,14 +150,14 @@ class Head(nn.Module):
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """[B, D] features of a global batch, [B] -> mean cross-entropy. BatchNorm sees parts of 512, as on each of the
-        GPUs of the paper, whatever the number of processes and micro-batches."""
+        paper's GPUs, for any number of processes and micro-batches."""
         size = NORMED if len(x) % NORMED != 1 else NORMED + 1
         logits = torch.cat([self(part) for part in x.split(size)])
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / len(x)
 
 
-def _layout(config: protocol.Config, total: int) -> Layout:
-    """How a global batch of at most `total` images is dealt out."""
+def _layout(config: ProbeConfig, total: int) -> Layout:
+    """How a global batch of at most `total` images is split into processes and micro-batches."""
     size = min(config.batch_size, max(1, total // world_size()))
     return Layout(size, max(1, total // (size * world_size())), world_size(), rank())
 
@@ -170,22 +171,22 @@ def _global_batch(
     labels: Tensor,
     spec: str,
 ) -> tuple[Tensor, Tensor]:
-    """Frozen features of the crops of a step and their labels, of all processes in the global order. Raises UserError
-    on all of them."""
+    """Frozen features and labels of one step's crops, of all processes in the global order. Raises UserError on all of
+    them."""
     encoder, accelerator = frozen.encoder, frozen.accelerator
     mine, failed = [], False
     for _ in range(layout.accumulate):
         batch = next(batches)
-        batch.pop("bad")  # other images stand in their places, with labels of their own
+        batch.pop("bad")  # another image took the place of each, with its own label
         failed |= batch.pop("failed", False)
         if failed:
             break
-        of = labels[batch["index"]]
+        targets = labels[batch["index"]]
         x = augment(batch, views, frozen.normalize, accelerator.device)["view"][0]
         with torch.inference_mode(), accelerator.autocast():
-            mine.append((encoder.features(x, pool).float().cpu(), of))
+            mine.append((encoder.features(x, pool).float().cpu(), targets))
     parts = gather_objects((mine, failed))
     if any(failed for _, failed in parts):
         raise UserError(f"Many images in a row of {spec} cannot be read.")
     in_order = [parts[process][0][micro] for micro in range(layout.accumulate) for process in range(layout.world_size)]
-    return torch.cat([features for features, _ in in_order]).clone(), torch.cat([of for _, of in in_order])
+    return torch.cat([features for features, _ in in_order]).clone(), torch.cat([targets for _, targets in in_order])

@@ -352,7 +352,7 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
     empty = tmp_path / "run"
     empty.mkdir()
     shutil.copy(colour_run / "config.yaml", empty)
-    assert "has no checkpoint yet" in fails(command, f"run={empty}", train, test)
+    assert "has no checkpoint: " in fails(command, f"run={empty}", train, test)
 
 
 def test_a_k_above_the_bank_gets_a_sentence_before_the_features_are_computed(fails, labelled, colour_run, monkeypatch):
