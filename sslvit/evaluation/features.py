@@ -174,7 +174,7 @@ def gather_features(part: Features, everywhere: bool = True) -> Features:
     values, labels = torch.empty(len(index), part.values.shape[1]), torch.empty_like(index)
     for start in range(0, max(gather_objects(len(part))), BLOCK):
         rows = slice(start, start + BLOCK)
-        # clone: pickling a part of a tensor pickles all of it.
+        # clone: a view of a tensor would be sent with the whole tensor.
         parts = gather_objects([tensor[rows].clone() for tensor in (part.index, part.labels, part.values)])
         for numbers, block_labels, block_values in parts if here else ():
             places = torch.searchsorted(index, numbers)

@@ -287,7 +287,7 @@ def classify(
     order, block = [], max(1, QUERIES // world_size())
     for start in range(0, max(gather_objects(len(queries))), block):
         batch = queries[slice(start, start + block)]
-        # Copies, as pickling a part of a tensor takes all of it along.
+        # clone: a view of a tensor would be sent with the whole tensor.
         parts = gather_objects([part.clone() for part in (batch.values, batch.labels, batch.indices)])
         x, labels, indices = (torch.cat([part[i] for part in parts]) for i in range(3))
         similarity, voters = search(bank, x, indices, max(ks), leave_one_out, index)

@@ -39,7 +39,7 @@ KNN = [
     Mistake(
         "an image that is left out votes for itself",
         "evaluation/knn.py",
-        "missing |= found == numbers.unsqueeze(1)",
+        "missing |= found == indices.unsqueeze(1)",
         "missing |= found < 0",
         VOTES,
     ),
@@ -260,7 +260,7 @@ PROBES = [
     Mistake(
         "a class of one image is held out",
         "evaluation/strata.py",
-        ".clamp(min=1).minimum(counts - 1)",
+        ".clamp(min=1).minimum(sizes - 1)",
         ".clamp(min=1)",
         HERE + "test_strata.py",
     ),
