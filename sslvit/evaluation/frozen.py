@@ -75,6 +75,12 @@ class Frozen:
     def normalize(self) -> Normalize:
         return Normalize(self.subject.mean, self.subject.std)
 
+    def vit(self) -> Encoder:
+        """The encoder, for an evaluation of patch tokens. Raises UserError if it is no plain ViT."""
+        if not isinstance(self.encoder, Encoder) or not self.encoder.is_vit:
+            raise UserError(f"run={self.subject.name} has no patch tokens: this evaluation is for plain ViTs.")
+        return self.encoder
+
     def cache_folder(self, cache: bool) -> Path | None:
         """Where features are kept for the next evaluation; None: nowhere."""
         return self.subject.results / "features" if cache and self.subject.results else None

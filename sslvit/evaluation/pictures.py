@@ -74,6 +74,12 @@ def image_of(pixels: Tensor, size: tuple[int, int] | None = None, smooth: bool =
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
 
 
+def cell_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(h, w) of a drawn image: enlarged by a whole factor to at most `side` pixels, or reduced to at most twice that."""
+    factor = side // max(size) if max(size) <= side else min(1.0, 2 * side / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
 def heat(values: Tensor) -> Tensor:
     """[H, W] float, not negative -> [3, H, W] float in [0, 255]: from black over red and yellow to white, which the
     largest hundredth of the values has, so that a single pixel does not darken all others."""

@@ -106,11 +106,9 @@ def check(config: Config) -> None:
 
 
 def image_size(frozen: Frozen, wanted: int | tuple[int, int] | None) -> tuple[int, int]:
-    """(h, w) at which a ViT sees images. Raises UserError for what it cannot see."""
-    encoder = frozen.subject.encoder
-    if not encoder.is_vit:
-        raise UserError(f"run={frozen.subject.name} has no patch tokens: this needs a plain ViT.")
-    size = encoder.image_size if wanted is None else (wanted, wanted) if isinstance(wanted, int) else tuple(wanted)
+    """(h, w) at which a ViT sees images; None: its own size. Raises UserError if it cannot take this size."""
+    encoder = frozen.vit()
+    size = encoder.image_size if wanted is None else (wanted, wanted) if isinstance(wanted, int) else wanted
     for side, patch in zip(size, encoder.patch_size, strict=True):
         if side % patch:
             near = sorted({max(1, side // patch) * patch, (side // patch + 1) * patch})

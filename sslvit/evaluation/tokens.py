@@ -15,7 +15,6 @@ from torch import Tensor
 from ..data import Source
 from ..distributed import any_process, barrier, gather_objects, rank, say
 from ..errors import UserError
-from ..model.encoder import Encoder
 from .feature_cache import digest, place_of
 from .features import batches
 from .frozen import Frozen
@@ -38,9 +37,7 @@ class Tokens:
 def patch_tokens(frozen: Frozen, source: Source, folder: Path | None, batch_size: int, workers: int | None) -> Tokens:
     """Patch tokens after the final norm, from a file in the folder, or computed by all processes into it. Without a
     folder the file is a temporary one. All processes must see it. Raises UserError."""
-    encoder, accelerator = frozen.encoder, frozen.accelerator
-    if not isinstance(encoder, Encoder) or not encoder.is_vit:
-        raise UserError(f"{frozen.subject.name} has no patch tokens: this evaluation is for plain ViTs.")
+    encoder, accelerator = frozen.vit(), frozen.accelerator
     h, w = encoder.grid()
     shape = (len(source), h * w, encoder.width)
     place = {"tokens": list(shape), **place_of(encoder, source, frozen.normalize, accelerator)}
