@@ -196,7 +196,9 @@ def test_one_process_says_that_there_is_nothing_to_split(cli, images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"), [("precision=fp16", "has no scaler"), ("batch_size=auto", "give a number")], ids=["fp16", "auto"]
+    ("word", "said"),
+    [("precision=fp16", "use bf16"), ("batch_size=auto", "give a number")],
+    ids=["fp16", "auto"],
 )
 def test_what_cannot_be_sharded_is_refused(fails, images, tmp_path, word, said):
     assert said in fails("pretrain", images, *words("mae", f"out={tmp_path}/run"), "shard=true", word)

@@ -45,7 +45,7 @@ def build(
     check_share("objective.", config, "crop_scale")
     encoder = factory.create(model, data.image_size(data_config), data_config.in_chans)
     if not encoder.is_vit:
-        raise UserError(f"method=simmim needs a plain ViT (vit_*, deit_*), not {model.name}.")
+        raise UserError(f"method=my_simmim needs a plain ViT (vit_*, deit_*), not {model.name}.")
     if any(config.mask_size % side for side in encoder.patch_size) or any(
         side % config.mask_size for side in encoder.image_size
     ):
