@@ -180,7 +180,9 @@ def help_lines(node: Any, prefix: str = "") -> list[str]:
     comments = dict(
         match
         for cls in reversed(type(node).__mro__[:-1])
-        for match in re.findall(r"^    (\w+):[^#\n]*#\s*(?:type: ignore\S*\s+#\s*)?(.+)$", inspect.getsource(cls), flags=re.MULTILINE)
+        for match in re.findall(
+            r"^    (\w+):[^#\n]*#\s*(?:type: ignore\S*\s+#\s*)?(.+)$", inspect.getsource(cls), flags=re.MULTILINE
+        )
     )
     lines = []
     for item in dataclasses.fields(node):

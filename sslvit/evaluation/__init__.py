@@ -1,8 +1,9 @@
 """Evaluations of an encoder, one module each, and what they share.
 
 A module with a `COMMAND` is an evaluation and a command of `sslvit`: it also defines `Config` and `run(config)`. The
-other modules are their parts; `finetuning/` holds those of `finetune`. Evaluations import data, model and pretrained,
-never objectives or export.
+other modules are their parts: frozen.py (an encoder and the record of its results), protocol.py (training and test
+images and their features), probes.py, scores.py and so on; `finetuning/` holds those of `finetune`. Evaluations import
+data, model and pretrained, never objectives or export.
 """
 
 import ast
@@ -12,22 +13,22 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Column:
-    """A number that `sslvit compare` shows: `key` of the results in <run>/eval/<file>.json. Results without it are left
-    out."""
+    """A number that `sslvit compare` shows: `key` of the results in <run>/eval/<file>.json. Results without this key
+    are left out."""
 
     title: str
     key: str
     file: str = ""  # empty: the name of the evaluation
-    kind: str = ""  # tells apart several numbers of one file
+    kind: str = ""  # which number, where a file has several
     rows: str = ""  # the key of a list of results, each with the number and with `settings`; empty: one result
-    settings: dict[str, str] = field(default_factory=dict)  # {key of a row: its symbol}, each value in its own column
-    usual: tuple[float, ...] = ()  # the settings to show if all runs have them; else the first that all have
+    settings: dict[str, str] = field(default_factory=dict)  # {key of a row: its symbol}; each value has its own column
+    usual: tuple[float, ...] = ()  # settings to show if all runs have them; else the first settings that all have
     unit: str = "%"
 
 
 @dataclass(frozen=True)
 class Command:
-    """What `sslvit --help` and `sslvit compare` say of an evaluation."""
+    """What `sslvit --help` and `sslvit compare` say about an evaluation."""
 
     usage: str
     help: str

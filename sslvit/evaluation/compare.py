@@ -1,12 +1,12 @@
-"""The results of several runs side by side, and how far their differences can be trusted.
+"""The results of several runs side by side, with intervals of their differences.
 
-Reads what the evaluations wrote (<run>/eval/*.json). Where two runs were measured on the same test images, the
+Reads the results that the evaluations wrote (<run>/eval/*.json). If two runs were measured on the same test images, the
 difference of their accuracies has a paired bootstrap interval of 95 %: images are drawn with replacement, each with the
-predictions of both runs (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 16). If the interval
-holds 0, other test images could reverse the order. It says nothing about other seeds of the training.
+predictions of both runs (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 16). An interval that
+contains 0 means that other test images could reverse the order. It says nothing about other seeds of the training.
 
-k-NN is that of k = 20 and T = 0.07, or of the first k and T that all runs have. Runs that have none in common are in
-columns of their own, and no difference is taken between them.
+The k-NN result is that of k = 20 and T = 0.07, or of the first k and T that all runs have. Runs without a common k and
+T are in separate columns, and their difference is not computed.
 """
 
 import json
@@ -20,10 +20,10 @@ import numpy as np
 from ..distributed import say
 from ..errors import UserError
 from . import Column, commands
-from .records import check_out, table, unpack_bits
+from .records import check_out, table, unpack_bits, write
 
 DRAWS = 10_000
-# What has to agree for two numbers to be compared, beside every setting.
+# Two numbers can be compared if these keys of their records agree, and all settings.
 SAME = ("train", "test", "classes", "precision", "image_size", "features", "seed", "data", "departures")
 Records = dict[str, dict[str, Any]]  # {file without .json: record} of a run
 
@@ -40,20 +40,20 @@ class Cell:
 
     column: Column
     file: str
-    kind: str  # tells apart the columns of one file, for example k=20 T=0.07
+    kind: str  # which of several columns of one file, for example k=20 T=0.07
     settings: tuple[float, ...]  # of the row, if the file holds several
     number: float
-    right: str  # which test images were right, packed; empty if that is not known
+    right: str  # which test images were classified correctly, see records.pack_bits; empty: not recorded
     record: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """Of its column, in the file of `out=`."""
+        """Name of its column in the file `out=`."""
         return f"{self.file} {self.kind}".strip()
 
     @property
     def title(self) -> str:
-        """Of its column, in the table."""
+        """Title of its column in the table."""
         return f"{self.column.title} {self.kind}".strip()
 
 
@@ -61,6 +61,7 @@ def compare(runs: list[str], config: Config) -> dict[str, Any]:
     """Print a table of runs and results, differences to the first run, and where protocols differ. Raises UserError."""
     if not runs:
         raise UserError("compare needs runs: sslvit compare runs/a runs/b untrained:runs/a.")
+    check_out(config.out)
     columns = [(column.file or name, column) for name, command in commands().items() for column in command.columns]
     files = list(dict.fromkeys(file for file, _ in columns))
     records = {run: _read(run, columns) for run in dict.fromkeys(runs)}
@@ -96,11 +97,7 @@ def compare(runs: list[str], config: Config) -> dict[str, Any]:
     numbers = {run: {name: cell.number for name, cell in own.items()} for run, own in cells.items()}
     report = {"results": numbers, "differences": differences, "notes": notes}
     if config.out:
-        check_out(config.out)
-        try:
-            Path(config.out).expanduser().write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"out={config.out} cannot be written: {error.strerror}.") from error
+        write(report, Path(config.out).expanduser())
     return report
 
 
@@ -132,8 +129,8 @@ def _read(name: str, columns: list[tuple[str, Column]]) -> Records:
 
 
 def _cells(record: dict[str, Any], file: str, column: Column) -> Iterator[Cell]:
-    """The numbers of a column in a record, several if it holds several rows. Raises KeyError, TypeError, ValueError or
-    AttributeError for what is no result of the evaluation."""
+    """The numbers of a column in a record, one for each row. Raises KeyError, TypeError, ValueError or AttributeError
+    for a record that is no result of the evaluation."""
     results = record["results"]
     for row in results[column.rows] if column.rows else [results] if column.key in results else []:
         settings = tuple(row[name] for name in column.settings)
@@ -142,7 +139,7 @@ def _cells(record: dict[str, Any], file: str, column: Column) -> Iterator[Cell]:
 
 
 def _select(records: dict[str, Records], file: str, column: Column) -> dict[str, Cell]:
-    """{run: its cell of the column}: with the usual settings, or the first, of those that all runs have."""
+    """{run: its cell of the column}. Of the settings that all runs have it takes the usual ones, or else the first."""
     found = {run: {cell.settings: cell for cell in _cells(own[file], file, column)}
              for run, own in records.items() if file in own}  # fmt: skip
     found = {run: cells for run, cells in found.items() if cells}
@@ -155,18 +152,17 @@ def _select(records: dict[str, Records], file: str, column: Column) -> dict[str,
 
 
 def _same_images(a: Cell, b: Cell) -> bool:
-    """Whether both say of each test image whether it was right, and the images are the same."""
+    """Whether both runs were tested on the same images and recorded which of them were right."""
     if not (a.right and b.right) or a.record.get("test") != b.record.get("test"):
         return False
     return a.right.split(":")[0] == b.right.split(":")[0]
 
 
 def difference(a: str, b: str, seed: int) -> dict[str, Any]:
-    """Which test images two runs had right, packed -> accuracy of b minus that of a in percent, with its paired
-    interval."""
+    """The packed right answers of two runs -> accuracy of b minus that of a in percent, with its paired interval."""
     right_a, right_b = (unpack_bits(packed).astype(int) for packed in (a, b))
     delta = right_b - right_a
-    # Drawing images with replacement is drawing how many of them gain, lose and stay.
+    # Drawing images with replacement is the same as drawing how many of them gain, lose and stay.
     shares = [np.mean(delta == value) for value in (1, -1, 0)]
     draws = np.random.default_rng(seed).multinomial(len(delta), shares, DRAWS)
     low, high = np.percentile(100 * (draws[:, 0] - draws[:, 1]) / len(delta), [2.5, 97.5])
@@ -175,7 +171,7 @@ def difference(a: str, b: str, seed: int) -> dict[str, Any]:
 
 
 def _departures(records: dict[str, Records], file: str, column: Column) -> list[str]:
-    """A sentence for each way in which the protocols of one evaluation differ between runs."""
+    """A sentence for each setting of one evaluation that differs between runs."""
     protocols = {run: _protocol(own[file], column) for run, own in records.items() if file in own}
     notes = []
     for key in dict.fromkeys(key for each in protocols.values() for key in each):
@@ -190,7 +186,7 @@ def _departures(records: dict[str, Records], file: str, column: Column) -> list[
 
 
 def _protocol(record: dict[str, Any], column: Column) -> dict[str, Any]:
-    """What of a record has to agree, setting by setting; not those that give a column of its own."""
+    """The keys of a record that must agree. Settings with columns of their own are left out."""
     settings = record.get("settings") or {}
     return {key: record.get(key) for key in SAME} | {
         f"settings.{name}": value for name, value in settings.items() if name not in column.settings

@@ -1,4 +1,4 @@
-"""Which classes are taken for which: the confusion matrix, what it says of each class, and a picture of it."""
+"""The confusion matrix, accuracy and precision of each class, and a picture."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,27 +17,23 @@ FRAME = (110, 120, 140)
 
 
 def confusion(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """[N], [N] int64 -> [C, C] int64: how many images of class (row) were taken for class (column).
-
-    Whatever has a label below 0 is passed over.
-    """
-    known = labels >= 0
-    pairs = labels[known] * num_classes + predictions[known]
+    """[N], [N] int64 -> [C, C] int64: how many images of a class (row) were predicted as a class (column). Images whose
+    label is below 0 are not counted."""
+    counted = labels >= 0
+    pairs = labels[counted] * num_classes + predictions[counted]
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def per_class(matrix: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """[C, C] -> for each class its images, accuracy (recall) and precision in percent, and what it is mostly taken for.
-
-    None where there is nothing to divide by, or no mistake.
-    """
-    right, images, taken = matrix.diagonal().tolist(), matrix.sum(dim=1).tolist(), matrix.sum(dim=0).tolist()
+    """[C, C] -> for each class its images, accuracy (recall) and precision in percent, and the class that it is most
+    often mistaken for. None where there is nothing to divide by, or no mistake."""
+    right, images, predicted = matrix.diagonal().tolist(), matrix.sum(dim=1).tolist(), matrix.sum(dim=0).tolist()
     wrong, other = (part.tolist() for part in (matrix - matrix.diagonal().diag()).max(dim=1))
     return [
         {
             "class": name, "images": images[c],
             "accuracy": round(100 * right[c] / images[c], 2) if images[c] else None,
-            "precision": round(100 * right[c] / taken[c], 2) if taken[c] else None,
+            "precision": round(100 * right[c] / predicted[c], 2) if predicted[c] else None,
             "mistaken_for": names[other[c]] if wrong[c] > 0 else None,
         }
         for c, name in enumerate(names)
@@ -47,8 +43,8 @@ def per_class(matrix: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
 def picture(matrix: Tensor, names: Sequence[str], path: str) -> None:
     """Draw the matrix: colour is the share of a row, from white to blue. Raises UserError.
 
-    Up to 20 classes with counts in the cells and each class's accuracy at the right; up to 100 with names at the
-    sides; beyond that a heat map of at least a pixel a class with class numbers at the sides.
+    Up to 20 classes: counts in the cells, each class's accuracy on the right. Up to 100: names at the sides. More: a
+    heat map of at least one pixel for each class, with class numbers at the sides.
     """
     pictures.save(draw(matrix, names), path)
 
@@ -65,7 +61,7 @@ def draw(matrix: Tensor, names: Sequence[str]) -> Image.Image:
     share = matrix.double() / matrix.sum(dim=1, keepdim=True).clamp(min=1)
     margin = max(pictures.text_width(mark, text) for mark in marks.values()) + 12
     edge, head = cell * num_classes, 24
-    title = "true class: row; taken for: column; colour: share of the row"
+    title = "true class: row; predicted class: column; colour: share of the row"
     right = 70 if num_classes <= NUMBERED else 12
     wide = max(margin + edge + right, pictures.text_width(title, text) + 16)
     sheet = Image.new("RGB", (wide, head + margin + edge + 12), pictures.PAPER)
@@ -84,7 +80,7 @@ def draw(matrix: Tensor, names: Sequence[str]) -> Image.Image:
 
 
 def _colours(share: Tensor) -> Image.Image:
-    """[C, C] in [0, 1] -> one pixel a cell. The root makes rare mistakes visible."""
+    """[C, C] in [0, 1] -> one pixel for each cell. The square root makes rare mistakes visible."""
     x = share.sqrt().clamp(0, 1).unsqueeze(-1).numpy()
     white, blue = np.array([255, 255, 255]), np.array([8, 48, 107])
     return Image.fromarray((white + (blue - white) * x).round().astype(np.uint8))

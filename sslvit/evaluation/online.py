@@ -1,5 +1,5 @@
-"""What is measured of the encoder while it is being trained: k-NN by the protocol of `sslvit knn`, and without labels
-how many directions its features fill."""
+"""Measurements of the encoder during training: k-NN by the protocol of `sslvit knn`, and the effective rank of its
+features, which needs no labels."""
 
 import math
 from dataclasses import dataclass
@@ -24,15 +24,15 @@ from .quality import effective_rank
 
 @dataclass
 class Config:
-    train: str = ""  # labelled images to compare with, a folder or a set by name; empty: no evaluation during the run
+    train: str = ""  # labelled images, a folder or a set by name: the neighbours; empty: no evaluation during the run
     test: str = ""  # labelled images to classify, never trained on
     every_epochs: float | None = None  # null: before the first step and after the last only
     k: int = 20  # neighbours that vote
 
 
 class KnnMonitor:
-    """Classifies `test` by `train` whenever asked. The sources are opened at once, so that mistakes show at the
-    start."""
+    """Classifies `test` by its neighbours in `train`. Opens the sources at once, so mistakes show at the start of the
+    run."""
 
     def __init__(
         self, config: Config, data_config: data.Config, seed: int, memory: Memory, accelerator: Accelerator
@@ -61,8 +61,8 @@ class KnnMonitor:
 
 
 class RankMonitor:
-    """RankMe (see quality.py) of some images of the training set, the same ones throughout, whenever asked. They stay
-    in memory as the encoder sees them, so that asking often is cheap."""
+    """RankMe (see quality.py) of a fixed random set of training images. They stay in memory, resized and cropped, so
+    measuring often is cheap."""
 
     IMAGES = 512
     BATCH = 64
@@ -92,8 +92,8 @@ class RankMonitor:
 
 
 def rank_alarm(rankme: float) -> str | None:
-    """What the effective rank says of collapse, as a sentence with what to change; None if all is well. On CIFAR-10
-    (width 192) untrained encoders have 17 to 20, and the recipes' first steps 5.8 or more (MAE, step 10)."""
+    """A warning with advice if the effective rank shows a collapse of the features, else None. On CIFAR-10 (width 192)
+    untrained encoders have 17 to 20, and the first steps of the recipes 5.8 or more (MAE, step 10)."""
     if rankme >= 1.5:
         return None
     return (

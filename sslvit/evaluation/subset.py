@@ -7,6 +7,8 @@ from ..data import Source
 
 
 class Subset:
+    """The images of a source with these numbers, in this order."""
+
     def __init__(self, source: Source, index: Tensor) -> None:
         self.source, self.index = source, index.tolist()
         self.labels = None if source.labels is None else source.labels[self.index]
@@ -29,8 +31,7 @@ class Subset:
 
 
 def random_subset(source: Source, count: int | None, seed: int, purpose: str) -> Source:
-    """`count` images of a source, chosen by the seed, in the order of the source. All of them for None or a larger
-    count."""
+    """`count` images of a source, chosen by the seed, in the order of the source. None, or more than there are: all."""
     if count is None or count >= len(source):
         return source
     return Subset(source, rng.permutation(rng.fold_in(seed, purpose), len(source))[:count].sort().values)

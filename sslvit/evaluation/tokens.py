@@ -27,7 +27,7 @@ class Tokens:
     values: np.ndarray  # [images of the source, N, D] float16, memory-mapped; rows of unreadable images are 0
     index: Tensor  # [M] int64, numbers of the readable images
     unreadable: int
-    temporary: tempfile.TemporaryDirectory[str] | None = None  # goes with this, if the file is in one
+    temporary: tempfile.TemporaryDirectory[str] | None = None  # of the file; it is deleted with this object
 
     def __getitem__(self, numbers: Tensor) -> Tensor:
         """[B] numbers of images -> [B, N, D] float32."""
@@ -36,7 +36,7 @@ class Tokens:
 
 def patch_tokens(frozen: Frozen, source: Source, folder: Path | None, batch_size: int, workers: int | None) -> Tokens:
     """Patch tokens after the final norm, from a file in the folder, or computed by all processes into it. Without a
-    folder the file is a temporary one. All processes must see it. Raises UserError."""
+    folder the file is temporary. All processes must be able to open it. Raises UserError."""
     encoder, accelerator = frozen.vit(), frozen.accelerator
     h, w = encoder.grid()
     shape = (len(source), h * w, encoder.width)
@@ -75,7 +75,7 @@ def patch_tokens(frozen: Frozen, source: Source, folder: Path | None, batch_size
 
 
 def _stored(record: Path, path: Path, content: dict[str, Any], shape: tuple[int, int, int]) -> list[int] | None:
-    """The numbers of the readable images, if the file is there for these weights and images."""
+    """The numbers of the readable images, if there is a complete file for these weights and images; else None."""
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
         whole = path.stat().st_size == 2 * int(np.prod(shape))
@@ -86,7 +86,7 @@ def _stored(record: Path, path: Path, content: dict[str, Any], shape: tuple[int,
 
 
 def _create(path: Path, record: Path, shape: tuple[int, int, int]) -> None:
-    """An empty file of the right size, by the first process. Raises UserError on every process."""
+    """The first process makes an empty file of the right size. Raises UserError on every process."""
     size, problem = 2 * int(np.prod(shape)), None
     if rank() == 0:
         try:

@@ -309,8 +309,8 @@ PROBES = [
     Mistake(
         "rows and columns of the confusion matrix are swapped",
         "evaluation/confusion.py",
-        "labels[known] * num_classes + predictions[known]",
-        "predictions[known] * num_classes + labels[known]",
+        "labels[counted] * num_classes + predictions[counted]",
+        "predictions[counted] * num_classes + labels[counted]",
         HERE + "test_confusion.py",
     ),
     Mistake(
