@@ -246,6 +246,7 @@ def train_and_test(
     scored, unreadable = evaluate(Examples(Subset(sources[1], test_index), targets.test[test_index]))
     say(*result_lines(task, scored))
     if config.out_model:
+        accelerator.unwrap_model(classifier, keep_fp32_wrapper=False)  # takes autocast away
         on_first_process(lambda: write_model(Path(config.out_model), subject, classifier, targets.names, mean, std))
     details = {
         "recipe": config.recipe, "settings": asdict(recipe), "task": task,
