@@ -65,14 +65,11 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
     As in both published codes, class, mask and register tokens, and positions that learn, are decayed.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    decayed, others = list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups[not (parameter.ndim == 1 or name.endswith(".bias"))].append(parameter)
-    return [
-        {"params": groups[True], "decayed": True},
-        {"params": groups[False], "decayed": False, "weight_decay": 0.0},
-    ]
+            (others if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
+    return [{"params": decayed, "decayed": True}, {"params": others, "decayed": False, "weight_decay": 0.0}]
 
 
 def make_optimizer(config: Config, module: nn.Module) -> torch.optim.AdamW:

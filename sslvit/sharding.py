@@ -1,12 +1,11 @@
-"""One model split among all processes (FSDP2): each keeps its part of every weight, gradient and moment, and has the
-whole of a block's weights while that block runs.
+"""One model split among all processes (FSDP2). Each process keeps its part of every weight, gradient and moment. It has
+a block's whole weights while that block runs.
 
-Through torch's own `fully_shard`, not accelerate's plugin for it, which knows no CPUs: without a GPU nothing of it
-could be tested. What accelerate adds would not serve either: clipping of single tensors, the agreement on skipped steps
-and the teacher's average work on the parts, and checkpoints are the run's own. What it does for autocast is used.
+This uses torch's `fully_shard`. accelerate's plugin for it needs a GPU, so it could not be tested, and its extras are
+not needed: clipping, skipped steps and the teacher's average work on the parts, and checkpoints are the run's own.
 
-Weights are float32 and travel as such, and autocast casts them where they are used, as with DDP: a run gives the same
-numbers whether it is sharded or not, but for the order of additions. In bf16 the casts of the student's weights, two
+Weights are float32, also on the way between processes, and autocast casts them where they are used, as with DDP. So a
+sharded run gives the same numbers, except for the order of additions. In bf16 the cast weights of the student, two
 bytes each, stay until the backward pass.
 """
 
@@ -29,12 +28,12 @@ from .objectives import Objective
 class EvalEncoder:
     """The exported encoder as evaluations run it: `with eval_encoder() as encoder`, on all processes together.
 
-    Of a sharded objective it is a copy that has weights as long as the `with` lasts: a pass through the parts would
-    need all processes for each batch, and they have different numbers of batches.
+    For a sharded objective it is a copy, which has weights as long as the `with` lasts. The parts themselves would need
+    all processes for each batch, and processes have different numbers of batches.
     """
 
     def __init__(self, encoder: Encoder, device: torch.device | None = None) -> None:
-        """device: of the copy; None: show the encoder itself."""
+        """device: of the copy; None: give the encoder itself."""
         self.encoder = encoder
         # Copied now, as torch copies no modules that are sharded.
         self.copy = None if device is None else copy.deepcopy(encoder)
@@ -64,8 +63,7 @@ class EvalEncoder:
 
 
 def place(objective: Objective, device: torch.device, wanted: bool) -> EvalEncoder:
-    """Bring an objective to the device, split among the processes if that is wanted and there are several. Raises
-    UserError."""
+    """Bring an objective to the device, split if that is wanted and there are several processes. Raises UserError."""
     if wanted and world_size() > 1:
         eval_encoder = EvalEncoder(objective.exported_encoder(), device)
         split(objective, device)
@@ -77,7 +75,7 @@ def place(objective: Objective, device: torch.device, wanted: bool) -> EvalEncod
 
 
 def split(objective: Objective, device: torch.device) -> None:
-    """Unit by unit, so that what does not fit on the device as a whole never is there as a whole."""
+    """Unit by unit: the device never holds the whole model."""
     for name, parameter in objective.named_parameters():
         if parameter.ndim == 0:
             raise UserError(f"shard=true cannot split {name}, which is a single number: leave it out for this model.")
@@ -102,8 +100,8 @@ def units(objective: Objective) -> list[nn.Module]:
 def prepare(
     accelerator: Accelerator, objective: Objective, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """As accelerate wraps them for training. A sharded objective only gets autocast: it averages its gradients itself,
-    after each micro-batch, as keeping the whole ones until the last would take the memory that sharding saves."""
+    """As accelerate wraps them for training. A sharded objective only gets autocast. It averages its gradients itself,
+    after each micro-batch: whole gradients, kept until the last one, would take the memory that sharding saves."""
     if not any(map(is_sharded, objective.parameters())):
         return accelerator.prepare(objective, optimizer)
     model = accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True)

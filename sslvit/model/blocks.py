@@ -69,7 +69,7 @@ def let_take_rows(block: nn.Module) -> None:
 
 
 def is_plain(block: nn.Module) -> TypeGuard[Block]:
-    """Whether a call of this block does nothing but what `run` repeats."""
+    """Whether a call of this block does no more than `run` does."""
     attention = getattr(block, "attn", None)
     return (
         type(block) is Block
@@ -121,8 +121,8 @@ def _project(attention: Attention, x: Tensor, first: int, last: int) -> Tensor:
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """[B, H, Q, d], [B, H, N, d] twice -> [B, H, Q, d].
 
-    The scale is part of the product. The softmax is computed in float32 and rounded once, without autocast, which would
-    make two copies of the weights to the same end.
+    The scale is part of the product. The softmax is computed in float32 and rounded once. Autocast would do the same
+    with two more copies of the weights, so it is off.
     """
     shape = q.shape
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))

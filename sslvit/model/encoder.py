@@ -1,8 +1,7 @@
-"""A timm model as an encoder: the tokens of a plain ViT, of all patches or of some, or the pooled features of any
-model."""
+"""A timm model as an encoder. A plain ViT gives tokens, of all patches or of some; any model gives pooled features."""
 
+import itertools
 from collections.abc import Sequence
-from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from . import blocks
 from .blocks import DropPath
 
 Pool = Literal["cls", "mean", "cls+mean", "last4", "mean4", "pooled"]
-NUM_BLOCKS = {"last4": 4, "mean4": 4}  # how many of the last blocks these features come from; the others: the last one
+NUM_BLOCKS = {"last4": 4, "mean4": 4}  # features of several of the last blocks; all others are of the last one
 Resampling = Literal["timm", "published"]  # of position embeddings, see `resample_positions`
 
 
@@ -32,7 +31,7 @@ class Tokens(NamedTuple):
 class Encoder(nn.Module):
     """Wraps a timm model made with `num_classes=0`. `model` stays a plain timm model: its weights are exported."""
 
-    model: Any  # of any family, and each has attributes of its own
+    model: Any  # each family has attributes of its own
 
     def __init__(
         self, model: nn.Module, image_size: tuple[int, int], in_chans: int, architecture: str,
@@ -146,14 +145,11 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def init_xavier_sincos(self, wanted_by: str) -> None:
-        """Xavier uniform weights and sin-cos positions (MAE, appendix A.1). Raises UserError that begins with the
-        setting that wants them."""
+        """Xavier uniform weights and sin-cos positions (MAE, appendix A.1). wanted_by: a setting, named by errors."""
         vit = self.model
         if not self.is_vit or vit.pos_embed is None or self.width % 4:
-            raise UserError(
-                f"{wanted_by} needs a ViT with a position embedding whose width is divisible by 4, not "
-                f"{self.architecture}."
-            )
+            needed = "a ViT with a position embedding whose width is divisible by 4"
+            raise UserError(f"{wanted_by} needs {needed}, not {self.architecture}.")
         vit.pos_embed.copy_(sincos(self.width, self.grid(), 0 if vit.no_embed_class else vit.num_prefix_tokens))
         xavier(self)
         embed = vit.patch_embed.proj.weight
@@ -200,7 +196,7 @@ class Encoder(nn.Module):
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], resampling: Resampling) -> Tensor:
     """[1, N, D] position embeddings of a grid of (h, w) patches -> those of another grid, by bicubic interpolation.
 
-    timm: with antialiasing. published: as DINO's released code, without, by a factor for a grid larger by 0.1.
+    timm: with antialiasing. published: without, by a factor for a grid that is larger by 0.1 (DINO's released code).
     """
     if resampling == "timm":
         return resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=0)
@@ -210,7 +206,7 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
 
 
 def _run(block: nn.Module, x: Tensor, key: Tensor | None = None, rows: slice | None = None) -> Tensor:
-    """[B, N, D] through one block. Sets its keys here, not once a forward: a recomputed block needs its own crops'."""
+    """[B, N, D] through one block. Keys are set here, as a block that is recomputed needs those of its own crops."""
     _set_keys(block, key)
     return blocks.run(block, x, rows)
 
@@ -227,10 +223,7 @@ def _pooled(last: list[Tokens], pool: Pool) -> Tensor:
         each: Pool = "cls" if pool == "last4" else "mean"
         return torch.cat([_pooled([tokens], each) for tokens in last[-NUM_BLOCKS[pool] :]], dim=1)
     prefix, patches = last[-1]
-    if pool == "cls":
-        return prefix[:, 0]
-    mean = patches.mean(dim=1)
-    return mean if pool == "mean" else torch.cat([prefix[:, 0], mean], dim=1)
+    return torch.cat([prefix[:, 0] if part == "cls" else patches.mean(dim=1) for part in pool.split("+")], dim=1)
 
 
 def sincos(width: int, grid: tuple[int, int], num_prefix: int) -> Tensor:
@@ -247,8 +240,8 @@ def sincos(width: int, grid: tuple[int, int], num_prefix: int) -> Tensor:
 
 
 def xavier(module: nn.Module) -> None:
-    """Xavier uniform for all linear layers, biases of 0. The qkv matrix is filled as one (3D, D) matrix, which makes q,
-    k and v 0.707 times what filling them one by one would, as in MAE's released code."""
+    """Xavier uniform for all linear layers, biases of 0. As in MAE's released code the qkv matrix counts as one (3D, D)
+    matrix: its weights are 0.707 times those of three (D, D) matrices."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
@@ -259,11 +252,9 @@ def xavier(module: nn.Module) -> None:
 def patchify(images: Tensor, patch_size: tuple[int, int], channels_last: bool = False) -> Tensor:
     """[B, C, H, W] -> [B, N, C*p*q], pixels of a patch in channel, row, column order (that of a convolution's weight),
     or with channels_last in row, column, channel order (that of MAE's targets)."""
-    b, c, h, w = images.shape
-    p, q = patch_size
-    grid = images.reshape(b, c, h // p, p, w // q, q)
+    grid = images.unflatten(3, (-1, patch_size[1])).unflatten(2, (-1, patch_size[0]))  # [B, C, h, p, w, q]
     order = (0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5)
-    return grid.permute(order).reshape(b, (h // p) * (w // q), p * q * c)
+    return grid.permute(order).flatten(3).flatten(1, 2)
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
@@ -285,7 +276,7 @@ def pools_by_itself(vit: Any) -> bool:
 
 def replace_drop_paths(model: nn.Module) -> None:
     """Put our DropPath in the place of each of timm's."""
-    place = count()
+    place = itertools.count()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, TimmDropPath):

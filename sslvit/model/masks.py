@@ -9,7 +9,7 @@ from .. import rng
 
 
 def num_kept(num_patches: int, mask_ratio: float) -> int:
-    """How many patches stay visible, truncated as in the published MAE: int(100 * (1 - 0.9)) is 9, not 10."""
+    """How many patches stay visible, rounded down as in the published MAE: int(100 * (1 - 0.9)) is 9, not 10."""
     return int(num_patches * (1 - mask_ratio))
 
 
@@ -21,8 +21,7 @@ def random_order(key: Tensor, num_patches: int) -> Tensor:
 def split(order: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """[B, N] order -> keep [B, K], hide [B, N-K]: indices of the visible and of the hidden patches.
 
-    MAE, section 3 "Masking": sampling without replacement by shuffling and keeping the first part of the list. One sort
-    is enough: the published code sorts a second time to invert the order, a scatter to `order` does the same.
+    The list is shuffled and its first part kept (MAE, section 3, "Masking").
     """
     return order[:, :kept], order[:, kept:]
 
@@ -33,26 +32,20 @@ def from_indices(hide: Tensor, num_patches: int) -> Tensor:
 
 
 def enlarge(mask: Tensor, grid: tuple[int, int], factor: tuple[int, int]) -> Tensor:
-    """[B, N] on a grid of (h, w) large patches -> [B, N * f * g] on the grid of small ones, (f, g) in each (SimMIM)."""
+    """[B, N] on a grid of (h, w) large patches -> [B, N * f * g] on a grid of small ones, (f, g) in each (SimMIM)."""
     cells = mask.unflatten(1, grid)
     return cells.repeat_interleave(factor[0], dim=1).repeat_interleave(factor[1], dim=2).flatten(1)
 
 
 def random_blocks(
-    key: Tensor,
-    grid: tuple[int, int],
-    num_hidden: int | Tensor,
-    min_area: float,
-    aspect: tuple[float, float] = (0.3, 1 / 0.3),
-    tries: int = 10,
-    draws: int = 60,
-) -> Tensor:
-    """[B] int64 keys -> [B, h * w] bool: rectangles, until num_hidden patches are hidden (BEiT, Bao et al., 2022,
-    algorithm 1 and its code; iBOT).
+    key: Tensor, grid: tuple[int, int], num_hidden: int | Tensor, min_area: float,
+    aspect: tuple[float, float] = (0.3, 1 / 0.3), tries: int = 10, draws: int = 60,
+) -> Tensor:  # fmt: skip
+    """[B] int64 keys -> [B, h * w] bool: random rectangles (BEiT, Bao et al., 2022, algorithm 1 and its code; iBOT).
 
-    num_hidden: of each image, a number or [B]; fewer are hidden where no rectangle fits in `tries` draws, as in the
-    published code, or after `draws` in all. min_area: patches of a rectangle (BEiT 16, iBOT (min(h, w) // 3)^2,
-    DINOv2 4). aspect: range of height / width.
+    num_hidden: patches of each image, a number or [B]. Fewer are hidden after `tries` draws in a row that do not fit,
+    as in the published code, or after `draws` in all. min_area: of a rectangle, in patches (BEiT 16, DINOv2 4, iBOT
+    (min(h, w) // 3)^2). aspect: range of height / width.
     """
     h, w = grid
     rows, columns = torch.arange(h, device=key.device).view(-1, 1), torch.arange(w, device=key.device)

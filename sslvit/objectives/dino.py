@@ -1,8 +1,9 @@
-"""DINO: a student sees crops of an image, a teacher that is its moving average sees the large ones, and they agree.
+"""DINO: a student sees all crops of an image and learns what a teacher answers to the large ones. The teacher is the
+student's moving average.
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021 (arXiv 2104.14294). Sections below
-are of that paper. The released code computes one softmax for each of the (teacher crop, student crop) pairs. Here the
-teacher's distributions are summed first, so each student crop needs one, with the same loss and gradients.
+are of that paper. The released code computes one softmax for each pair of a teacher crop and a student crop. Here the
+teacher's distributions are added up first, so each student crop needs one. Loss and gradients are the same.
 """
 
 import math
@@ -259,8 +260,8 @@ class DINO(Objective):
         return values
 
     def loss(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> dict[str, Tensor]:
-        """[(2 + V) * B, K] and [2 * B, K], view after view -> the mean over the 2 (1 + V) pairs of a teacher crop t and
-        another student crop s of the cross-entropy -P_t log P_s (equation 3)."""
+        """[(2 + V) * B, K] and [2 * B, K], view after view -> the cross-entropy -P_t log P_s (equation 3): the mean
+        of the 2 (1 + V) pairs of a teacher crop t and another student crop s."""
         target = ((teacher_logits - self.center) / teacher_temp).softmax(dim=-1)
         first, second = target.chunk(2)
         num_views = len(student_logits) // len(first)
@@ -285,8 +286,8 @@ class DINO(Objective):
         return config.teacher_temp_start + (config.teacher_temp - config.teacher_temp_start) * share
 
     def before_step(self, step: int) -> None:
-        """Freeze the prototypes at first (section 3.2, "avoiding collapse" in the code). Without a gradient AdamW skips
-        them, with a gradient of zeros it would still decay them."""
+        """Freeze the prototypes at first, as in the released code. AdamW skips what has no gradient; with a gradient of
+        zeros it would decay them."""
         if step < self.config.freeze_last_layer_epochs * self.steps_per_epoch:
             for parameter in self.student.head.last_layer.parameters():
                 parameter.grad = None

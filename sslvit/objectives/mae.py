@@ -1,9 +1,8 @@
 """MAE: hide most patches, encode the rest, decode all, predict the pixels of what was hidden.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022 (arXiv 2111.06377). Sections below are of that
-paper. The released code sorts twice, embeds and predicts patches that it throws away, and puts tokens back in order for
-the decoder. Here the decoder sees [kept, hidden] with their positions, which attention cannot tell from the ordered
-sequence, and only hidden patches are predicted. Losses and gradients are the same.
+paper. Losses and gradients are those of the released code, with less work: only kept patches are embedded, only hidden
+ones predicted, and the decoder gets tokens in the order [kept, hidden], which does not matter to attention.
 """
 
 import math
@@ -129,9 +128,8 @@ class MAE(Objective):
     def loss(self, images: Tensor, order: Tensor) -> dict[str, Tensor]:
         """[B, C, H, W], [B, N] -> mean squared error over the pixels of hidden patches (section 3), a scalar.
 
-        koleo_weight spreads the mean of the kept patches, which is what is exported, over the sphere. Without it the
-        mean stays in a few directions, as measured here and by Zhang et al. (2022, arXiv 2210.08344), who add a
-        uniformity term for it.
+        koleo_weight spreads the exported feature, the mean of the (kept) patches, over the sphere. Without it the means
+        lie in a few directions (Zhang et al., 2022, arXiv 2210.08344, who add a uniformity term).
         """
         keep, hide = masks.split(order, self.num_kept)
         latent = self.encode(images, keep)

@@ -177,8 +177,8 @@ FEATURES = [
     Mistake(
         "the mean of patches contains the class token",
         "model/encoder.py",
-        "mean = patches.mean(dim=1)",
-        "mean = torch.cat([prefix, patches], dim=1).mean(dim=1)",
+        "else patches.mean(dim=1) for",
+        "else torch.cat([prefix, patches], dim=1).mean(dim=1) for",
         POOLS + "[mean]",
     ),
     Mistake(
