@@ -114,6 +114,14 @@ def load(
     )
 
 
+def results_folder(name: str) -> Path:
+    """Where results of a run, of one of its checkpoints, of untrained:<run> or of an exported folder are filed."""
+    if name.startswith("untrained:"):
+        return Path(name.removeprefix("untrained:")).expanduser() / "eval" / "untrained"
+    path = Path(name).expanduser()
+    return path.parent.parent / "eval" / path.name if path.parent.name == "checkpoints" else path / "eval"
+
+
 def _from_run(run_dir: Path, checkpoint: Path | None = None) -> Pretrained:
     """checkpoint: its folder; null: the newest whole one."""
     if not (run_dir / "config.yaml").is_file():
@@ -142,11 +150,11 @@ def _from_run(run_dir: Path, checkpoint: Path | None = None) -> Pretrained:
         "images_seen": record["images_seen"],
         "notes": complaints,
     }
-    results = run_dir / "eval" / (checkpoint.name if checkpoint else "")
     name = str(checkpoint or run_dir)
     return Pretrained(
-        built.eval(), mean, std, name, detail, run_dir, results, data_config.value_range, _chosen_on(run_dir, record)
-    )
+        built.eval(), mean, std, name, detail, run_dir, results_folder(name), data_config.value_range,
+        _chosen_on(run_dir, record),
+    )  # fmt: skip
 
 
 def _chosen_on(run_dir: Path, record: dict[str, Any]) -> str:
@@ -181,9 +189,8 @@ def _untrained(run_dir: Path, name: str) -> Pretrained:
     objective = objectives.start(config, steps_per_epoch=10**6, steps=10**9)  # lengths do not matter to the weights
     mean, std = data.normalization(config.data)
     detail = {"weights": f"untrained, seed {config.seed}"}
-    results = run_dir / "eval" / "untrained"
-    encoder_of = objective.exported_encoder().eval()
-    return Pretrained(encoder_of, mean, std, name, detail, results=results, value_range=config.data.value_range)
+    encoder, results = objective.exported_encoder().eval(), results_folder(name)
+    return Pretrained(encoder, mean, std, name, detail, results=results, value_range=config.data.value_range)
 
 
 def _from_folder(path: Path, name: str) -> Pretrained:

@@ -72,7 +72,7 @@ def run(config: Config) -> dict[str, Any]:
     folder = frozen.cache_folder(config.cache)
     sets = []
     for source in (split.train, split.test):
-        tokens = patch_tokens(frozen, source, folder, config.batch_size, config.workers)
+        tokens = patch_tokens(frozen, source, folder)
         labels = labels_of(source)[tokens.index]
         sets.append(Set(tokens, tokens.index[labels >= 0], labels[labels >= 0]))
     check_readable(sets[0].labels, sets[1].labels, split.specs)

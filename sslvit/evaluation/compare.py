@@ -19,6 +19,7 @@ import numpy as np
 
 from ..distributed import say
 from ..errors import UserError
+from ..pretrained import results_folder
 from . import Column, commands
 from .records import check_out, table, unpack_bits, write
 
@@ -103,15 +104,7 @@ def compare(runs: list[str], config: Config) -> dict[str, Any]:
 
 def _read(name: str, columns: list[tuple[str, Column]]) -> Records:
     """The results of a run. Raises UserError."""
-    kind, colon, rest = name.partition(":")
-    untrained = bool(colon) and kind == "untrained"
-    path = Path(rest if untrained else name).expanduser()
-    if untrained:
-        folder = path / "eval" / "untrained"
-    elif path.parent.name == "checkpoints":
-        folder = path.parent.parent / "eval" / path.name
-    else:
-        folder = path / "eval"
+    folder = results_folder(name)
     if not folder.is_dir():
         raise UserError(f"{name} has no results ({folder} is missing): give runs that were evaluated.")
     records = {}

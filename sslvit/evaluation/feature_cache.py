@@ -37,23 +37,24 @@ def extract_cached(
         return extract(encoder, source, normalize, accelerator, pools, batch_size, workers, whole)
     place = place_of(encoder, source, normalize, accelerator)
     common = {"weights": digest(encoder), **{key: json.dumps(value) for key, value in place.items()}}
-    keys: dict[Pool, str] = {}
-    found: dict[Pool, Features] = {}
-    for pool in pools:
-        keys[pool] = hashlib.sha256(json.dumps(place | {"pool": pool}).encode()).hexdigest()[:16]
-        stored = _read(folder, keys[pool], common | {"pool": pool}, source)
-        if not any_process(stored is None) and stored is not None:
-            found[pool] = stored
+    keys = {pool: hashlib.sha256(json.dumps(place | {"pool": pool}).encode()).hexdigest()[:16] for pool in pools}
+
+    def read(pool: Pool) -> Features | None:
+        """The stored features, if all processes have them. They are memory-mapped: read from the disk when used."""
+        part = _read(folder, keys[pool], common | {"pool": pool}, source)
+        return None if any_process(part is None) else part
+
+    found = {pool: part for pool in pools if (part := read(pool)) is not None}
     missing = [pool for pool in pools if pool not in found]
     if missing:
         fresh = extract(encoder, source, normalize, accelerator, missing, batch_size, workers, False, folder)
     else:
         say(f"features of {source.name(0)} ... as computed before for these weights, {folder}")
     for pool in missing:
-        content, part = common | {"pool": pool}, fresh.pop(pool)
-        _write(folder, keys[pool], content, part)
-        stored = _read(folder, keys[pool], content, source)  # memory-mapped: read from the disk when they are used
-        found[pool] = part if any_process(stored is None) or stored is None else stored
+        part = fresh.pop(pool)
+        _write(folder, keys[pool], common | {"pool": pool}, part)
+        stored = read(pool)
+        found[pool] = part if stored is None else stored
     return {pool: gather_features(found[pool]) if whole else found[pool] for pool in pools}
 
 
@@ -151,8 +152,8 @@ def _write(folder: Path, key: str, content: dict[str, str], features: Features) 
 
 def digest(encoder: Encoder) -> str:
     """SHA-256 of the names and values of all weights."""
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, value in encoder.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        sha.update(name.encode())
+        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()

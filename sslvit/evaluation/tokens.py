@@ -34,10 +34,10 @@ class Tokens:
         return torch.from_numpy(self.values[numbers.numpy()]).float()
 
 
-def patch_tokens(frozen: Frozen, source: Source, folder: Path | None, batch_size: int, workers: int | None) -> Tokens:
+def patch_tokens(frozen: Frozen, source: Source, folder: Path | None) -> Tokens:
     """Patch tokens after the final norm, from a file in the folder, or computed by all processes into it. Without a
     folder the file is temporary. All processes must be able to open it. Raises UserError."""
-    encoder, accelerator = frozen.vit(), frozen.accelerator
+    encoder, accelerator, config = frozen.vit(), frozen.accelerator, frozen.config
     h, w = encoder.grid()
     shape = (len(source), h * w, encoder.width)
     place = {"tokens": list(shape), **place_of(encoder, source, frozen.normalize, accelerator)}
@@ -53,7 +53,7 @@ def patch_tokens(frozen: Frozen, source: Source, folder: Path | None, batch_size
         _create(path, record, shape)
         values = np.memmap(path, np.float16, "r+", shape=shape)
         done, broken = [], False
-        for index, x in batches(encoder, source, frozen.normalize, accelerator, batch_size, workers):
+        for index, x in batches(encoder, source, frozen.normalize, accelerator, config.batch_size, config.workers):
             with torch.inference_mode(), accelerator.autocast():
                 found = encoder(x).patches.to(torch.float16).cpu()
             broken |= not bool(torch.isfinite(found).all())
