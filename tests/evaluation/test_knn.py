@@ -104,6 +104,11 @@ def test_one_search_serves_all_k_and_temperatures(monkeypatch):
         assert accuracies(bank, bank[:9], 3, (k,), (t,))[k, t] == value
 
 
+@pytest.mark.parametrize(("k", "top5"), [(3, 30), (5, 50), (20, 50)])
+def test_top_5_is_of_five_classes_and_of_fewer_for_fewer_neighbours(k, top5):
+    assert knn._row((k, 0.07), torch.arange(10))["top5"] == top5
+
+
 def test_places_are_those_of_a_stable_sort():
     torch.manual_seed(0)
     votes, labels = torch.randint(0, 4, (200, 6)).double(), torch.randint(0, 6, (200,))
