@@ -11,10 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 
+from sslvit import data
+from sslvit.data.augment import Normalize
 from sslvit.evaluation import feature_cache, features, linear, probes, protocol
 from sslvit.evaluation.features import Features
+from sslvit.model import factory
 from tests import processes
+from tests.conftest import TINY_MODEL
 
 
 class Labels:
@@ -61,6 +66,18 @@ def test_room_for_features_is_in_a_nameless_file_or_in_memory(tmp_path, folder):
     assert not folder or not list(folder.iterdir())
     assert features.room_for(0, 3, folder).shape == (0, 3)
     assert features.room_for(2, 3, Path("/dev/null/x")).shape == (2, 3)  # where nothing can be written: in memory
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_features_are_those_of_evaluation_mode_and_the_encoder_goes_on_in_its_own(images, training):
+    model = factory.Config("vit_tiny_patch16_224", TINY_MODEL | {"patch_size": 4, "proj_drop_rate": 0.5})
+    encoder, source = factory.create(model, (40, 36), 3).train(training), data.open_source(str(images), data.Config())
+    normalize = Normalize((0.5,) * 3, (0.25,) * 3)
+    found = features.extract(encoder, source, normalize, Accelerator(cpu=True), ("mean",), workers=0)["mean"].values
+    assert all(module.training == training for module in encoder.modules())
+    x = normalize(torch.stack([source.read(i) for i in range(len(source))]).float() / 255)
+    with torch.no_grad():
+        assert torch.allclose(found, encoder.eval().features(x, "mean"), atol=1e-5)
 
 
 def unbacked() -> int:

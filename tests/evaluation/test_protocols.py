@@ -248,16 +248,17 @@ def test_robustness_begins_with_the_linear_probe(evaluate, sets):
 
 
 FINETUNE = [*SMALL, "base_lr=0.005", "global_batch_size=32", "batch_size=16", "holdout=0.2", "warmup_epochs=0.7"]
-PUBLISHED = [*SMALL, "epochs=3", "global_batch_size=64", "batch_size=16", "cache=false"]
+PUBLISHED = [*SMALL, "epochs=3", "global_batch_size=64", "batch_size=32", "cache=false"]
 # Protocols for which nobody else has a number: theirs are in golden/evaluations.json, which
 # `python -m tests.evaluation.test_protocols` writes anew.
 STORED = {
     "attentive": [*SMALL, "lr=[1e-3,3e-2]", "weight_decay=[1e-4,1]", "epochs=5", "probe_batch_size=32", "holdout=0.25"],
     "finetune-mae": [*FINETUNE, "recipe=mae", "epochs=2", "layer_decay=0.8", "drop_path=0.3", "clip=1"],
     "finetune-small": [
-        *FINETUNE, "recipe=small", "epochs=3", "drop_path=0.3", "head_epochs=1", "unfreeze_epochs=0.5",
+        *FINETUNE, "recipe=small", "epochs=3", "drop_path=0.3", "head_epochs=2", "unfreeze_epochs=0.5",
+        "labels_share=0.6",
     ],
-    "linear-mae": [*PUBLISHED, "protocol=mae", "lr=[20]"],
+    "linear-mae": [*PUBLISHED, "protocol=mae", "lr=[50]"],
     "linear-dino": [*PUBLISHED, "protocol=dino", "lr=[1]"],
 }  # fmt: skip
 GOLDEN = Path(__file__).parents[1] / "golden" / "evaluations.json"
@@ -289,8 +290,8 @@ def run_stored(name, sets, out) -> dict[str, float]:
 def test_losses_are_the_stored_ones(name, sets, tmp_path):
     expected, found = json.loads(GOLDEN.read_text())[name], run_stored(name, sets, tmp_path / "result.json")
     one_image = 100 / len(sets[1].targets)
-    assert found.pop("top1") == pytest.approx(expected.pop("top1"), abs=1.5 * one_image)
-    assert found == pytest.approx(expected, rel=1e-3)
+    assert found.pop("top1") == pytest.approx(expected.pop("top1"), abs=0.5 * one_image)
+    assert found == pytest.approx(expected, rel=2e-4)
 
 
 if __name__ == "__main__":

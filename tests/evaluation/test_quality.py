@@ -20,6 +20,11 @@ def test_the_effective_rank_counts_equal_directions():
     assert quality.effective_rank(torch.tensor([3.0, 1.0])) == pytest.approx(1.7548, abs=1e-4)
 
 
+def test_rankme_is_of_singular_values():
+    x = (rotation(16)[:, :2] * torch.tensor([3.0, 1.0])).float()
+    assert quality.measure(x, torch.stack([x, x]))["rankme"] == pytest.approx(1.7548, abs=1e-4)
+
+
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 def test_the_decay_of_a_power_law_is_its_exponent(alpha):
     orthogonal = F.normalize(rotation(64)[:, :16] - rotation(64)[:, :16].mean(dim=0), dim=0)

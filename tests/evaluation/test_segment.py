@@ -73,11 +73,12 @@ def test_masks_whose_edges_lie_between_patches_are_found_again(cli, stripes, tmp
     assert Image.open(picture).height > 6 * 128
 
 
-def test_an_edge_between_patches_is_exact_when_the_features_contain_it():
+@pytest.mark.parametrize("column", [1, 2, 3])
+def test_an_edge_between_patches_is_exact_when_the_features_contain_it(column):
     """Tokens that are the class: the enlarged logits cross where the patches meet, at any size of the mask."""
     grid, side = (4, 4), 64
     classes = torch.zeros(4, 4, dtype=torch.long)
-    classes[:, 2:] = 1
+    classes[:, column:] = 1
     x = F.one_hot(classes.flatten(), 2).float()
     head = torch.cat([4 * torch.eye(2), torch.zeros(1, 2)])
     mask = classes.repeat_interleave(side // 4, 0).repeat_interleave(side // 4, 1)
@@ -102,6 +103,13 @@ def test_targets_are_the_shares_of_the_known_pixels_under_a_patch(shape):
         if len(seen):
             expected = [(seen == c).double().mean().item() for c in range(3)]
             assert shares[patch].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_heads_to_choose_from_do_not_see_held_out_images_and_the_last_one_sees_all(cli, stripes, monkeypatch):
+    seen, train_heads = [], segment.train_heads
+    monkeypatch.setattr(segment, "train_heads", lambda x, *rest: seen.append(len(x)) or train_heads(x, *rest))
+    assert cli(*words(stripes, "holdout=0.25", "epochs=1"))[0] == 0
+    assert seen == [18 * 16, 24 * 16]  # images, patches
 
 
 def test_with_one_class_a_patch_the_heads_are_those_of_the_linear_probe():

@@ -14,7 +14,7 @@ from sslvit.__main__ import main
 from sslvit.errors import UserError
 from sslvit.export import timm_folder
 
-from ..conftest import words
+from ..conftest import TINY_MODEL, words
 
 ELSEWHERE = """
 import sys, timm, torch
@@ -81,6 +81,19 @@ def test_an_export_reads_deep_images_as_the_run_did_and_anybody_may_load_it(cli,
     assert pretrained.load(str(out)).data_config.value_range == (0.0, 4095.0)
     modes = {path.name: path.stat().st_mode for path in out.iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]
+
+
+@pytest.mark.parametrize(("pool", "theirs"), [("cls", {"global_pool": "token"}), ("mean", {"global_pool": "avg"})])
+def test_the_config_of_an_export_says_what_its_images_must_be(pool, theirs):
+    subject = pretrained.load("random:vit_tiny_patch16_224", (16, 48), TINY_MODEL | {"in_chans": 1})
+    subject.mean, subject.std, subject.value_range, subject.encoder.pool = (0.3,), (0.2,), (0.0, 4095.0), pool
+    config = timm_folder.timm_config(subject)
+    images = {"mean": [0.3], "std": [0.2], "input_size": [1, 16, 48], "fixed_input_size": False, "num_classes": 0}
+    assert config["pretrained_cfg"].items() >= images.items()
+    assert config["value_range"] == [0, 4095]
+    assert config["num_features"] == 48
+    assert config["model_args"].items() >= (TINY_MODEL | theirs | {"in_chans": 1}).items()
+    assert config["model_args"].get("fc_norm") is (False if pool == "mean" else None)  # timm's own is never trained
 
 
 def test_dino_exports_its_teacher(cli, images, tmp_path, real_python):

@@ -11,6 +11,7 @@ LINEAR = PROTOCOLS + "test_a_probe_is_chosen_on_held_out_images_and_trained_on_a
 LOGISTIC = PROTOCOLS + "test_a_probe_is_chosen_on_held_out_images_and_trained_on_all[logistic]"
 RETRIEVAL = PROTOCOLS + "test_retrieval_ranks_by_cosine"
 ROBUSTNESS = PROTOCOLS + "test_robustness_begins_with_the_linear_probe"
+MODE = HERE + "test_features.py::test_features_are_those_of_evaluation_mode_and_the_encoder_goes_on_in_its_own"
 STORED = PROTOCOLS + "test_losses_are_the_stored_ones"
 GOLDEN = "tests/test_golden_runs.py::test_a_run_gives_the_stored_numbers"
 
@@ -165,7 +166,14 @@ FEATURES = [
         "evaluation/features.py",
         "encoder.train(was_training)",
         "pass",
-        GOLDEN + "[mae]",
+        MODE,
+    ),
+    Mistake(
+        "features are computed in training mode",
+        "evaluation/features.py",
+        "encoder.eval()\n    seen",
+        "seen",
+        MODE,
     ),
     Mistake(
         "features are rounded to bf16",
@@ -179,7 +187,7 @@ FEATURES = [
         "model/encoder.py",
         "else patches.mean(dim=1) for",
         "else torch.cat([prefix, patches], dim=1).mean(dim=1) for",
-        POOLS + "[mean]",
+        LINEAR,
     ),
     Mistake(
         "features are taken before the final norm",
@@ -276,7 +284,7 @@ PROBES = [
         "evaluation/linear.py",
         "momentum.addcmul_(weights, decays)",
         "weights.mul_(1 - rates * decays)",
-        HERE + "test_linear.py::test_a_head_equals_torchs_own_sgd",
+        LINEAR,
     ),
     Mistake(
         "the heads' learning rates do not scale with the batch",
@@ -484,7 +492,7 @@ FINETUNING = [
         "evaluation/finetuning/training.py",
         "BETAS = (0.9, 0.999)",
         "BETAS = (0.9, 0.95)",
-        STORED + "[finetune-mae]",
+        STORED + "[finetune-small]",
     ),
     Mistake(
         "frozen blocks drop paths after an evaluation",
@@ -516,6 +524,7 @@ FINETUNING = [
     ),
 ]
 
+SEGMENT = HERE + "test_segment.py::test_heads_to_choose_from_do_not_see_held_out_images_and_the_last_one_sees_all"
 OTHERS = [
     Mistake(
         "a query finds itself",
@@ -554,10 +563,10 @@ OTHERS = [
         HERE + "test_cluster.py::test_kmeans_finds_clouds_again_and_each_repeat_is_a_function_of_the_seed",
     ),
     Mistake(
-        "spherical k-means looks at lengths",
+        "Euclidean k-means looks at directions",
         "evaluation/cluster.py",
-        "x = F.normalize(x, dim=1)",
-        "pass",
+        "if config.spherical:",
+        "if True:",
         HERE + "test_cluster.py::test_spherical_clusters_look_at_directions_and_others_at_distances",
     ),
     Mistake(
@@ -635,14 +644,14 @@ OTHERS = [
         "evaluation/segment.py",
         "fit(~held_out, config.lr)",
         "fit(~held_out | True, config.lr)",
-        HERE + "test_segment.py",
+        SEGMENT,
     ),
     Mistake(
         "the final head of segmentation is fitted on a part",
         "evaluation/segment.py",
         "fit(torch.ones(len(x), dtype=torch.bool), config.lr[best",
         "fit(~held_out, config.lr[best",
-        HERE + "test_segment.py",
+        SEGMENT,
     ),
     Mistake(
         "an unknown pixel counts in a patch's shares",
@@ -688,21 +697,21 @@ EXPORT = [
         "export/timm_folder.py",
         "subject.mean, subject.std",
         "subject.std, subject.mean",
-        TIMM + "test_timm_loads_it_elsewhere_with_equal_features",
+        TIMM + "test_the_config_of_an_export_says_what_its_images_must_be",
     ),
     Mistake(
         "MAE's export pools the class token and DINO's the mean",
         "export/timm_folder.py",
         'if encoder.pool == "cls"',
         'if encoder.pool != "cls"',
-        TIMM + "test_timm_loads_it_elsewhere_with_equal_features",
+        TIMM + "test_the_config_of_an_export_says_what_its_images_must_be",
     ),
     Mistake(
         "an export does not say which values are black and white",
         "export/timm_folder.py",
         "if subject.value_range else {}",
         "if False else {}",
-        TIMM + "test_an_export_reads_deep_images_as_the_run_did_and_anybody_may_load_it",
+        TIMM + "test_the_config_of_an_export_says_what_its_images_must_be",
     ),
     Mistake(
         "features of an export may differ from the encoder's",
@@ -716,7 +725,7 @@ EXPORT = [
         "checkpoints/timm_format.py",
         '"fixed_input_size": not args.get(',
         '"fixed_input_size": args.get(',
-        TIMM.removesuffix("::"),
+        TIMM + "test_the_config_of_an_export_says_what_its_images_must_be",
     ),
     Mistake(
         "an exported folder is pooled by its class token",
