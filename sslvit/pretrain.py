@@ -22,7 +22,7 @@ from .checkpoints import journal, state
 from .checkpoints.saving import Saver, disk_space_warning
 from .config import Plan, RunConfig
 from .data.augment import Normalize, augment
-from .data.cache import Memory, OnDevice, cached, on_device
+from .data.cache import MemoryBudget, OnDevice, cached, on_device
 from .data.crops import Views, random_batch
 from .data.loader import make_loader
 from .distributed import any_process, explain_lost_process, say, world_size
@@ -150,13 +150,13 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     # Images, processes, number of steps.
     configuration.check(config)
     accelerator = start_accelerator(config.precision)
-    device, space = accelerator.device, Memory()
+    device, budget = accelerator.device, MemoryBudget()
     source = first_on_each_machine(accelerator, lambda: data.open_source(config.data.train, config.data))
     plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
     views = objectives.find(config.method).views(config.objective, config.data)
     normalize = Normalize(*data.normalization(config.data))
     has_labels = bool(config.eval.train or config.eval.test)
-    knn_monitor = KnnMonitor(config.eval, config.data, config.seed, space, accelerator) if has_labels else None
+    knn_monitor = KnnMonitor(config.eval, config.data, config.seed, budget, accelerator) if has_labels else None
 
     # The model and its optimizer, as the seed makes them.
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps)
@@ -191,7 +191,7 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
 
     # Where the images come from, and what watches the run.
     workers = default_workers(device) if config.data.workers is None else config.data.workers
-    source = cached(source, config.data.cache, config.seed, space)
+    source = cached(source, config.data.cache, config.seed, budget)
     images = on_device(source, config.data.cache, device, workers)
     workers = 0 if isinstance(images, OnDevice) else workers
     say(*describe(config, plan, schedule, objective, images, accelerator, workers))

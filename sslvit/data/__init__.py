@@ -1,12 +1,13 @@
-"""Images: sources (what a path or a name stands for), crops drawn per image, colours applied per batch, the loader.
+"""Images: where they come from (sources), their crops, photometric augmentation, and the loader that ties these.
 
-Imports the pure helpers only (rng, distributed, hardware, errors), nothing of models or methods.
+Crops are drawn for each image by loader processes. The rest of the augmentation is applied to whole batches on the
+training device. Imports the pure helpers only (rng, distributed, hardware, errors), nothing of models or methods.
 """
 
 from .config import Config, image_size, normalization, pair
-from .sources import BadImage, Source, kind_of, open_source, read_smaller, split_part
+from .sources import BadImage, Source, WrappedSource, kind_of, open_source, split_part
 
 __all__ = [
-    "BadImage", "Config", "Source", "image_size", "kind_of", "normalization", "open_source", "pair",
-    "read_smaller", "split_part",
+    "BadImage", "Config", "Source", "WrappedSource", "image_size", "kind_of", "normalization", "open_source", "pair",
+    "split_part",
 ]  # fmt: skip

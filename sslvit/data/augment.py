@@ -1,9 +1,9 @@
-"""The batched half of the augmentation: flips, turns, jitter, grayscale, blur, solarise, normalise, on the training
-device.
+"""Augmentation of whole batches on the training device: flips, turns, and photometric augmentation (jitter,
+grayscale, blur, solarise), then normalisation.
 
 Each operation follows torchvision's or PIL's formula on images in [0, 1], without the rounding to 8 bits that PIL does
-after every operation. Parameters are drawn on the CPU from the crops' keys, so that which rows an operation concerns is
-known there, and nothing waits for the device.
+after every operation. Parameters are drawn on the CPU from the keys of the crops. So the CPU knows which images of the
+batch an operation concerns, and never waits for the device.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from .crops import Crop, Views, crop_key
 
 GRAY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 SOLARIZE_THRESHOLD = 128 / 255
-NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # factors of brightness, contrast, saturation and hue that change nothing
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # brightness, contrast, saturation and hue that change nothing
 
 
 @dataclass(frozen=True)
@@ -37,39 +37,39 @@ class Normalize:
 
 @lru_cache(maxsize=64)
 def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[C, 1, 1] on the device, brought there once: a copy from the host would wait for what the device has to do."""
-    with torch.inference_mode(False):  # or the first user would decide whether others may take gradients through it
+    """[C, 1, 1] on the device. Kept there: a copy from the CPU would wait until the device has finished its work."""
+    with torch.inference_mode(False):  # the tensor is kept, and others may take gradients through it
         return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """What happens to R crops; all on the CPU. `order[r, i]` is the jitter operation (0 .. 3) that comes i-th."""
+    """What happens to R crops. All tensors lie on the CPU."""
 
     flip: Tensor  # [R] bool
     jitter: Tensor  # [R] bool
-    order: Tensor  # [R, 4] int64
+    order: Tensor  # [R, 4] int64: order[r, i] is the jitter operation that comes i-th, 0 .. 3 as in `factors`
     factors: Tensor  # [R, 4] float32: brightness, contrast, saturation factors and hue shift (in turns)
     gray: Tensor  # [R] bool
     blur: Tensor  # [R] bool
     sigma: Tensor  # [R] float32, pixels
     solarize: Tensor  # [R] bool
     upside_down: Tensor  # [R] bool
-    turns: Tensor  # [R] int64, 0 .. 3: quarter turns, against the clock
+    turns: Tensor  # [R] int64, 0 .. 3: quarter turns, counter-clockwise
     channels: Tensor  # [R, 2, C] float32: brightness and contrast factors of each channel by itself
 
 
 def draw(crop: Crop, key: Tensor, channels: int = 3) -> Parameters:
     """[R] keys of crops of one kind -> their parameters."""
-    u = rng.uniform(rng.fold_in(key, "colour"), 17)  # a longer draw begins with the same numbers
+    u = rng.uniform(rng.fold_in(key, "colour"), 17)
     strength = torch.tensor(crop.jitter)
     low = torch.cat([(1 - strength[:3]).clamp(min=0), -strength[3:]])
     high = torch.cat([1 + strength[:3], strength[3:]])
-    each = torch.ones(len(key), 2, channels)
+    each = torch.ones(len(key), 2, channels)  # factors of each channel by itself
     if any(crop.channel_jitter):
-        share = rng.uniform(rng.fold_in(key, "channels"), 2 * channels).view(-1, 2, channels)
         strength = torch.tensor(crop.channel_jitter).view(2, 1)
         least = (1 - strength).clamp(min=0)
+        share = rng.uniform(rng.fold_in(key, "channels"), 2 * channels).view(-1, 2, channels)
         each = least + (1 + strength - least) * share
     return Parameters(
         flip=u[:, 0] < crop.flip_prob,
@@ -110,19 +110,19 @@ def apply(x: Tensor, p: Parameters) -> Tensor:
         """values: [R], or [R, C] for numbers of each channel."""
         rows = chosen.nonzero().squeeze(1)
         if len(rows):
-            values = [value[rows].view(len(rows), -1, 1, 1).to(x.device, non_blocking=True) for value in values]
+            factors = [value[rows].view(len(rows), -1, 1, 1).to(x.device, non_blocking=True) for value in values]
             rows = rows.to(x.device, non_blocking=True)
-            x.index_copy_(0, rows, operation(x.index_select(0, rows), *values))
+            x.index_copy_(0, rows, operation(x.index_select(0, rows), *factors))
 
     colour = x.shape[1] == 3
     on_rows(p.flip, lambda y: y.flip(-1))
     on_rows(p.upside_down, lambda y: y.flip(-2))
     for turns in range(1, 4):
         on_rows(p.turns == turns, partial(torch.rot90, k=turns, dims=(-2, -1)))
-    for place in range(4):
+    for turn in range(4):
         for number, operation in enumerate((brightness, contrast, saturation, hue)):
             if colour or number < 2:
-                chosen = p.jitter & (p.order[:, place] == number) & (p.factors[:, number] != NEUTRAL[number])
+                chosen = p.jitter & (p.order[:, turn] == number) & (p.factors[:, number] != NEUTRAL[number])
                 on_rows(chosen, operation, p.factors[:, number])
     jittered = p.jitter & (p.channels != 1).flatten(1).any(dim=1)
     on_rows(jittered, brightness, p.channels[:, 0])
@@ -135,7 +135,7 @@ def apply(x: Tensor, p: Parameters) -> Tensor:
 
 
 def gray(x: Tensor) -> Tensor:
-    """[R, 3, h, w] -> [R, 1, h, w]; images of other channel counts give the mean of their channels."""
+    """[R, C, h, w] -> [R, 1, h, w]: the luminance of 3 channels, the mean of any other number."""
     if x.shape[1] != 3:
         return x.mean(dim=1, keepdim=True)
     return GRAY[0] * x[:, :1] + GRAY[1] * x[:, 1:2] + GRAY[2] * x[:, 2:]
@@ -151,7 +151,7 @@ def contrast(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def channel_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Each channel about its own mean, where `contrast` takes that of the gray image. factor: [R, C, 1, 1]."""
+    """The contrast of each channel about its own mean. factor: [R, C, 1, 1]."""
     return (x * factor + x.mean(dim=(-2, -1), keepdim=True) * (1 - factor)).clamp_(0, 1)
 
 

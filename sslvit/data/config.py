@@ -1,4 +1,4 @@
-"""What a run says of its images: where they are, their size, their channels, how they are normalised."""
+"""The data.* keys: where the images are, their size and channels, and how they are normalised."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,13 +16,15 @@ class Config:
     image_size: int | tuple[int, int] = 224  # pixels, one number or [height, width]
     in_chans: int = 3  # channels that the encoder sees; images are converted
     mean: tuple[float, ...] | None = None  # of each channel, in [0, 1]; null: ImageNet's for 3 channels, 0.5 otherwise
-    std: tuple[float, ...] | None = None  # likewise; null: ImageNet's for 3 channels, 0.25 otherwise
-    download_dir: str = "~/.cache/sslvit"  # where what is downloaded or unpacked is or will be
-    value_range: tuple[float, float] | None = None  # deeper than 8 bits: what is black, white; null: [0,65535] or [0,1]
-    workers: int | None = None  # processes that load images, for each training process; null: by the number of cores
-    cache: Cache = None  # decoded images stay in memory: ram (or true), device, false; null: if of one size and fit
-    jpeg_scaling: bool = True  # JPEGs of 2 million pixels and more are decoded at 1/2 .. 1/8 if all crops are smaller
-    bad_ratio: float = 0.01  # the run stops when more than this share of the images cannot be read
+    std: tuple[float, ...] | None = None  # standard deviation; null: ImageNet's for 3 channels, 0.25 otherwise
+    download_dir: str = "~/.cache/sslvit"  # folder for downloads and for what is unpacked
+    value_range: tuple[float, float] | None = None  # black and white of 16-bit and float images; null: [0,65535], [0,1]
+    workers: int | None = None  # loader processes for each training process; null: by the number of cores
+    cache: Cache = (
+        None  # keep decoded images in memory: ram (or true), device, false; null: if of one size and they fit
+    )
+    jpeg_scaling: bool = True  # decode JPEGs of 2 million pixels and more at 1/2, 1/4 or 1/8 if all crops are smaller
+    bad_ratio: float = 0.01  # the run stops if a larger share of the images cannot be read
 
 
 def image_size(config: Config) -> tuple[int, int]:
@@ -36,7 +38,7 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std), a number for each channel; raises UserError if their count is not in_chans."""
+    """(mean, standard deviation), a number for each channel. Raises UserError if there are not in_chans of them."""
     photo = config.in_chans == 3
     mean = config.mean or (IMAGENET_MEAN if photo else (0.5,) * config.in_chans)
     std = config.std or (IMAGENET_STD if photo else (0.25,) * config.in_chans)

@@ -23,14 +23,14 @@ def multilabel(source: Source, separator: str = "|") -> tuple[np.ndarray, list[s
         if not np.isin(values, (-1, 0, 1)).all():
             raise UserError(f"The columns {', '.join(columns)} are taken for one class each and must hold 0 and 1.")
         return np.maximum(values, 0), columns
-    sets = [[word.strip() for word in text.split(separator) if word.strip().lower() not in NONE] for text in texts]
-    classes = sorted({word for words in sets for word in words})
+    sets = [[name.strip() for name in text.split(separator) if name.strip().lower() not in NONE] for text in texts]
+    classes = sorted({name for names in sets for name in names})
     if not classes:
         raise UserError(f"The column {', '.join(columns)} names no class.")
     number = {name: i for i, name in enumerate(classes)}
     targets = np.zeros((len(sets), len(classes)), dtype=np.float32)
-    for row, words in enumerate(sets):
-        targets[row, [number[word] for word in words]] = 1
+    for row, names in enumerate(sets):
+        targets[row, [number[name] for name in names]] = 1
     return targets, classes
 
 
@@ -40,24 +40,23 @@ def numbers(source: Source) -> tuple[np.ndarray, list[str]]:
     texts, columns = _texts(source, "regression")
     values = np.empty((len(texts), max(1, len(columns))), dtype=np.float32)
     for row, text in enumerate(texts):
-        for column, word in enumerate(text.split("\t")):
+        for column, cell in enumerate(text.split("\t")):
             try:
-                values[row, column] = float(word)
+                values[row, column] = float(cell)
             except ValueError:
                 values[row, column] = math.nan
             if not math.isfinite(values[row, column]):
                 raise UserError(
-                    f"{source.name(row)} has {word or 'nothing'} in the column {(columns or ['label'])[column]}: "
+                    f"{source.name(row)} has {cell or 'nothing'} in the column {(columns or ['label'])[column]}: "
                     "regression needs a number for each image."
                 )
     return values, columns or ["label"]
 
 
 def _texts(source: Source, purpose: str) -> tuple[Names, list[str]]:
-    texts = getattr(source, "texts", None)
-    if texts is None:
+    if source.texts is None:
         raise UserError(
             f"{source.name(0)} and the others have no label texts: {purpose} needs a table, list.csv with the columns "
             "path and label, or list.csv:column,column."
         )
-    return texts, list(getattr(source, "columns", []))
+    return source.texts, list(source.columns)

@@ -8,6 +8,7 @@ fill a step is not seen in that epoch. So a run continues at step s by starting 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ from ..errors import UserError
 from ..stopping import ignore_in_worker
 from .cache import OnDevice
 from .crops import Views, cut, cut_at_once, reduction
-from .sources import BadImage, Source, read_smaller
+from .sources import BadImage, Source
 
 SUBSTITUTES = 50  # images tried in place of one that cannot be read, before the run gives up
-WRITTEN_DOWN = 2**22  # images up to which the order of an epoch is kept as a list: 0.4 s to make, 170 MB while it is
+# Images up to which the order of an epoch is a list: it takes 0.4 s and 170 MB to make. The order of more images is
+# computed batch by batch.
+MAX_LISTED = 2**22
+Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,9 @@ class Layout:
 
 
 def make_layout(total: int, batch_size: int | None, num_images: int, world_size: int, rank: int, where: str) -> Layout:
-    """How global batches of `total` images are dealt out. Raises UserError for what cannot be.
+    """How global batches of `total` images are dealt out. Raises UserError for numbers that do not divide.
 
-    batch_size: null: each process's share of the global batch. where: what the images are called.
+    batch_size: None means each process's share of the global batch. where: data.train, for messages.
     """
     if total < 1 or total % world_size:
         raise UserError(f"global_batch_size={total} must be a multiple of the number of processes, {world_size}.")
@@ -59,8 +63,7 @@ def make_layout(total: int, batch_size: int | None, num_images: int, world_size:
 
 
 class Order(Sampler[tuple[int, Tensor]]):
-    """Yields (epoch, [batch_size] int64 image numbers) for each micro-batch of this process, from one step to
-    another."""
+    """(epoch, [batch_size] int64 indices of images) for each micro-batch of this process, between two steps."""
 
     def __init__(self, seed: int, num_images: int, layout: Layout, first_step: int, last_step: int) -> None:
         self.seed, self.num_images, self.layout = seed, num_images, layout
@@ -73,62 +76,66 @@ class Order(Sampler[tuple[int, Tensor]]):
         layout, current = self.layout, -1
         steps_per_epoch = self.num_images // layout.global_batch_size
         for step in range(self.first_step, self.last_step):
-            epoch, place = divmod(step, steps_per_epoch)
+            epoch, step_of_epoch = divmod(step, steps_per_epoch)
             if epoch != current:
                 key, current = rng.fold_in(self.seed, "order", epoch), epoch
-                order = rng.permutation(key, self.num_images) if self.num_images <= WRITTEN_DOWN else None
+                order = rng.permutation(key, self.num_images) if self.num_images <= MAX_LISTED else None
             for micro in range(layout.accumulate):
-                start = place * layout.global_batch_size + (micro * layout.world_size + layout.rank) * layout.batch_size
-                places = torch.arange(start, start + layout.batch_size)
-                yield epoch, rng.shuffled(key, self.num_images, places) if order is None else order[places]
+                start = (step_of_epoch * layout.accumulate + micro) * layout.world_size + layout.rank
+                positions = torch.arange(layout.batch_size) + start * layout.batch_size
+                yield epoch, rng.shuffled(key, self.num_images, positions) if order is None else order[positions]
 
 
-Whole = tuple[Tensor, tuple[int, int]]  # an image, perhaps at a smaller scale, and its height and width as a whole
+SizedImage = tuple[Tensor, tuple[int, int]]  # an image, perhaps at a smaller scale, and its own height and width
 
 
-class Cropped(Dataset):
-    """Images read and cut: one item is one micro-batch, {"key", "index", name: uint8 crops, "bad": ...}.
+class Cropped(Dataset[Batch]):
+    """Images read and cut. One item is one micro-batch: {"key", "index", "bad", name: uint8 crops}.
 
-    "index" is that of the images shown: of the substitute where one could not be read.
+    index: [B] int64, the images of the crops: the substitute's index where an image could not be read.
+    bad: (index, reason) of the images that could not be read.
     """
 
     def __init__(
-        self, source: Source, views: Views, seed: int, finish: Callable[[dict], dict] | None = None,
+        self, source: Source, views: Views, seed: int, finish: Callable[[Batch], Batch] | None = None,
         scaling: bool = False,
     ) -> None:  # fmt: skip
-        """finish: what the worker does last with each micro-batch. scaling: read images no larger than the crops need,
-        see `views.reduction`."""
+        """finish: what the worker does last with each micro-batch. scaling: large images may be read at a smaller
+        scale, see `crops.reduction`."""
         self.source, self.views, self.seed, self.finish, self.scaling = source, views, seed, finish, scaling
 
-    def __getitem__(self, place: tuple[int, Tensor]) -> dict:
-        epoch, index = place
+    def __getitem__(self, position: tuple[int, Tensor]) -> Batch:
+        epoch, index = position
         key = rng.fold_in(rng.fold_in(self.seed, "image", epoch), index)
+        images: list[SizedImage] = []
         bad: list[tuple[int, str]] = []
-        images = [self._read(i, k, bad) for i, k in zip(index.tolist(), key, strict=True)]
-        for b in [b for b, image in enumerate(images) if image is None]:
-            index = index.clone()
-            images[b], index[b] = self._substitute(key[b], bad)
-        if None in images:
-            return {"bad": bad, "failed": True}
+        for b, k in enumerate(key):
+            image = self._read(int(index[b]), k, bad)
+            if image is None:
+                index = index.clone()
+                image, index[b] = self._substitute(k, bad)
+            if image is None:
+                return {"bad": bad, "failed": True}
+            images.append(image)
         batch = {"key": key, "index": index, "bad": bad, **self._cut(images, index, key)}
         return self.finish(batch) if self.finish else batch
 
-    def _cut(self, images: list[Whole], index: Tensor, key: Tensor) -> dict[str, Tensor]:
+    def _cut(self, images: list[SizedImage], index: Tensor, key: Tensor) -> dict[str, Tensor]:
         pixels, sizes = zip(*images, strict=True)
         return cut(pixels, key, self.views, sizes)
 
-    def _read(self, index: int, key: Tensor, bad: list[tuple[int, str]]) -> Whole | None:
+    def _read(self, index: int, key: Tensor, bad: list[tuple[int, str]]) -> SizedImage | None:
         try:
             if self.scaling:
-                return read_smaller(self.source, index, partial(reduction, self.views, key.view(1)))
+                return self.source.read_smaller(index, partial(reduction, self.views, key.view(1)))
             image = self.source.read(index)
             return image, (image.shape[-2], image.shape[-1])
         except BadImage as error:
             bad.append((index, str(error)))
             return None
 
-    def _substitute(self, key: Tensor, bad: list[tuple[int, str]]) -> tuple[Whole | None, int]:
-        """Another image and its number in place of one that cannot be read, chosen by the key."""
+    def _substitute(self, key: Tensor, bad: list[tuple[int, str]]) -> tuple[SizedImage | None, int]:
+        """Another image, chosen by the key, and its index, in place of an image that cannot be read."""
         for draw in rng.bits(rng.fold_in(key, "substitute"), SUBSTITUTES).tolist():
             image = self._read(draw % len(self.source), key, bad)
             if image is not None:
@@ -137,29 +144,25 @@ class Cropped(Dataset):
 
 
 class CroppedOnDevice(Cropped):
-    """The same batches from images that lie on the training device: what `index` says, all at once."""
+    """The same batches from images that lie on the training device. All images of a batch are cut there at once."""
 
     source: OnDevice
 
-    def _read(self, index: int, key: Tensor, bad: list[tuple[int, str]]) -> Whole | None:
-        reason = self.source.broken.get(index)
-        if reason is None:
-            return HERE
-        bad.append((index, reason))
+    def _read(self, index: int, key: Tensor, bad: list[tuple[int, str]]) -> SizedImage | None:
+        if index not in self.source.broken:
+            return torch.empty(0), (0, 0)  # never looked at
+        bad.append((index, self.source.broken[index]))
         return None
 
-    def _cut(self, images: list[Whole], index: Tensor, key: Tensor) -> dict[str, Tensor]:
+    def _cut(self, images: list[SizedImage], index: Tensor, key: Tensor) -> dict[str, Tensor]:
         return cut_at_once(self.source.take(index), key, self.views)
-
-
-HERE = (torch.empty(0), (0, 0))  # in place of an image that need not be read
 
 
 def make_loader(
     source: Source, views: Views, layout: Layout, seed: int, steps: tuple[int, int], workers: int, device: torch.device,
-    finish: Callable[[dict], dict] | None = None, scaling: bool = False,
-) -> Iterable[dict]:  # fmt: skip
-    """Batches of the steps from `steps[0]` to before `steps[1]`, one item for each micro-batch.
+    finish: Callable[[Batch], Batch] | None = None, scaling: bool = False,
+) -> Iterable[Batch]:  # fmt: skip
+    """Batches from step `steps[0]` to before step `steps[1]`, one item for each micro-batch.
 
     finish, scaling: see `Cropped`.
     """
@@ -167,14 +170,10 @@ def make_loader(
     if isinstance(source, OnDevice):
         return map(CroppedOnDevice(source, views, seed, finish).__getitem__, order)
     return DataLoader(
-        Cropped(source, views, seed, finish, scaling),
-        sampler=order,
+        Cropped(source, views, seed, finish, scaling), sampler=order,
         batch_size=None,  # an item is a whole micro-batch already
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_in_worker,
+        num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_in_worker,
         prefetch_factor=2 if workers else None,
-        multiprocessing_context="fork"
-        if workers
-        else None,  # workers share the index and the cache, and never touch CUDA
-    )
+        # Workers share the index of the source and its cache, and never touch CUDA.
+        multiprocessing_context="fork" if workers else None,
+    )  # fmt: skip

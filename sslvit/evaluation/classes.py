@@ -4,23 +4,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Source
+from ..data import Source, WrappedSource
 from ..distributed import gather_objects
 from ..errors import UserError
 
 
-class Relabelled:
+class Relabelled(WrappedSource):
     """The images of a source with other labels. To the feature cache they are the same images."""
 
     def __init__(self, source: Source, labels: np.ndarray, classes: list[str]) -> None:
-        self.source, self.classes = source, classes
-        self.labels: np.ndarray | None = labels
-        self.read, self.name = source.read, source.name
-        self.identity, self.fingerprint = source.identity, source.fingerprint
-        self.value_range = getattr(source, "value_range", None)
-
-    def __len__(self) -> int:
-        return len(self.source)
+        super().__init__(source)
+        self.classes, self.labels = classes, labels
 
 
 def labels_of(source: Source) -> Tensor:

@@ -63,7 +63,7 @@ def place_of(encoder: Encoder, source: Source, normalize: Normalize, accelerator
     return {
         "images": source.fingerprint(),
         "where": where(source),
-        "value_range": getattr(source, "value_range", None),
+        "value_range": source.value_range,
         "architecture": [getattr(encoder, name, None) for name in ("architecture", "model_args", "in_chans")],
         "image_size": list(encoder.image_size),
         "normalize": [list(normalize.mean), list(normalize.std)],

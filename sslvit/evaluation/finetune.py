@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import pretrained, rng
 from ..checkpoints import timm_format
 from ..data import BadImage, Source
-from ..data.cache import Memory, cached
+from ..data.cache import MemoryBudget, cached
 from ..data.loader import make_layout
 from ..distributed import on_first_process, rank, say, world_size
 from ..errors import UserError, check_range
@@ -206,7 +206,7 @@ def train_and_test(
         subject, pool, len(targets.names), frozen.encoder.image_size, recipe.drop_path, fresh_norm, seed
     ).to(accelerator.device)
     choose_attention(classifier, accelerator.device, frozen.precision)
-    memory = Memory()
+    memory = MemoryBudget()
 
     def training_images(index: Tensor, values: Tensor) -> Examples:
         return Examples(cached(Subset(sources[0], index), None, seed, memory), values)

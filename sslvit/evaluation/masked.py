@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data import Config as DataConfig
 from ..data.sources.folder import Folder
 from ..errors import UserError
 
@@ -23,7 +24,7 @@ class Masked:
         for part in ("images", "masks"):
             if not (root / part).is_dir():
                 raise UserError(f"{word} has no folder {part}: segmentation needs {word}/images and {word}/masks.")
-        self.word, self.images = word, Folder(root / "images", in_chans)
+        self.word, self.images = word, Folder(root / "images", DataConfig(in_chans=in_chans))
         files = [p for p in sorted((root / "masks").rglob("*")) if p.suffix.lower() == ".png" and p.name[0] != "."]
         masks = {p.relative_to(root / "masks").with_suffix(""): p for p in files}
         paths = (Path(self.images.name(i)) for i in range(len(self.images)))

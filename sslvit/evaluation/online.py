@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from .. import data, rng
 from ..data import Source, open_source
 from ..data.augment import Normalize
-from ..data.cache import Memory, cached
+from ..data.cache import MemoryBudget, cached
 from ..distributed import gather_objects
 from ..errors import UserError
 from ..hardware import first_on_each_machine
@@ -35,7 +35,7 @@ class KnnMonitor:
     run."""
 
     def __init__(
-        self, config: Config, data_config: data.Config, seed: int, memory: Memory, accelerator: Accelerator
+        self, config: Config, data_config: data.Config, seed: int, budget: MemoryBudget, accelerator: Accelerator
     ) -> None:
         self.config, self.data_config, self.accelerator = config, data_config, accelerator
         if not (config.train and config.test):
@@ -45,7 +45,7 @@ class KnnMonitor:
         specs = config.train, config.test
         train, test = (first_on_each_machine(accelerator, partial(open_source, spec, data_config)) for spec in specs)
         test = align_classes(train, test, specs)
-        self.sources = [cached(source, data_config.cache, seed, memory) for source in (train, test)]
+        self.sources = [cached(source, data_config.cache, seed, budget) for source in (train, test)]
         if config.k > len(train):
             raise UserError(f"eval.k={config.k} is larger than the {len(train)} images of {config.train}.")
 

@@ -137,7 +137,7 @@ def fit(config: linear.Config, features: Features, num_classes: int) -> tuple[Cl
     return Classifier(mean, std, heads[0]), setting
 
 
-class Corrupted:
+class Corrupted(Source):
     """A source whose images are resized and centred for the encoder, and then corrupted."""
 
     def __init__(self, source: Source, size: tuple[int, int], name: str, severity: int, seed: int) -> None:

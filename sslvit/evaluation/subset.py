@@ -6,13 +6,13 @@ from .. import rng
 from ..data import Source
 
 
-class Subset:
+class Subset(Source):
     """The images of a source with these numbers, in this order."""
 
     def __init__(self, source: Source, index: Tensor) -> None:
         self.source, self.index = source, index.tolist()
         self.labels = None if source.labels is None else source.labels[self.index]
-        self.classes = source.classes
+        self.classes, self.value_range = source.classes, source.value_range
 
     def __len__(self) -> int:
         return len(self.index)

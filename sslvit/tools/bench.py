@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import config as configuration
 from .. import data, objectives, optim, rng, sharding
 from ..config import Plan, RunConfig
-from ..data import BadImage, Source, read_smaller
+from ..data import BadImage, Source, WrappedSource
 from ..data.augment import Normalize, augment
-from ..data.cache import Kept, Memory, OnDevice, cached, on_device
+from ..data.cache import MemoryBudget, OnDevice, cached, on_device
 from ..data.crops import Views, cut, reduction
 from ..data.loader import make_loader
 from ..distributed import gather_objects, rank, say
@@ -131,7 +131,7 @@ def bench(config: RunConfig, settings: Config) -> Report:
         say(compiled(config, plan, accelerator, model, optimizer, views))
     read, crops = _one_core(source, views, config.seed, config.data.jpeg_scaling)
     workers = default_workers(device) if config.data.workers is None else config.data.workers
-    in_memory = cached(source, config.data.cache, config.seed, Memory())
+    in_memory = cached(source, config.data.cache, config.seed, MemoryBudget())
     in_memory = on_device(in_memory, config.data.cache, device, workers)
     resident = isinstance(in_memory, OnDevice)
     workers = 0 if resident else workers
@@ -312,7 +312,7 @@ def _one_core(source: Source, views: Views, seed: int, scaling: bool) -> tuple[f
     spent: dict[str, list[float]] = {"read": [], "cut": []}
 
     def read(index: int) -> tuple[Tensor, tuple[int, int]]:
-        return read_smaller(source, index, partial(reduction, views, order[:1]) if scaling else lambda *_: 1)
+        return source.read_smaller(index, partial(reduction, views, order[:1]) if scaling else lambda *_: 1)
 
     for index in order[: SAMPLE + 1].tolist():
         try:
@@ -347,12 +347,12 @@ def _loop(
     return elapsed / steps, sum(waited[-steps * accumulate :]) / elapsed
 
 
-class First(Kept):
+class First(WrappedSource):
     """The first images of a source."""
 
     def __init__(self, source: Source, count: int) -> None:
         super().__init__(source)
-        self.count, self.read = count, source.read
+        self.count = count
 
     def __len__(self) -> int:
         return self.count

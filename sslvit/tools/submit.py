@@ -26,7 +26,7 @@ from .. import config as configuration
 from .. import data, objectives
 from ..checkpoints import state
 from ..config import RunConfig
-from ..data.cache import Memory
+from ..data.cache import MemoryBudget
 from ..data.loader import make_layout
 from ..distributed import rank, say
 from ..errors import UserError, require
@@ -157,7 +157,7 @@ def check(config: RunConfig, settings: Config) -> None:
         plan = configuration.make_plan(config, len(source), processes, 0)
         per_epoch, steps = plan.steps_per_epoch, plan.steps
         if config.eval.train or config.eval.test:
-            KnnMonitor(config.eval, config.data, config.seed, Memory(), start_accelerator("float32"))
+            KnnMonitor(config.eval, config.data, config.seed, MemoryBudget(), start_accelerator("float32"))
     else:  # the number of images is not known: check what does not depend on it
         size = config.batch_size if isinstance(config.batch_size, int) else None
         make_layout(config.global_batch_size, size, config.global_batch_size, processes, 0, config.data.train)

@@ -37,7 +37,7 @@ from torchvision.transforms import v2
 
 from sslvit import data, rng
 from sslvit.data.augment import Normalize, augment
-from sslvit.data.cache import Cached, on_device
+from sslvit.data.cache import Cached, SharedBuffer, bytes_needed, on_device
 from sslvit.data.crops import Views
 from sslvit.data.loader import Cropped, CroppedOnDevice, Layout, make_loader
 from sslvit.data.sources.decode import decode
@@ -160,7 +160,7 @@ def compare(
     large: bool = False,
 ) -> None:  # fmt: skip
     """Print a line for each pipeline: images/s, and how many times the published one's."""
-    source = Folder(folder)
+    source = Folder(folder, data.Config())
     order = rng.permutation(rng.fold_in(0, "benchmark"), len(source))
     order = order.repeat(-(-images // len(order)))[:images]
     paths = [source.name(index) for index in order.tolist()]
@@ -177,7 +177,8 @@ def compare(
         "ours, the device's half, here": lambda: [augment(batch, views, normalize, CPU) for batch in cut],
     }
     if cache:
-        ram = Cached(source, tuple(source.read(0).shape))
+        shape = tuple(source.read(0).shape)
+        ram = Cached(source, shape, SharedBuffer(bytes_needed(source, shape)))
         kept, resident = Cropped(ram, views, 0), CroppedOnDevice(on_device(ram, "device", CPU, 0), views, 0)
         variants["ours, data.cache=ram"] = lambda: [kept[0, index] for index in order.split(BATCH)]
         variants["ours, data.cache=device, here"] = lambda: [resident[0, index] for index in order.split(BATCH)]
@@ -205,7 +206,7 @@ def worker_memory(folder: str, whole: str) -> None:
     def note(batch: dict) -> dict:
         return batch | {"peak": peak_memory(CPU), "own": psutil.Process().memory_full_info().uss}
 
-    source = Folder(Path(folder))
+    source = Folder(Path(folder), data.Config())
     size = min(BATCH, len(source))
     loader = make_loader(source, our_views("dino", sizes), Layout(size), 0, (0, max(8, 256 // size)), 1, CPU, note)
     batches = list(loader)
@@ -244,7 +245,7 @@ def make_photos(folder: Path, count: int = 48) -> Path:
 def make_large(photos: Path, folder: Path, count: int = 8) -> Path:
     """JPEG files of 3,000 pixels on the longer side: photos enlarged, with grain, so that decoding them is work."""
     folder.mkdir(parents=True)
-    source, noise = Folder(photos), np.random.default_rng(0)
+    source, noise = Folder(photos, data.Config()), np.random.default_rng(0)
     for i in range(min(count, len(source))):
         with Image.open(source.name(i)) as image:
             factor = 3000 / max(image.size)

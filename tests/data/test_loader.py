@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from sslvit import rng
-from sslvit.data import BadImage, Config, cache, loader, open_source
-from sslvit.data.cache import Cached, Memory, cached, on_device
+from sslvit.data import BadImage, Config, Source, cache, loader, open_source
+from sslvit.data.cache import Cached, MemoryBudget, SharedBuffer, cached, on_device
 from sslvit.data.crops import Crop
 from sslvit.data.loader import Layout, Order, make_loader
 from sslvit.errors import UserError
@@ -21,7 +21,7 @@ VIEWS = {"image": [Crop((16, 16), (0.2, 1.0))]}
 CPU = torch.device("cpu")
 
 
-class Broken:
+class Broken(Source):
     """A source of 37 images, some of which cannot be read."""
 
     classes, labels = [], None
@@ -57,7 +57,7 @@ def order(layout: Layout, first: int = 0, last: int = 9, n: int = 37) -> list[tu
 def listed_or_computed(request, monkeypatch):
     """The order of an epoch as a list, and as it is for sets too large for one."""
     if request.param:
-        monkeypatch.setattr(loader, "WRITTEN_DOWN", 0)
+        monkeypatch.setattr(loader, "MAX_LISTED", 0)
 
 
 @pytest.mark.usefixtures("listed_or_computed")
@@ -117,7 +117,7 @@ def test_a_source_without_a_readable_image_fails_instead_of_looping():
 
 def test_the_cache_reads_each_image_once_and_workers_share_it():
     source = Broken({4})
-    kept = Cached(source, (3, 20, 20))
+    kept = Cached(source, (3, 20, 20), SharedBuffer(cache.bytes_needed(source, (3, 20, 20))))
     for _ in make_loader(kept, VIEWS, Layout(8), 0, (0, 12), 2, CPU):
         pass
     assert kept.filled.sum() >= 30  # filled by the workers, seen here
@@ -131,16 +131,16 @@ def test_the_cache_reads_each_image_once_and_workers_share_it():
 
 def test_the_cache_is_chosen_when_sizes_agree_and_can_be_refused(images, capsys):
     source = open_source(str(images), Config())
-    assert isinstance(cached(source, None, 0, Memory()), Cached)
-    assert cached(source, False, 0, Memory()) is source
+    assert isinstance(cached(source, None, 0, MemoryBudget()), Cached)
+    assert cached(source, False, 0, MemoryBudget()) is source
 
     class Mixed(Broken):
         def read(self, index: int) -> torch.Tensor:
             return torch.zeros(3, 20, 20 + index % 2, dtype=torch.uint8)
 
     mixed = Mixed(set())
-    assert cached(mixed, None, 0, Memory()) is mixed
-    assert cached(mixed, True, 0, Memory()) is mixed
+    assert cached(mixed, None, 0, MemoryBudget()) is mixed
+    assert cached(mixed, True, 0, MemoryBudget()) is mixed
     assert "data.cache=true has no effect" in capsys.readouterr().out
 
 
@@ -148,20 +148,20 @@ def test_all_caches_of_a_machine_share_one_memory(images, monkeypatch):
     source = open_source(str(images), Config())
     size = 37 * (3 * 40 * 36 + 1)
     monkeypatch.setattr(cache, "free_memory", lambda: int(2.5 * size / cache.CACHE_SHARE))
-    memory = Memory()
+    memory = MemoryBudget()
     assert [isinstance(cached(source, None, 0, memory), Cached) for _ in range(3)] == [True, True, False]
     assert isinstance(cached(source, True, 0, memory), Cached)  # who asks for it gets it
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert isinstance(cached(source, None, 0, Memory()), Cached)  # its processes share it
+    assert isinstance(cached(source, None, 0, MemoryBudget()), Cached)  # its processes share it
     monkeypatch.delattr(os, "memfd_create", raising=False)
-    assert cached(source, None, 0, Memory()) is source  # where they cannot
+    assert cached(source, None, 0, MemoryBudget()) is source  # where they cannot
 
 
 def _one_of_two(rank: int, port: int, say: Connection, dead: Event) -> None:
     """Reads its half of the images, and says how many it finds in memory after the other has read its own."""
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     source = Broken(set())
-    kept = cached(source, "ram", 0, Memory())
+    kept = cached(source, "ram", 0, MemoryBudget())
     for index in range(rank, len(source), 2):
         kept.read(index)
     dist.barrier()
@@ -200,7 +200,7 @@ def test_processes_of_a_machine_share_one_cache_and_one_that_is_killed_takes_not
 
 def test_a_cache_without_memory_that_has_a_number_is_that_of_forked_processes(monkeypatch):
     monkeypatch.delattr(os, "memfd_create", raising=False)
-    kept = cached(Broken(set()), "ram", 0, Memory())
+    kept = cached(Broken(set()), "ram", 0, MemoryBudget())
     for _ in make_loader(kept, VIEWS, Layout(8), 0, (0, 12), 2, CPU):
         pass
     assert kept.filled.sum() >= 30
@@ -215,7 +215,7 @@ def test_keys_are_those_of_seed_epoch_and_image():
 
 def on_the_device(source: Broken, workers: int = 2) -> cache.OnDevice:
     """On the CPU here, where it has to be asked for."""
-    found = on_device(cached(source, "device", 0, Memory()), "device", CPU, workers)
+    found = on_device(cached(source, "device", 0, MemoryBudget()), "device", CPU, workers)
     assert isinstance(found, cache.OnDevice)
     return found
 
@@ -248,10 +248,10 @@ def test_the_device_keeps_images_only_if_it_has_room_and_they_are_alike(monkeypa
 
     sampled = set(rng.permutation(rng.fold_in(0, "sample"), 37)[:16].tolist())
     odd = min(set(range(37)) - sampled)
-    kept = cached(Mixed(set()), "device", 0, Memory())
+    kept = cached(Mixed(set()), "device", 0, MemoryBudget())
     assert on_device(kept, "device", CPU, 0) is kept
     assert "1 of 37 images are not of 3x20x20" in capsys.readouterr().out
-    kept = cached(Broken(set()), "device", 0, Memory())
+    kept = cached(Broken(set()), "device", 0, MemoryBudget())
     assert on_device(kept, None, CPU, 0) is kept  # on a CPU only who asks for it
     assert on_device(kept, "ram", CPU, 0) is kept
     monkeypatch.setattr(cache, "free_memory", lambda: 37 * 20 * 20 * 3 - 1)
@@ -263,7 +263,7 @@ def _device_of_two(rank: int, port: int, say: Connection) -> None:
     """Reads its share of the images, and says how many it read and whether it has them all."""
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     source = Broken({4})
-    kept = cached(source, "device", 0, Memory())
+    kept = cached(source, "device", 0, MemoryBudget())
     source.reads = 0
     resident = on_device(kept, "device", CPU, 0)
     right = all(int(resident.read(i)[0, 0, 0]) == i for i in range(37) if i != 4)

@@ -21,7 +21,7 @@ KEYS = rng.fold_in(7, "test", torch.arange(64))
 @pytest.fixture
 def at_any_size(monkeypatch):
     """As if it were worth it for the small images of these tests."""
-    monkeypatch.setattr(decoding, "SMALLER_FROM", 1)
+    monkeypatch.setattr(decoding, "MIN_SCALED", 1)
 
 
 def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -135,7 +135,7 @@ def test_what_is_no_large_jpeg_is_read_as_ever(monkeypatch):
     pixels = picture(300, 300)
     content = jpeg(pixels)
     for too_large, scale in ((1, 1), (300 * 300 + 1, 8)):
-        monkeypatch.setattr(decoding, "SMALLER_FROM", too_large)
+        monkeypatch.setattr(decoding, "MIN_SCALED", too_large)
         image, size = decode_smaller(content, 3, None, lambda h, w, scale=scale: scale)
         assert torch.equal(image, decode(content, 3))
         assert size == (300, 300)

@@ -234,22 +234,22 @@ LOADER = [
     Mistake(
         "all processes get the same images",
         "data/loader.py",
-        "(micro * layout.world_size + layout.rank)",
-        "(micro * layout.world_size)",
+        "* layout.world_size + layout.rank\n",
+        "* layout.world_size\n",
         TWO,
     ),
     Mistake(
         "micro-batches of several processes overlap",
         "data/loader.py",
-        "(micro * layout.world_size + layout.rank)",
-        "(micro + layout.rank)",
+        "layout.accumulate + micro) * layout.world_size + layout.rank\n",
+        "layout.accumulate) * layout.world_size + micro + layout.rank\n",
         "tests/data/test_loader.py",
     ),
     Mistake(
         "a substitute is counted as the image that could not be read",
         "data/loader.py",
-        "images[b], index[b] = self._substitute(key[b], bad)",
-        "images[b], _ = self._substitute(key[b], bad)",
+        "image, index[b] = self._substitute(k, bad)",
+        "image, _ = self._substitute(k, bad)",
         "tests/data/test_loader.py",
     ),
 ]

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from sslvit import config, data
-from sslvit.data.cache import Kept
 from sslvit.tools import bench
 from tests.conftest import METHODS, words
 from tests.processes import launch
@@ -106,7 +105,7 @@ def test_images_on_the_device_are_cut_there_without_loader_processes(images):
 def test_images_that_stay_in_memory_are_decoded_in_the_first_epoch_only(images, monkeypatch):
     """The whole run is forecast from both; reading is made slow here."""
 
-    class Slow(Kept):
+    class Slow(data.WrappedSource):
         def read(self, index: int) -> torch.Tensor:
             time.sleep(0.02)
             return self.source.read(index)

@@ -1,7 +1,7 @@
-"""Where images come from: `open_source(word, config)` gives a Source, whatever the user named.
+"""Where images come from: `open_source(spec, config)` gives a Source for whatever the user named.
 
-KINDS is the table of what a word can stand for, with one file a kind beside this one. They import data/config.py and
-the pure helpers, and nothing else of data/.
+KINDS is the table of what a spec (a path, a name, a list, a pattern) can stand for. Each kind has its function in a
+file of this folder, which is imported when it is needed. These files may import data/config.py and the pure helpers.
 """
 
 import difflib
@@ -11,27 +11,24 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..config import Config
-from .source import BadImage, Source, read_smaller
-from .syntax import is_list, is_pattern, split_part
+from .source import BadImage, Source, WrappedSource
+from .syntax import is_pattern, split_part
 
-__all__ = ["BadImage", "Source", "kind_of", "open_source", "read_smaller", "split_part"]
+__all__ = ["BadImage", "Source", "WrappedSource", "kind_of", "open_source", "split_part"]
 
 
-def open_source(word: str, config: Config) -> Source:
-    """The images that a user's word stands for. Raises UserError for a word that stands for none, a source without
-    images, and one that is not there.
-
-    A path that exists is what it is, whatever else it looks like.
-    """
-    kind = kind_of(word)
+def open_source(spec: str, config: Config) -> Source:
+    """The images that a spec stands for. Raises UserError if it stands for nothing, is not there, or has no images."""
+    kind = kind_of(spec)
     if kind is None:
-        raise UserError(_unknown(word))
+        raise UserError(_unknown(spec))
     module, function = KINDS[kind].split(":")
-    return getattr(import_module(f".{module}", __package__), function)(word, config)
+    source: Source = getattr(import_module(f".{module}", __package__), function)(spec, config)
+    return source
 
 
-# What a word can stand for, and which function(word, config) -> Source opens it. A new kind of source is a line here,
-# one in `kind_of`, and a file.
+# {kind: which function(spec, config) -> Source opens it}. A new kind of source is a line here, one in `kind_of`, and a
+# file.
 KINDS = {
     "list": "several:open_list",  # [a,b,...]: any sources, one after another
     "url": "download:open_url",  # http://, https://: fetched once, then as a local file
@@ -40,15 +37,15 @@ KINDS = {
     "fractals": "fractals:open_fractals",
     "set": "torchvision_sets:open_set",  # cifar10, cifar100, stl10
     "folder": "folder:open_folder",
-    "pattern": "pattern:open_pattern",  # *, ?, [0-9], ** and {000..012}: images, archives, tables, folders
+    "pattern": "several:open_pattern",  # *, ?, [0-9], ** and {000..012}: images, archives, tables, folders
     "table": "table:open_table",  # .txt, .csv, .tsv [:label columns]: paths, and labels
     "archive": "archive:open_archive",  # .zip, .tar: read in place; WebDataset shards are tar files
     "parquet": "parquet:open_parquet",
     "array": "array:open_array",  # .npy, or .npz [:name]: [N, H, W] or [N, H, W, C]
-    "hdf5": "hdf5:open_hdf5",  # .h5, .hdf5 [:data set]
+    "hdf5": "hdf5:open_hdf5",  # .h5, .hdf5 [:dataset]
     "stack": "pages:open_pages",  # one .tif: its pages are the images
 }
-PACKED = (".tgz", ".gz", ".bz2", ".xz", ".zst", ".tbz2", ".txz", ".7z", ".rar")  # that archive.py refuses
+PACKED = (".tgz", ".gz", ".bz2", ".xz", ".zst", ".tbz2", ".txz", ".7z", ".rar")  # archive.py says why it refuses them
 ENDINGS = {
     ".txt": "table", ".csv": "table", ".tsv": "table",
     ".zip": "archive", ".tar": "archive", **dict.fromkeys(PACKED, "archive"),
@@ -58,35 +55,29 @@ ENDINGS = {
 SETS = ("cifar10", "cifar100", "stl10")
 
 
-def kind_of(word: str) -> str | None:
-    """The key in KINDS; None for a word that stands for no source."""
-    path = Path(word).expanduser()
+def kind_of(spec: str) -> str | None:
+    """The key in KINDS; None for a spec that stands for no source. A path that exists is that path in any case."""
+    path = Path(spec).expanduser()
     if not os.path.lexists(path):
-        if is_list(word):
+        if spec.startswith("[") and spec.endswith("]"):
             return "list"
-        if word.startswith(("http://", "https://")):
+        if spec.startswith(("http://", "https://")):
             return "url"
-        if word.startswith("hf:"):
-            return "hub"
-        if word.startswith("pages:"):
-            return "pages"
-        head = word.split(":")[0].split(",")[0]
-        if head == "fractals":
-            return "fractals"
-        if head in SETS:
-            return "set"
-        path = Path(split_part(word)[0]).expanduser()
+        if spec.startswith(("hf:", "pages:")):
+            return "hub" if spec.startswith("hf:") else "pages"
+        name = spec.split(":")[0].split(",")[0]
+        if name == "fractals" or name in SETS:
+            return "fractals" if name == "fractals" else "set"
+        path = Path(split_part(spec)[0]).expanduser()
         if not os.path.lexists(path):
-            return "pattern" if is_pattern(word) else None
-    if path.is_dir():
-        return "folder"
-    return ENDINGS.get(path.suffix.lower(), "folder")  # which refuses a file
+            return "pattern" if is_pattern(spec) else None
+    return "folder" if path.is_dir() else ENDINGS.get(path.suffix.lower(), "folder")  # open_folder refuses a file
 
 
-def _unknown(word: str) -> str:
-    head = word.split(":")[0].split(",")[0]
-    near = difflib.get_close_matches(head, ("fractals", *SETS), n=1)
+def _unknown(spec: str) -> str:
+    near = difflib.get_close_matches(spec.split(":")[0].split(",")[0], ("fractals", *SETS), n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    if os.path.splitext(split_part(word)[0])[1].lower() in ENDINGS:
-        return f"data: there is no file {split_part(word)[0]}.{hint}"
-    return f"data: {word} is neither a folder nor one of fractals, {', '.join(SETS)}.{hint}"
+    path = split_part(spec)[0]
+    if os.path.splitext(path)[1].lower() in ENDINGS:
+        return f"data: there is no file {path}.{hint}"
+    return f"data: {spec} is neither a folder nor one of fractals, {', '.join(SETS)}.{hint}"

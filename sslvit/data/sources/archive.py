@@ -1,12 +1,11 @@
-"""zip and tar files read in place: nothing is unpacked, and a name with `..` in it is only a name.
+"""zip and tar files read in place: nothing is unpacked.
 
-Of a zip the table of contents is read, of a tar every header; then an image is a read at a known place, so that many
-tar files (WebDataset shards) are shuffled and resumed like a folder.
+At the start the table of contents of a zip is read, or every header of a tar. Then each image is read from its place in
+the file. So many tar files (WebDataset shards) are shuffled and resumed like a folder.
 """
 
 import array
 import hashlib
-import itertools
 import json
 import os
 import struct
@@ -14,8 +13,9 @@ import tarfile
 import time
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from .files import (
     Encoded,
     check_channels,
     endings_of,
+    fingerprint_of,
     stamp,
     unfinished,
 )
@@ -41,12 +42,12 @@ COMPRESSED = {
     b"Rar!": "rar",
 }  # fmt: skip
 STORED, DEFLATED = 0, 8  # methods of a zip
-COLUMNS = 6  # of an index: archive, place, bytes there, bytes unpacked, checksum (-1: none), method
-OPEN_FILES = 64  # of one process at a time
+COLUMNS = 6  # of an index: archive, offset, bytes there, bytes unpacked, checksum (-1: none), method
+OPEN_FILES = 64  # in one process at a time
 LABELS = (".cls", ".json")  # of WebDataset, beside the image of the same name
 LABEL_KEYS = ("label", "cls", "class", "target", "category")  # in a .json
 MAX_LABEL = 2**20  # bytes of one of these files
-SLOW = 2.0  # seconds above which an index is kept for the next time
+SLOW = 2.0  # seconds; an index that takes longer to make is kept for the next time
 
 
 class Archive(Encoded):
@@ -61,51 +62,47 @@ class Archive(Encoded):
             tables.append(np.insert(rows, 0, number, axis=1))
         table = np.concatenate(tables)
         endings = [os.path.splitext(name)[1].lower() for name in names]
+        where = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} others"
         wanted = EXTENSIONS if any(ending in EXTENSIONS for ending in endings) else SCIENTIFIC
         images = [i for i, ending in enumerate(endings) if ending in wanted and not _hidden(names[i])]
         if not images:
             held = f"{len(names)} other files, for example {names[0]}" if names else "nothing"
-            raise UserError(f"data: no images in {_together(paths)}: it holds {held}. Images end in {SOME_EXTENSIONS}.")
+            raise UserError(f"data: no images in {where}: it holds {held}. Images end in {SOME_EXTENSIONS}.")
         images.sort(key=lambda i: (table[i, 0], names[i]))
-        chosen = [names[i] for i in images]
         self.paths, self.ranges, self.rows = paths, Ranges(paths), table[images]
-        self.top = _common_top(chosen)
-        chosen = [name[len(self.top) :] for name in chosen]
-        check_channels(config.in_chans, endings_of(chosen), _together(paths))
-        classes, labels = self._labels(names, table, chosen, endings) or top_folders(chosen, "/")
-        super().__init__(Names(chosen), config.in_chans, config.value_range, classes, labels)
+        self.top = _common_top([names[i] for i in images])
+        chosen = [names[i].removeprefix(self.top) for i in images]
+        check_channels(config.in_chans, endings_of(chosen), where)
+        super().__init__(Names(chosen), config, *top_folders(chosen, "/"))
+        for ending in LABELS:
+            files = [i for i in range(len(names)) if endings[i] == ending]
+            if files and any(texts := self._label_texts(ending, files, names, table)):
+                self.classes, self.labels = numbered(texts)
+                break
 
-    def _labels(
-        self, names: list[str], table: np.ndarray, images: list[str], endings: list[str]
-    ) -> tuple[list[str], np.ndarray] | None:
-        """Labels from .cls or .json files; None if the images have none."""
-        for wanted in LABELS:
-            files = {
-                (int(table[i, 0]), _key(name[len(self.top) :])): i
-                for i, name in enumerate(names)
-                if endings[i] == wanted and name.startswith(self.top)
-            }
-            if not files:
+    def _label_texts(self, ending: str, files: list[int], names: list[str], table: np.ndarray) -> list[str]:
+        """What the label file beside each image says, "" without one. [] if these files are about something else."""
+        of_sample = {(table[i, 0], _sample(names[i])): i for i in files}
+        texts: list[str] = []
+        for row, name in zip(self.rows, self.names, strict=True):
+            i = of_sample.get((row[0], _sample(self.top + name)))
+            if i is None:
+                texts.append("")
                 continue
-            texts = []
-            for row, name in zip(self.rows, images, strict=True):
-                i = files.get((int(row[0]), _key(name)))
-                try:
-                    text = "" if i is None else _label(wanted, self._bytes(table[i], MAX_LABEL))
-                except BadImage as error:
-                    raise UserError(f"data: {names[i]} in {self.paths[row[0]]} cannot be read: {error}.") from error
-                if text is None:  # a .json about something else
-                    break
-                texts.append(text)
-            if len(texts) == len(images) and any(texts):
-                return numbered(texts)
-        return None
+            try:
+                text = _label(ending, self._bytes(table[i], MAX_LABEL))
+            except BadImage as error:
+                raise UserError(f"data: {names[i]} in {self.paths[row[0]]} cannot be read: {error}.") from error
+            if text is None:
+                return []
+            texts.append(text)
+        return texts
 
     def name(self, index: int) -> str:
         return f"{self.paths[self.rows[index, 0]]}/{self.top}{self.names[index]}"
 
     def identity(self) -> str:
-        """That of the unpacked folder, for one archive."""
+        """Of one archive: the same as of the folder that it was made of."""
         if len(self.paths) == 1:
             return super().identity()
         counts = np.bincount(self.rows[:, 0], minlength=len(self.paths)).tolist()
@@ -113,18 +110,17 @@ class Archive(Encoded):
         return hashlib.sha256(";".join([super().identity(), *shards]).encode()).hexdigest()
 
     def fingerprint(self) -> str:
-        stamps = [stamp(path) for path in self.paths]
-        return hashlib.sha256(";".join([self.identity(), *stamps]).encode()).hexdigest()
+        return fingerprint_of(self.identity(), self.paths)
 
     def bytes_of(self, index: int) -> bytes:
         return self._bytes(self.rows[index], MAX_BYTES)
 
-    def _bytes(self, row: np.ndarray, most: int) -> bytes:
+    def _bytes(self, row: np.ndarray, limit: int) -> bytes:
         number, place, packed, size, checksum, method = row.tolist()
-        if max(packed, size) > most:
+        if max(packed, size) > limit:
             raise BadImage(f"it has {max(packed, size) / 2**20:,.0f} MiB, which is no image")
         try:
-            if checksum < 0:  # of a tar: nothing is packed
+            if checksum < 0:  # in a tar nothing is packed
                 return self.ranges.read(number, place, packed)
             header = self.ranges.read(number, place, 30)
             signature, flags, name_length, extra_length = struct.unpack("<4s2xH18xHH", header)
@@ -144,20 +140,20 @@ class Archive(Encoded):
         return data
 
 
-def open_archive(word: str, config: Config) -> Archive:
-    return Archive([str(Path(word).expanduser())], config)
+def open_archive(spec: str, config: Config) -> Archive:
+    return Archive([str(Path(spec).expanduser())], config)
 
 
 class Ranges:
-    """Bytes at places of files. `pread` does not move a position, so that processes that were forked share an open file
-    safely; at most OPEN_FILES are open."""
+    """Bytes at places of files, of which at most OPEN_FILES are open. Forked processes share an open file safely,
+    because `pread` does not move its position."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
         self.open: dict[int, tuple[int, int]] = {}  # number of the file: (descriptor, bytes)
 
     def read(self, number: int, place: int, size: int) -> bytes:
-        """Raises OSError, also for a place beyond the end."""
+        """Raises OSError if the file cannot be read or ends before."""
         if number not in self.open:
             if len(self.open) >= OPEN_FILES:
                 os.close(self.open.pop(next(iter(self.open)))[0])
@@ -183,8 +179,8 @@ class Ranges:
 def _index(path: str, cache_dir: str) -> tuple[list[str], np.ndarray]:
     """What an archive holds: names, and [n, 5] int64 rows. Raises UserError.
 
-    That of a tar, whose headers lie between the images, is kept on disk if making it took long, under the file's path,
-    size and time, so that a file that has changed is read anew.
+    The headers of a tar lie between the images. If it takes long to read them, the index is kept on disk, under a name
+    made of the file's path, size and time: a file that has changed is read anew.
     """
     try:
         with open(path, "rb") as file:
@@ -195,8 +191,8 @@ def _index(path: str, cache_dir: str) -> tuple[list[str], np.ndarray]:
     packer = next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), None)
     if packer:
         raise UserError(
-            f"data: {path} is packed with {packer} as a whole, so that no image in it can be read alone: unpack it, "
-            "or make a plain .tar or a .zip of what it holds."
+            f"data: {path} is packed with {packer} as a whole, so no image in it can be read alone: unpack it, or make "
+            "a plain .tar or a .zip of what it holds."
         )
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")) or (start[257:262] != b"ustar" and zipfile.is_zipfile(path)):
         return _zip(path)
@@ -207,8 +203,8 @@ def _index(path: str, cache_dir: str) -> tuple[list[str], np.ndarray]:
             names = Names([])
             names.ends, names.blob = stored["ends"], stored["blob"]
             return list(names), stored["rows"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole: made again
-        pass
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # not there, or not whole: it is made again
     began = time.perf_counter()
     found, rows = _tar(path, length)
     if time.perf_counter() - began > SLOW:
@@ -223,7 +219,7 @@ def _keep(path: Path, names: Names, rows: np.ndarray) -> None:
         with part.open("wb") as file:
             np.savez(file, ends=names.ends, blob=names.blob, rows=rows)
         os.replace(part, path)
-    except OSError as error:  # then it takes as long the next time
+    except OSError as error:
         say(f"The index is not kept for next time: {path}: {error.strerror}.")
         part.unlink(missing_ok=True)
 
@@ -240,12 +236,13 @@ def _zip(path: str) -> tuple[list[str], np.ndarray]:
 
 
 def _tar(path: str, length: int) -> tuple[list[str], np.ndarray]:
-    names, rows, links, num_symbolic = [], array.array("q"), [], 0
+    names: list[str] = []
+    rows, links, num_symbolic = array.array("q"), [], 0
     damaged = f"data: {path} is damaged"
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=_Careful(file), mode="r:") as tar:
+        with open(path, "rb") as file, tarfile.open(fileobj=cast(BinaryIO, _Careful(file)), mode="r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # it would keep a kilobyte for each
+                tar.members = []  # type: ignore[attr-defined]  # it would keep a kilobyte for each
                 name = info.name.removeprefix("./")
                 if info.islnk():
                     links.append((name, info.linkname.removeprefix("./")))
@@ -261,7 +258,7 @@ def _tar(path: str, length: int) -> tuple[list[str], np.ndarray]:
         raise
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise UserError(f"{damaged}: {error}. Copy or make it again.") from error
-    with open(path, "rb") as file:  # a header that makes no sense looks to tarfile like the end
+    with open(path, "rb") as file:  # tarfile takes a damaged header for the end
         file.seek(end)
         if any(file.read(512)):
             raise UserError(f"{damaged}: at byte {end:,} of {length:,} stands no header. Copy or make it again.")
@@ -279,7 +276,7 @@ def _tar(path: str, length: int) -> tuple[list[str], np.ndarray]:
 
 
 class _Careful:
-    """A file of which no header can ask for gigabytes: tarfile reads as many bytes for a long name as one claims."""
+    """A file that gives 4 MiB at most: for a long name, tarfile reads as many bytes as a header claims."""
 
     MOST = 2**22
 
@@ -290,7 +287,7 @@ class _Careful:
         return self.file.read(self.MOST if size < 0 else min(size, self.MOST))
 
 
-def _table(rows: list | array.array) -> np.ndarray:
+def _table(rows: "Sequence[tuple[int, ...]] | array.array[int]") -> np.ndarray:
     return np.array(rows, dtype=np.int64).reshape(-1, COLUMNS - 1)
 
 
@@ -301,15 +298,14 @@ def _hidden(name: str) -> bool:
 def _common_top(names: list[str]) -> str:
     """The folders that all images lie in and that are no class: `train/` of `train/<class>/...`."""
     folders = [name.split("/")[:-1] for name in names]
-    pairs = zip(min(folders), max(folders), strict=False)  # what these two share, all share
-    common = [part for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    if any(len(parts) == len(common) for parts in folders):  # images of a single folder, which may be their class
+    common = os.path.commonprefix(folders)  # noqa: RUF071  # of lists, part by part
+    if any(len(parts) == len(common) for parts in folders):  # the last one may be the class of its images
         common = common[:-1]
     return "".join(f"{part}/" for part in common)
 
 
-def _key(name: str) -> str:
-    """What the files of one sample share: all before the first dot of the last part."""
+def _sample(name: str) -> str:
+    """What the names of one sample's files share: all before the first dot of the last part."""
     folder, _, last = name.rpartition("/")
     return f"{folder}/{last.partition('.')[0]}"
 
@@ -325,7 +321,3 @@ def _label(ending: str, data: bytes) -> str | None:
         return None
     value = next((record[key] for key in LABEL_KEYS if key in record), None) if isinstance(record, dict) else None
     return str(value) if isinstance(value, (int, str)) else None
-
-
-def _together(paths: list[str]) -> str:
-    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} others"

@@ -14,25 +14,23 @@ from ..config import Config
 from .files import stamp
 from .names import numbered
 from .pixels import MAX_PIXELS, from_array
-from .source import BadImage, ValueRange
+from .source import BadImage, Source
 from .syntax import split_part
 
 
-class Array:
+class Array(Source):
     """The images of an array, in its order. A file `x.labels.npy` beside `x.npy` holds their classes, [N] integers or
     texts; of `x.npz:train_images` it is the array `train_labels`, as in MedMNIST."""
 
-    def __init__(self, path: Path, name: str, in_chans: int, value_range: ValueRange = None) -> None:
-        self.path, self.part, self.in_chans, self.value_range = path, name, in_chans, value_range
+    def __init__(self, path: Path, name: str, config: Config) -> None:
+        self.path, self.part, self.in_chans, self.value_range = path, name, config.in_chans, config.value_range
         if path.suffix.lower() == ".npz":
-            self.pixels, labels, beside = _packed(path, name)
+            self.pixels, labels, where = _packed(path, name)
         else:
             beside = path.with_suffix(".labels.npy")
-            self.pixels, labels = _mapped(path), _mapped(beside) if beside.exists() else None
-        check_shape(self.pixels.shape, in_chans, str(path))
-        self.classes, self.labels = [], None
-        if labels is not None:
-            self.classes, self.labels = classes_of(labels, len(self), str(beside))
+            self.pixels, labels, where = _mapped(path), _mapped(beside) if beside.exists() else None, str(beside)
+        check_shape(self.pixels.shape, config.in_chans, str(path))
+        self.classes, self.labels = classes_of(labels, len(self), where)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -41,7 +39,7 @@ class Array:
         return f"{self.path}{f':{self.part}' if self.part else ''}[{index}]"
 
     def identity(self) -> str:
-        """An array has no names: its shape and type have to do."""
+        """Its shape and type, because an array has no names."""
         return f"array-1:{self.pixels.shape},{self.pixels.dtype}"
 
     def fingerprint(self) -> str:
@@ -51,14 +49,14 @@ class Array:
         return from_array(self.pixels[index], self.in_chans, self.value_range)
 
 
-def open_array(word: str, config: Config) -> Array:
+def open_array(spec: str, config: Config) -> Array:
     """`images.npy`, or `file.npz:name`, which is unpacked into memory."""
-    path, name = split_part(word)
-    return Array(Path(path).expanduser(), name, config.in_chans, config.value_range)
+    path, name = split_part(spec)
+    return Array(Path(path).expanduser(), name, config)
 
 
 def _packed(path: Path, name: str) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Images, their labels, and what the labels are called. Raises UserError."""
+    """Images, their labels, and where the labels are from. Raises UserError."""
     try:
         with np.load(path) as file:
             names = list(file)
@@ -81,12 +79,12 @@ def _packed(path: Path, name: str) -> tuple[np.ndarray, np.ndarray | None, str]:
 def _mapped(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError, OverflowError, MemoryError) as error:  # too short, absurd, no numbers
+    except (OSError, ValueError, EOFError, OverflowError, MemoryError) as error:  # too short, or an absurd header
         raise UserError(f"data: {path} cannot be read as an array: {str(error).splitlines()[0]}.") from error
 
 
 def check_shape(shape: tuple[int, ...], in_chans: int, where: str) -> None:
-    """Raises UserError for what is no pile of images of in_chans channels."""
+    """Raises UserError for an array that does not hold images of in_chans channels."""
     if len(shape) not in (3, 4) or 0 in shape:
         raise UserError(f"data: {where} has the shape {list(shape)}: images are [N, H, W] or [N, H, W, C].")
     if shape[1] * shape[2] > MAX_PIXELS:
@@ -99,8 +97,10 @@ def check_shape(shape: tuple[int, ...], in_chans: int, where: str) -> None:
         ) from error
 
 
-def classes_of(values: np.ndarray, count: int, where: str) -> tuple[list[str], np.ndarray | None]:
-    """[N] integers or texts -> classes and labels; negative numbers are no label. Raises UserError."""
+def classes_of(values: np.ndarray | None, count: int, where: str) -> tuple[list[str], np.ndarray | None]:
+    """[N] integers or texts -> classes and labels. Negative numbers are no label. Raises UserError."""
+    if values is None:
+        return [], None
     values = np.asarray(values)
     if values.shape == (count, 1):
         values = values[:, 0]

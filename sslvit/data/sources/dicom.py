@@ -1,5 +1,7 @@
-"""DICOM at its full depth, as a viewer would show it: rescaled, windowed, MONOCHROME1 inverted (PS3.3, C.7.6.3.1.2 and
-C.11.2)."""
+"""DICOM at its full depth, as a viewer displays it: rescaled, windowed, MONOCHROME1 inverted.
+
+The standard is DICOM PS3.3, C.7.6.3.1.2 and C.11.2.
+"""
 
 import io
 from typing import Any
@@ -15,9 +17,9 @@ from .source import BadImage, ValueRange
 def decode_dicom(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
     """[in_chans, H, W] uint8 for plain 8-bit images, else float32 in [0, 255].
 
-    What becomes 0 and 255: the value_range, in rescaled units (Hounsfield for CT); or else the file's own first
-    window; or else all that its bits can hold. Several frames are channels if there are in_chans of them. Raises
-    BadImage.
+    The values that become 0 and 255 are those of value_range, in rescaled units (Hounsfield for CT). Without one they
+    are those of the file's first window, and without a window the whole range of its bits. Several frames are channels
+    if there are in_chans of them. Raises BadImage.
     """
     pydicom = require("pydicom", "dicom", "DICOM")
     file = pydicom.dcmread(io.BytesIO(data))
@@ -36,7 +38,7 @@ def decode_dicom(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
         values = np.moveaxis(values, 0, -1)
     if samples > 1:
         return from_array(values, in_chans, value_range if values.dtype != np.uint8 else None)
-    scaled = _shown(file, pydicom.pixels.apply_modality_lut(values, file), values.dtype, value_range)
+    scaled = _windowed(file, pydicom.pixels.apply_modality_lut(values, file), values.dtype, value_range)
     if kind == "MONOCHROME1":
         scaled = 255 - scaled
     if scaled.dtype == np.uint8:
@@ -44,7 +46,7 @@ def decode_dicom(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
     return from_array(scaled, in_chans, (0.0, 255.0))
 
 
-def _shown(file: Any, values: np.ndarray, stored: np.dtype, value_range: ValueRange) -> np.ndarray:
+def _windowed(file: Any, values: np.ndarray, stored: np.dtype, value_range: ValueRange) -> np.ndarray:
     """Rescaled values -> uint8, or float32 in [0, 255]."""
     bits, signed = int(file.get("BitsStored", 8)), int(file.get("PixelRepresentation", 0))
     rescaled = values.dtype != stored or any(key in file for key in ("RescaleSlope", "ModalityLUTSequence"))
@@ -65,12 +67,12 @@ def _shown(file: Any, values: np.ndarray, stored: np.dtype, value_range: ValueRa
         smallest = -(2 ** (bits - 1)) if signed else 0
         ends = [slope * end + intercept for end in (smallest, smallest + 2**bits - 1)]
         low, high = min(ends), max(ends)
-    if high <= low:  # a window of no width: black below it, white from it on
+    if high <= low:  # a window of no width: black below, white from there on
         return np.where(values >= high, 255, 0).astype(np.float32)
     scaled = (values.astype(np.float64) - low) * (255 / (high - low))
     return scaled.clip(0, 255).astype(np.float32)
 
 
 def _first(value: Any) -> float:
-    """Of several windows the first is the one to show first."""
+    """A number, or the first of several: viewers display the first window."""
     return float(value[0]) if hasattr(value, "__len__") and not isinstance(value, str) else float(value)

@@ -14,11 +14,9 @@ from ... import __version__
 from ...distributed import say
 from ...errors import UserError
 from ..config import Config
-from . import ENDINGS, PACKED, open_source
-from .archive import Archive
+from . import ENDINGS, PACKED
 from .files import unfinished
-from .parquet import Parquet
-from .several import joined
+from .several import open_paths
 from .source import Source
 from .syntax import expanded
 
@@ -26,27 +24,20 @@ SAY_EVERY = 10.0  # seconds
 TIMEOUT = 60.0  # seconds without a byte
 
 
-def open_url(word: str, config: Config) -> Source:
-    """`https://host/images.zip`, `https://host/shards/{000..012}.tar`. Braces are the only pattern, as a server lists
-    nothing."""
+def open_url(spec: str, config: Config) -> Source:
+    """`https://host/images.zip`, `https://host/shards/{000..012}.tar`. Braces are the only pattern, because a server
+    does not list its files."""
     folder = Path(config.download_dir).expanduser() / "urls"
-    urls = expanded(word)
+    urls = expanded(spec)
     endings = [Path(_file_name(url)).suffix.lower() for url in urls]
     for url, ending in zip(urls, endings, strict=True):
         if ending not in ENDINGS or ending in PACKED:
             raise UserError(f"data: {url} must end in .tar, .zip, .parquet, .npy, .h5 or .tif to be read in place.")
-    paths = [str(fetch(url, folder, f"{i + 1} of {len(urls)}")) for i, url in enumerate(urls)]
-    kinds = {ENDINGS[Path(path).suffix.lower()] for path in paths}
-    if kinds == {"archive"}:
-        return Archive(paths, config)
-    if kinds == {"parquet"}:
-        return Parquet(paths, config)
-    return joined([open_source(path, config) for path in paths])
+    return open_paths([str(fetch(url, folder, f"{i + 1} of {len(urls)}")) for i, url in enumerate(urls)], config)
 
 
 def fetch(url: str, folder: Path, which: str) -> Path:
-    """The local copy, made where there is none. A copy is never asked anew: remove it to fetch it again. Raises
-    UserError."""
+    """The path of the local copy. It is fetched once: remove the copy to fetch it again. Raises UserError."""
     path = folder / hashlib.sha256(url.encode()).hexdigest()[:16] / _file_name(url)
     if path.exists():
         return path
@@ -59,13 +50,13 @@ def fetch(url: str, folder: Path, which: str) -> Path:
             free = shutil.disk_usage(folder).free
             if length > free:
                 raise UserError(f"data: {url} has {_size(length)} and {folder} has {_size(free)} left.")
-            done, said = 0, time.monotonic()
+            done, last = 0, time.monotonic()
             say(f"fetching {url} ({which}, {_size(length) if length else 'size unknown'}) into {folder}")
             while block := answer.read(2**20):
                 file.write(block)
                 done += len(block)
-                if time.monotonic() - said > SAY_EVERY:
-                    said = time.monotonic()
+                if time.monotonic() - last > SAY_EVERY:
+                    last = time.monotonic()
                     say(f"  {_size(done)}{f' of {_size(length)}, {done / length:.0%}' if length else ''}")
         if length and done != length:
             raise UserError(f"data: {url} broke off after {_size(done)} of {_size(length)}: start the command again.")

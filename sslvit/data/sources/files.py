@@ -1,4 +1,4 @@
-"""What sources share whose images are encoded: files of a disk, members of an archive, cells of a table."""
+"""What sources of encoded images share, be these files of a disk, members of an archive or cells of a table."""
 
 import hashlib
 import os
@@ -11,10 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from ...errors import UserError, require
+from ..config import Config
 from .decode import decode, decode_smaller
 from .names import Names
 from .pixels import MODES
-from .source import BadImage, Reduction
+from .source import BadImage, Reduction, Source
 
 EXTENSIONS = frozenset([
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -23,22 +24,17 @@ EXTENSIONS = frozenset([
 SCIENTIFIC = frozenset([".dcm", ".dicom", ".npy"])  # looked for where there is none of the above
 DEEP = frozenset([".tif", ".tiff", *SCIENTIFIC])  # those that can have more than four channels
 SOME_EXTENSIONS = ".jpg, .png, .webp, .tif, .bmp and the like"
-MAX_BYTES = 2**31  # of one encoded image: more is no image, and reading it would fill the memory
+MAX_BYTES = 2**31  # of one encoded image; a larger file is no image, and reading it would fill the memory
 
 
-class Encoded:
-    """Images by number, each from its bytes."""
+class Encoded(Source):
+    """Images, each decoded from the bytes of an image file."""
 
     def __init__(
-        self,
-        names: Names,
-        in_chans: int,
-        value_range: tuple[float, float] | None = None,
-        classes: list[str] | None = None,
-        labels: np.ndarray | None = None,
+        self, names: Names, config: Config, classes: list[str] | None = None, labels: np.ndarray | None = None
     ) -> None:
-        self.names, self.in_chans, self.value_range = names, in_chans, value_range
-        self.classes, self.labels = classes or [], labels
+        self.names, self.classes, self.labels = names, classes or [], labels
+        self.in_chans, self.value_range = config.in_chans, config.value_range
 
     def __len__(self) -> int:
         return len(self.names)
@@ -47,36 +43,24 @@ class Encoded:
         return self.names[index]
 
     def bytes_of(self, index: int) -> bytes:
-        """The encoded image; raises BadImage."""
+        """The encoded image. Raises BadImage."""
         raise NotImplementedError
 
     def read(self, index: int) -> Tensor:
         return decode(self.bytes_of(index), self.in_chans, self.value_range)
 
     def read_smaller(self, index: int, reduction: Reduction) -> tuple[Tensor, tuple[int, int]]:
-        """(image, its whole height and width), where it may be `reduction(height, width)` times smaller."""
         return decode_smaller(self.bytes_of(index), self.in_chans, self.value_range, reduction)
 
     def identity(self) -> str:
         return self.names.digest()
 
-    def fingerprint(self) -> str:
-        raise NotImplementedError
-
 
 class Files(Encoded):
-    """Files below `root` (a path that is not relative stands for itself)."""
+    """Files below `root`. An absolute path stands for itself."""
 
-    def __init__(
-        self,
-        root: Path,
-        names: Names,
-        classes: list[str],
-        labels: np.ndarray | None,
-        in_chans: int,
-        value_range: tuple[float, float] | None = None,
-    ) -> None:
-        super().__init__(names, in_chans, value_range, classes, labels)
+    def __init__(self, root: Path, names: Names, config: Config, classes: list[str], labels: np.ndarray | None) -> None:
+        super().__init__(names, config, classes, labels)
         self.root = root
 
     def name(self, index: int) -> str:
@@ -93,7 +77,7 @@ class Files(Encoded):
 
 
 def read_file(path: str) -> bytes:
-    """All of a file; raises BadImage."""
+    """The bytes of a file. Raises BadImage."""
     try:
         about = os.stat(path)
         if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for ever
@@ -107,7 +91,7 @@ def read_file(path: str) -> bytes:
 
 
 def unfinished(path: Path) -> Path:
-    """Beside a file or folder that is being made: a name that no other process of any machine uses."""
+    """Where a file or folder is made before it is renamed: a name that no other process of any machine uses."""
     return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
 
 
@@ -118,6 +102,11 @@ def stamp(path: str | Path) -> str:
     except OSError:  # a link to nowhere, a file removed meanwhile: reading it is a BadImage
         return "missing"
     return f"{about.st_size},{about.st_mtime_ns}"
+
+
+def fingerprint_of(identity: str, paths: Iterable[str | Path]) -> str:
+    """Changes when the identity does, or one of the files."""
+    return hashlib.sha256(";".join([identity, *map(stamp, paths)]).encode()).hexdigest()
 
 
 def endings_of(names: Iterable[str]) -> set[str]:

@@ -14,19 +14,19 @@ from ..config import Config
 from .files import EXTENSIONS, SCIENTIFIC, SOME_EXTENSIONS, Files, check_channels
 from .names import Names, labels_of_runs
 
-THREADS = 16  # that list folders
 LOCK = threading.Lock()
+THREADS = 16  # that list folders, each waiting for the file system
 
 
 class Folder(Files):
-    """Every image file below `root`, in the order of the paths. If all of them lie in sub-folders, the first folder of
-    the path is the label.
+    """Every image file below `root`, in the order of the paths. If all images lie in sub-folders, the first folder of
+    a path is the label.
 
-    The list is made anew at every start: whether a stored one still holds could only be told from the folders' times,
-    which say nothing on some network file systems. A million files take a few seconds on a local disk.
+    The files are listed at every start. A stored list could only be checked by the times of folders, which some network
+    file systems do not keep. A million files take a few seconds on a local disk.
     """
 
-    def __init__(self, root: Path, in_chans: int = 3, value_range: tuple[float, float] | None = None) -> None:
+    def __init__(self, root: Path, config: Config) -> None:
         if not root.is_dir():
             raise UserError(f"data: {root} is a file: give the folder that holds the images.")
         tree = Tree(root, EXTENSIONS)
@@ -34,57 +34,54 @@ class Folder(Files):
             tree = Tree(root, SCIENTIFIC)
         if not tree.num_images:
             raise UserError(f"data: no images in {root}: {_describe(tree)}. Image files end in {SOME_EXTENSIONS}.")
-        check_channels(in_chans, tree.endings, "a folder")
-        super().__init__(root, *_listed(tree), in_chans=in_chans, value_range=value_range)
+        check_channels(config.in_chans, tree.endings, "a folder")
+        names, classes, labels = _listed(tree)
+        super().__init__(root, names, config, classes, labels)
 
 
-def open_folder(word: str, config: Config) -> Folder:
-    return Folder(Path(word).expanduser(), config.in_chans, config.value_range)
+def open_folder(spec: str, config: Config) -> Folder:
+    return Folder(Path(spec).expanduser(), config)
 
 
 class Tree:
-    """The image files below a folder, in the order in which they would be sorted, without a Python string for each.
+    """The image files below a folder, in the order of their sorted paths, without a Python string for each.
 
-    Folders are listed by threads, which wait for the file system at once. Hidden files are passed over. Links to
-    folders are followed after all else, in the order of their paths, and a folder that was seen already is not entered
-    again. Raises UserError for a folder that cannot be listed.
+    Hidden files are left out. Links to folders are followed after all else, in the order of their paths. A folder that
+    was seen before is not entered again. Raises UserError for a folder that cannot be listed.
     """
 
     def __init__(self, root: Path, wanted: frozenset[str]) -> None:
-        self.root, self.wanted = root, wanted
-        self.num_images, self.num_others = 0, 0
+        """wanted: endings of image files."""
+        self.root, self.wanted, self.num_images = root, wanted, 0
         self.endings: set[str] = set()  # of the images
         self.others: Counter[str] = Counter()  # other files, by their ending
-        self.example: str | None = None  # of them
-        # {folder: what it holds, sorted, with zeros between; the name of a folder ends in a slash}. With the slash it
-        # stands where its files do in the order of all paths.
+        self.example = ""  # one of them
+        # {folder: names of its images and folders, sorted, with zeros between}. A folder's name ends in a slash, which
+        # gives it its place in the order of all paths.
         self.held: dict[str, bytes] = {}
-        seen, links, level = {os.path.realpath(root)}, [], [("", os.path.realpath(root))]
+        seen: set[str] = set()
+        links: list[str] = []
+        level = [("", os.path.realpath(root))]
         with ThreadPoolExecutor(THREADS) as pool:
             while level or links:
                 if not level:
                     folder = links.pop(0)
-                    real = os.path.realpath(root / folder)
-                    if real in seen:
-                        self._leave_out(folder)
-                        continue
-                    seen.add(real)
-                    level = [(folder, real)]
-                found = pool.map(self._list, [folder for folder, _ in level])
+                    level = [(folder, os.path.realpath(root / folder))]
+                self.held |= {folder: b"" for folder, real in level if real in seen}
+                level = [(folder, real) for folder, real in level if real not in seen]
+                seen.update(real for _, real in level)
                 inner = []
+                found = pool.map(self._list, [folder for folder, _ in level])
                 for (folder, real), (folders, linked) in zip(level, found, strict=True):
                     inner += [(os.path.join(folder, name), os.path.join(real, name)) for name in folders]
                     links += [os.path.join(folder, name) for name in linked]
-                again = [folder for folder, real in inner if real in seen]  # below a link out of the tree and back
-                for folder in again:
-                    self._leave_out(folder)
-                level = [(folder, real) for folder, real in inner if real not in seen]
-                seen.update(real for _, real in level)
+                level = inner
                 links.sort()
 
     def _list(self, folder: str) -> tuple[list[str], list[str]]:
-        """Note what one folder holds; returns the names of the folders in it, and those of links to folders."""
-        images, folders, links = [], [], []
+        """Note what a folder holds. Returns the names of folders in it and of links to folders."""
+        images, others = list[str](), list[str]()
+        folders, links = list[str](), list[str]()
         try:
             with os.scandir(self.root / folder) as entries:
                 for entry in entries:
@@ -92,30 +89,20 @@ class Tree:
                         continue
                     if _is_folder(entry):
                         (links if entry.is_symlink() else folders).append(entry.name)
-                        continue
-                    ending = os.path.splitext(entry.name)[1].lower()
-                    if ending in self.wanted:
-                        images.append(entry.name)
-                        self.endings.add(ending)
                     else:
-                        with LOCK:
-                            self._note_other(os.path.join(folder, entry.name), ending)
+                        (images if _ending(entry.name) in self.wanted else others).append(entry.name)
         except OSError as error:
             raise UserError(f"data: cannot list {self.root / folder}: {error.strerror}.") from error
-        held = sorted([*images, *(f"{name}/" for name in (*folders, *links))])
+        held = b"\0".join(map(os.fsencode, sorted([*images, *(f"{name}/" for name in folders + links)])))
         with LOCK:
+            self.held[folder] = held
             self.num_images += len(images)
-            self.held[folder] = b"\0".join(map(os.fsencode, held))
+            self.endings |= set(map(_ending, images))
+            self.others.update(_ending(name) or "no extension" for name in others)
+            if others:
+                first = os.path.join(folder, min(others))
+                self.example = min(self.example or first, first)
         return folders, links
-
-    def _note_other(self, path: str, ending: str) -> None:
-        self.num_others += 1
-        self.others[ending or "no extension"] += 1
-        if self.example is None or path < self.example:
-            self.example = path
-
-    def _leave_out(self, folder: str) -> None:
-        self.held[folder] = b""
 
     def files(self) -> Iterator[tuple[str, list[bytes]]]:
         """(folder, names of images), in order; a folder comes again after each folder in it."""
@@ -155,7 +142,11 @@ def _listed(tree: Tree) -> tuple[Names, list[str], np.ndarray | None]:
     return Names.of_arrays(ends, np.frombuffer(blob, dtype=np.uint8)), *labels_of_runs(tops)
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link that leads to itself: reading it is a BadImage
@@ -163,10 +154,10 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _describe(tree: Tree) -> str:
-    if not tree.num_others:
+    if not tree.others:
         return "the folder is empty"
     counts = ", ".join(f"{count} {kind}" for kind, count in tree.others.most_common(4))
     openable = next((ending for ending in (".zip", ".tar", ".parquet") if ending in tree.others), None)
     if openable:
         counts += f"; write <folder>/*{openable} for what is in the {openable} files"
-    return f"it holds {tree.num_others} other files ({counts}), for example {tree.example}"
+    return f"it holds {tree.others.total()} other files ({counts}), for example {tree.example}"

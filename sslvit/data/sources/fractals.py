@@ -1,11 +1,11 @@
 """Images from a formula: fractals of iterated function systems, one class for each set of parameters.
 
 FractalDB (Kataoka et al., "Pre-training without Natural Images", ACCV 2020, section 3): a class is a random set of 2
-to 8 affine maps, chosen with a probability proportional to the absolute value of their determinants and accepted if
-the attractor fills enough of the picture; the images of a class vary one parameter by up to 20 % and flip the
-picture. Here the 4 flips are the 8 symmetries of the square, and each image has a foreground and a background colour
-of its own, so that neither pixels nor colours give the class away. Every image is a function of (seed, split, index):
-no download.
+to 8 affine maps. A map is applied with a probability proportional to the absolute value of its determinant. The class
+is accepted if its attractor fills enough of the picture. The images of a class vary one parameter by up to 20 % and
+flip the picture. Here an image has one of the 8 symmetries of the square instead of the 4 flips, and a foreground and a
+background colour of its own. So neither pixels nor colours say which class it is. Every image is a function of
+(seed, split, index): nothing is downloaded.
 """
 
 import numpy as np
@@ -15,47 +15,41 @@ from torch import Tensor
 from ... import rng
 from ...errors import UserError
 from ..config import Config, image_size
+from .source import Source
 
 PARTICLES, BURN_IN = 256, 16
-MIN_FILL = 0.2  # share of pixels that an attractor must reach to become a class; FractalDB's filling rate
+MIN_FILL = 0.2  # share of pixels that the attractor of a class must reach; FractalDB's filling rate
 OPTIONS = {"classes": 20, "count": 0, "size": 0, "seed": 0}
 COUNTS = {"train": 10_000, "test": 2_000}
 
 
-def open_fractals(name: str, config: Config) -> "Fractals":
+def open_fractals(spec: str, config: Config) -> "Fractals":
     """`fractals`, `fractals:test`, `fractals:train,classes=50,count=20000,size=64,seed=1`."""
     split, options = "train", dict(OPTIONS)
-    for word in name.replace("fractals", "", 1).lstrip(":").split(","):
-        key, equals, value = word.partition("=")
+    for option in spec.removeprefix("fractals").lstrip(":").split(","):
+        key, equals, value = option.partition("=")
         if not equals and key in COUNTS:
             split = key
         elif key in options and value.isdigit():
             options[key] = int(value)
-        elif word:
+        elif option:
             raise UserError(
-                f"data: {name} has the word {word}: after the colon come {' or '.join(COUNTS)} and numbers for "
+                f"data: {spec} has the option {option}: after the colon come {' or '.join(COUNTS)} and numbers for "
                 f"{', '.join(OPTIONS)}, as in fractals:train,classes=20,count=10000,size=32."
             )
     if options["classes"] < 1:
-        raise UserError(f"data: {name} must have at least one class.")
-    size = options["size"] or max(image_size(config))
-    return Fractals(
-        split, options["classes"], options["count"] or COUNTS[split], size, options["seed"], in_chans=config.in_chans
-    )
+        raise UserError(f"data: {spec} must have at least one class.")
+    count, size = options["count"] or COUNTS[split], options["size"] or max(image_size(config))
+    return Fractals(split, options["classes"], count, size, options["seed"], config.in_chans)
 
 
-class Fractals:
+class Fractals(Source):
     """`count` images of `size` x `size` pixels in `classes` classes; image i has label i % classes."""
 
     def __init__(
-        self,
-        split: str = "train",
-        classes: int = 20,
-        count: int = 10_000,
-        size: int = 32,
-        seed: int = 0,
+        self, split: str = "train", classes: int = 20, count: int = 10_000, size: int = 32, seed: int = 0,
         in_chans: int = 3,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.split, self.count, self.size, self.seed, self.in_chans = split, count, size, seed, in_chans
         self.key = rng.fold_in(seed, "fractals")
         self.systems = [_system(rng.fold_in(self.key, "class", c)) for c in range(classes)]

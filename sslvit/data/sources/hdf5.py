@@ -1,4 +1,4 @@
-"""An HDF5 data set of images: `file.h5` or `file.h5:group/name`, [N, H, W] or [N, H, W, C], or [N] encoded images."""
+"""A dataset of an HDF5 file: `file.h5` or `file.h5:group/name`, [N, H, W] or [N, H, W, C], or [N] encoded images."""
 
 import hashlib
 import os
@@ -14,63 +14,59 @@ from .array import check_shape, classes_of
 from .decode import decode
 from .files import stamp
 from .pixels import from_array
-from .source import BadImage, ValueRange
+from .source import BadImage, Source
 from .syntax import split_part
 
 IMAGES = ("images", "image", "x", "data", "pixels")  # names tried where none is given
 LABELS = ("labels", "label", "y", "targets", "target")  # of integers, beside the images
 
 
-class Hdf5:
-    """The images of a data set, in its order; a data set `labels` in the same group holds their classes."""
+class Hdf5(Source):
+    """The images of a dataset, in its order. A dataset `labels` in the same group holds their classes."""
 
-    def __init__(self, path: Path, name: str, in_chans: int, value_range: ValueRange = None) -> None:
+    def __init__(self, path: Path, name: str, config: Config) -> None:
         require("h5py", "hdf5", "HDF5")
-        self.path, self.in_chans, self.value_range = path, in_chans, value_range
-        self._open: tuple[int, Any] = (0, None)  # process, data set
+        self.path, self.in_chans, self.value_range = path, config.in_chans, config.value_range
+        self._open: tuple[int, Any] = (0, None)  # the process that opened it, and the dataset
         try:
             self._start(name)
         except UserError:
             raise
-        except (OSError, RuntimeError, KeyError, ValueError) as error:  # whatever HDF5 says of a damaged file
+        except (OSError, RuntimeError, KeyError, ValueError) as error:  # HDF5 raises any of these
             raise UserError(f"data: {path} cannot be read as HDF5: {str(error).splitlines()[0]}.") from error
 
     def _start(self, name: str) -> None:
         with self.path.open("rb") as stream, _h5py().File(stream, "r") as file:
-            self.data_set = name or _guess(file, self.path)
-            if self.data_set not in file or not isinstance(file[self.data_set], _h5py().Dataset):
-                raise UserError(f"data: {self.path} has no data set {name}; it has {', '.join(_names(file))}.")
-            found = file[self.data_set]
+            self.dataset = name or _guess(file, self.path)
+            if self.dataset not in file or not isinstance(file[self.dataset], _h5py().Dataset):
+                raise UserError(f"data: {self.path} has no dataset {name}; it has {', '.join(_names(file))}.")
+            found = file[self.dataset]
             self.shape, self.kind = found.shape, str(found.dtype)
             self.encoded = len(self.shape) == 1 and found.dtype.kind in "OS"  # bytes of image files
             if not self.encoded:
-                check_shape(self.shape, self.in_chans, f"{self.path}:{self.data_set}")
-            group = found.parent
-            beside = next(
-                (group[key] for key in LABELS if key in group and isinstance(group[key], _h5py().Dataset)), None
-            )
-            self.classes, self.labels = [], None
-            if beside is not None:
-                self.classes, self.labels = classes_of(beside[()], len(self), f"{self.path}:{beside.name}")
+                check_shape(self.shape, self.in_chans, f"{self.path}:{self.dataset}")
+            beside = next((key for key in LABELS if isinstance(found.parent.get(key), _h5py().Dataset)), None)
+            labels = found.parent[beside][()] if beside else None
+            self.classes, self.labels = classes_of(labels, len(self), f"{self.path}:{beside}")
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return int(self.shape[0])
 
     def name(self, index: int) -> str:
-        return f"{self.path}:{self.data_set}[{index}]"
+        return f"{self.path}:{self.dataset}[{index}]"
 
     def identity(self) -> str:
         return f"hdf5-1:{self.shape},{self.kind}"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.identity()},{self.data_set},{stamp(self.path)}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.identity()},{self.dataset},{stamp(self.path)}".encode()).hexdigest()
 
     def read(self, index: int) -> Tensor:
         try:
             if self._open[0] != os.getpid():
-                # A file object of its own: opened by path, HDF5 would find the file that the parent process had open
-                # and go on using its position.
-                self._open = os.getpid(), _h5py().File(self.path.open("rb"), "r")[self.data_set]
+                # Opened as a file object: by path, HDF5 would find the file that the parent process has open, and share
+                # its position.
+                self._open = os.getpid(), _h5py().File(self.path.open("rb"), "r")[self.dataset]
             values = self._open[1][index]
         except (OSError, RuntimeError, ValueError, KeyError) as error:  # a damaged chunk, a file that is gone
             raise BadImage(str(error).splitlines()[0][:200]) from error
@@ -79,9 +75,9 @@ class Hdf5:
         return from_array(np.asarray(values), self.in_chans, self.value_range)
 
 
-def open_hdf5(word: str, config: Config) -> Hdf5:
-    path, name = split_part(word)
-    return Hdf5(Path(path).expanduser(), name, config.in_chans, config.value_range)
+def open_hdf5(spec: str, config: Config) -> Hdf5:
+    path, name = split_part(spec)
+    return Hdf5(Path(path).expanduser(), name, config)
 
 
 def _h5py() -> Any:
@@ -95,13 +91,13 @@ def _names(file: Any) -> list[str]:
 
 
 def _guess(file: Any, path: Path) -> str:
-    """The data set that holds the images, if there can be no doubt."""
+    """The dataset that holds the images. Raises UserError if there are several, or none."""
     names = _names(file)
-    able = [name for name in names if len(file[name].shape) in (3, 4)]
-    chosen = [name for name in names if name in IMAGES] or able
+    possible = [name for name in names if len(file[name].shape) in (3, 4)]
+    chosen = [name for name in names if name in IMAGES] or possible
     if len(chosen) != 1:
         raise UserError(
-            f"data: {path} holds the data sets {', '.join(names) or '(none)'}: say which one has the images, "
-            f"{path.name}:{(able or names or ['name'])[0]}."
+            f"data: {path} holds the datasets {', '.join(names) or '(none)'}: say which one has the images, "
+            f"{path.name}:{(possible or names or ['name'])[0]}."
         )
     return chosen[0]

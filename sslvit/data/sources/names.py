@@ -1,4 +1,4 @@
-"""Many strings in two arrays, so that worker processes share them instead of copying each on first touch."""
+"""Many strings in two arrays, which loader processes share. A list would be copied as each string is touched."""
 
 import hashlib
 import os
@@ -7,15 +7,15 @@ from itertools import islice
 
 import numpy as np
 
-PART = 2**16  # strings encoded at a time, so that ten million never lie side by side as objects
+PART = 2**16  # strings encoded at a time: ten million Python strings at once would take gigabytes
 
 
 class Names:
-    """Strings by number. File names of any bytes are kept as they are."""
+    """Strings by index. File names of any bytes are kept as they are."""
 
-    def __init__(self, names: Iterable[str] | Iterable[bytes]) -> None:
-        lengths, blob, names = [np.empty(0, dtype=np.int64)], bytearray(), iter(names)
-        while encoded := [os.fsencode(name) for name in islice(names, PART)]:
+    def __init__(self, names: Iterable[str]) -> None:
+        lengths, blob, rest = [np.empty(0, dtype=np.int64)], bytearray(), iter(names)
+        while encoded := [os.fsencode(name) for name in islice(rest, PART)]:
             lengths.append(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)))
             blob += b"".join(encoded)
         self.ends, self.blob = np.cumsum(np.concatenate(lengths)), np.frombuffer(blob, dtype=np.uint8)
@@ -39,15 +39,16 @@ class Names:
 
     def digest(self) -> str:
         """Changes when the number, the order or one of the strings does."""
-        digest = hashlib.sha256(self.ends)
-        digest.update(self.blob)
+        digest = hashlib.sha256(self.ends.data)
+        digest.update(self.blob.data)
         return digest.hexdigest()
 
 
 def numbered(texts: list[str]) -> tuple[list[str], np.ndarray | None]:
-    """One text for each image, empty where it has none -> the names of the classes, and [N] int64 of their numbers, -1
-    where it has none; ([], None) if none has. Classes are in the order of their names, or of their numbers if all are
-    numbers."""
+    """The label of each image, "" for none -> names of the classes, and [N] int64 labels, -1 for none.
+
+    ([], None) if no image has a label. Classes are sorted by name, or by number if all names are numbers.
+    """
     classes = sorted({text for text in texts if text})
     if not classes:
         return [], None
@@ -58,12 +59,13 @@ def numbered(texts: list[str]) -> tuple[list[str], np.ndarray | None]:
 
 
 def top_folders(names: list[str], separator: str = os.sep) -> tuple[list[str], np.ndarray | None]:
-    """Labels from class folders: the first folder of each path, if all images lie in one; else ([], None)."""
+    """Labels from class folders: the first folder of each path. ([], None) if an image lies in none."""
     return labels_of_runs([(name.partition(separator)[0] if separator in name else "", 1) for name in names])
 
 
 def labels_of_runs(tops: list[tuple[str, int]]) -> tuple[list[str], np.ndarray | None]:
-    """(first folder, how many images) one after another -> classes and labels; ([], None) if one has no folder."""
+    """Runs of images of one class folder, (folder, number of images) -> classes and labels; ([], None) if one has no
+    folder."""
     classes = sorted({top for top, _ in tops})
     if not classes or "" in classes:
         return [], None

@@ -11,23 +11,24 @@ from torch import Tensor
 from ...errors import UserError
 from ..config import Config
 from . import open_source
-from .files import Files, stamp
+from .files import Files, fingerprint_of
 from .names import Names, top_folders
 from .pixels import from_array
-from .source import BadImage, ValueRange
+from .source import BadImage, Source
 from .tiff import page_array, tifffile
 
 OPEN_FILES = 16  # of one process at a time
 ENDINGS = (".tif", ".tiff")
 
 
-class Pages:
-    """The pages of the first file, then those of the second ...; smaller copies of a page are left out. Labels are
+class Pages(Source):
+    """The pages of the first file, then those of the second ... Smaller copies of a page are left out. Labels are
     class folders, as in a folder."""
 
-    def __init__(self, root: Path, names: list[str], in_chans: int, value_range: ValueRange = None) -> None:
-        self.root, self.names, self.in_chans, self.value_range = root, Names(names), in_chans, value_range
-        tifffile()  # refuses where it is missing
+    def __init__(self, root: Path, names: list[str], config: Config) -> None:
+        self.root, self.names = root, Names(names)
+        self.in_chans, self.value_range = config.in_chans, config.value_range
+        tifffile()  # raises UserError if the package is missing
         self.open: dict[int, Any] = {}  # of the process self.owner
         self.owner = os.getpid()
         places = [(i, page) for i, name in enumerate(names) for page in _pages(str(root / name))]
@@ -50,8 +51,7 @@ class Pages:
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
-        stamps = [stamp(self.root / name) for name in self.names]
-        return hashlib.sha256(";".join([self.identity(), *stamps]).encode()).hexdigest()
+        return fingerprint_of(self.identity(), (self.root / name for name in self.names))
 
     def read(self, index: int) -> Tensor:
         number, page = self.places[index].tolist()
@@ -62,30 +62,31 @@ class Pages:
                 if len(self.open) >= OPEN_FILES:
                     self.open.pop(next(iter(self.open))).close()
                 self.open[number] = tifffile().TiffFile(self.root / self.names[number])
-            return from_array(page_array(self.open[number].pages[page]), self.in_chans, self.value_range)
+            values = page_array(self.open[number].pages[page])
+            return from_array(values, self.in_chans, self.value_range)
         except BadImage:
             raise
-        except Exception as error:  # tifffile raises whatever it likes
+        except Exception as error:  # tifffile raises many kinds
             raise BadImage((str(error).splitlines() or [type(error).__name__])[0][:200]) from error
 
 
-def open_pages(word: str, config: Config) -> Pages:
-    word = word.removeprefix("pages:")
-    path = Path(word).expanduser()
+def open_pages(spec: str, config: Config) -> Pages:
+    spec = spec.removeprefix("pages:")
+    path = Path(spec).expanduser()
     if path.is_file():
-        return Pages(path.parent, [path.name], config.in_chans, config.value_range)
-    files = open_source(word, config)
+        return Pages(path.parent, [path.name], config)
+    files = open_source(spec, config)
     names = [name for name in files.names if name.lower().endswith(ENDINGS)] if isinstance(files, Files) else []
-    if not names:
-        raise UserError(f"data: pages:{word} needs a folder, file or pattern of TIFF files, and found none there.")
-    return Pages(files.root, names, config.in_chans, config.value_range)
+    if not names or not isinstance(files, Files):
+        raise UserError(f"data: pages:{spec} needs a folder, file or pattern of TIFF files, and found none there.")
+    return Pages(files.root, names, config)
 
 
 def _pages(path: str) -> list[int]:
-    """Numbers of the pages that are images; one page for a file that cannot be opened, which reading it then says."""
+    """Numbers of the pages that are images. A file that cannot be opened counts as one page: reading it says why."""
     reader = tifffile()
     try:
         with reader.TiffFile(path) as file:
             return [number for number, page in enumerate(file.pages) if not page.is_reduced]
-    except Exception:  # tifffile raises whatever it likes
+    except Exception:  # tifffile raises many kinds
         return [0]

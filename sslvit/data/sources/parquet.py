@@ -1,7 +1,7 @@
 """Parquet files with encoded images in a column, as Hugging Face and others write them.
 
-Parquet is packed in groups of rows, of which a single image may need hundreds of megabytes unpacked. So the images are
-written once, one after another, to a file in data.download_dir, from which each is a read at a known place.
+Parquet compresses groups of rows: to read one image, hundreds of megabytes may have to be unpacked. So all images are
+unpacked once, into a file in data.download_dir, and then each is read from its place in that file.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from ...distributed import say
 from ...errors import UserError, require
 from ..config import Config
 from .archive import Ranges
-from .files import MAX_BYTES, Encoded, check_channels, stamp, unfinished
+from .files import MAX_BYTES, Encoded, check_channels, fingerprint_of, stamp, unfinished
 from .names import Names, numbered
 from .source import BadImage
 
@@ -29,7 +29,7 @@ SAY_EVERY = 10.0  # seconds
 
 
 class Parquet(Encoded):
-    """The rows of all files, in their order. `texts` has the labels as they were written."""
+    """The rows of all files, in their order."""
 
     def __init__(self, paths: list[str], config: Config) -> None:
         self.paths = paths
@@ -41,13 +41,13 @@ class Parquet(Encoded):
         self.ranges = Ranges([part["file"] for part in parts])
         texts = [text for part in parts for text in part["texts"]]
         classes, labels = numbered(texts)
-        known = [part["classes"] for part in parts]
-        if labels is not None and known[0] and all(names == known[0] for names in known):
-            number = {name: i for i, name in enumerate(known[0])} | {"": -1}
-            classes, labels = known[0], np.array([number[text] for text in texts], dtype=np.int64)
-        super().__init__(Names(names), config.in_chans, config.value_range, classes, labels)
-        self.texts = Names(texts) if labels is not None else None
-        self.columns = [parts[0]["column"]] if labels is not None else []
+        given = parts[0]["classes"]  # names of the classes, in the file's own order
+        if labels is not None and given and all(part["classes"] == given for part in parts):
+            number = {name: i for i, name in enumerate(given)} | {"": -1}
+            classes, labels = given, np.array([number[text] for text in texts], dtype=np.int64)
+        super().__init__(Names(names), config, classes, labels)
+        if labels is not None:
+            self.texts, self.columns = Names(texts), [parts[0]["column"]]
 
     def _file(self, index: int) -> int:
         return int(np.searchsorted(self.ends, index, side="right"))
@@ -65,16 +65,15 @@ class Parquet(Encoded):
             raise BadImage(f"{error.strerror or error}: was data.download_dir emptied?") from error
 
     def fingerprint(self) -> str:
-        stamps = [stamp(path) for path in self.paths]
-        return hashlib.sha256(";".join([self.identity(), *stamps]).encode()).hexdigest()
+        return fingerprint_of(self.identity(), self.paths)
 
 
-def open_parquet(word: str, config: Config) -> Parquet:
-    return Parquet([str(Path(word).expanduser())], config)
+def open_parquet(spec: str, config: Config) -> Parquet:
+    return Parquet([str(Path(spec).expanduser())], config)
 
 
 def _unpacked(path: str, cache_dir: Path) -> dict[str, Any]:
-    """names, texts, classes, column, places [N, 2] int64 and the file that they are in. Made where it is not there."""
+    """{"names", "texts", "classes", "column", "places": [N, 2] int64, "file"}: unpacked now, if it was not before."""
     place = f"{os.path.abspath(path)},{stamp(path)}"
     folder = cache_dir / "parquet" / hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
     if not folder.exists():
@@ -87,7 +86,7 @@ def _unpacked(path: str, cache_dir: Path) -> dict[str, Any]:
 
 
 def _unpack(path: str, folder: Path) -> None:
-    """Raises UserError; leaves either all or nothing."""
+    """Make the folder, whole or not at all. Raises UserError."""
     parquet = require("pyarrow.parquet", "parquet", "parquet")
     part = unfinished(folder)
     try:
@@ -98,9 +97,9 @@ def _unpack(path: str, folder: Path) -> None:
             os.replace(part, folder)
     except UserError:
         raise
-    except OSError as error:  # pyarrow's errors of a damaged file are OSErrors too
+    except OSError as error:  # pyarrow raises it for a damaged file too
         raise UserError(f"data: {path} cannot be unpacked into {folder.parent}: {_first(error)}.") from error
-    except Exception as error:  # pyarrow raises its own for all else
+    except Exception as error:  # pyarrow has many of its own
         raise UserError(f"data: {path} cannot be read as parquet: {_first(error)}.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -109,8 +108,9 @@ def _unpack(path: str, folder: Path) -> None:
 def _write(file: Any, path: str, folder: Path) -> None:
     schema, count = file.schema_arrow, file.metadata.num_rows
     image, label = _image_column(schema, path), next((name for name in LABELS if name in schema.names), None)
-    known = _class_names(schema, label)
-    names, texts, places, at, said = [], [], [], 0, time.monotonic()
+    classes = _class_names(schema, label)
+    names: list[str] = []
+    texts, places, at, last = [], [], 0, time.monotonic()
     with (folder / "images").open("wb") as out:
         for batch in file.iter_batches(ROWS, columns=[name for name in (image, label) if name]):
             cells = batch.column(image).to_pylist()
@@ -119,31 +119,31 @@ def _write(file: Any, path: str, folder: Path) -> None:
                 data = (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
                 given = cell.get("path") if isinstance(cell, dict) else None
                 names.append(given or str(len(names)))
-                texts.append(_text(value, known))
+                texts.append(_text(value, classes))
                 places.append((at, len(data)))
                 out.write(data)
                 at += len(data)
-            if time.monotonic() - said > SAY_EVERY:
-                said = time.monotonic()
+            if time.monotonic() - last > SAY_EVERY:
+                last = time.monotonic()
                 say(f"unpacking {path}: {len(names):,} of {count:,} images, {at / 2**30:.1f} GiB")
     np.save(folder / "places.npy", np.array(places, dtype=np.int64).reshape(-1, 2))
-    record = {"names": names, "texts": texts, "classes": known, "column": label}
+    record = {"names": names, "texts": texts, "classes": classes, "column": label}
     (folder / "rows.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def _image_column(schema: Any, path: str) -> str:
-    def able(name: str) -> bool:
+    def holds_bytes(name: str) -> bool:
         kind = str(schema.field(name).type)
         return kind in ("binary", "large_binary") or (kind.startswith("struct<") and "bytes: binary" in kind)
 
-    names = [name for name in (*IMAGES, *schema.names) if name in schema.names and able(name)]
+    names = [name for name in (*IMAGES, *schema.names) if name in schema.names and holds_bytes(name)]
     if not names:
         raise UserError(f"data: {path} has no column of encoded images; it has {', '.join(schema.names)}.")
     return names[0]
 
 
 def _class_names(schema: Any, label: str | None) -> list[str]:
-    """What Hugging Face writes beside a column of class numbers."""
+    """Names of the classes, which Hugging Face writes beside a column of their numbers."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return list(features[label]["names"])
@@ -151,12 +151,13 @@ def _class_names(schema: Any, label: str | None) -> list[str]:
         return []
 
 
-def _text(value: Any, known: list[str]) -> str:
-    if value is None or (known and isinstance(value, int) and value < 0):
-        return ""
+def _text(value: Any, classes: list[str]) -> str:
+    """A cell of the label column as text; "" for no label."""
     if isinstance(value, list):  # several classes
-        return "|".join(_text(item, known) for item in value)
-    return known[value] if known and isinstance(value, int) and value < len(known) else str(value)
+        return "|".join(_text(item, classes) for item in value)
+    if value is None or (classes and isinstance(value, int) and value < 0):
+        return ""
+    return classes[value] if isinstance(value, int) and value < len(classes) else str(value)
 
 
 def _first(error: Exception) -> str:

@@ -1,13 +1,15 @@
 """What every source of images offers, and the error for an image that cannot be read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
+from .names import Names
+
 ValueRange = tuple[float, float] | None  # of pixels of more than 8 bits: the values that become 0 and 255
-Reduction = Callable[[int, int], int]  # (height, width) of a whole image -> 1, 2, 4 or 8 times smaller will do
+Reduction = Callable[[int, int], int]  # (height, width) of a whole image -> how many times smaller will do: 1, 2, 4, 8
 
 
 class BadImage(Exception):
@@ -15,17 +17,23 @@ class BadImage(Exception):
 
 
 class Source(Protocol):
-    """A numbered collection of images."""
+    """A numbered collection of images. Every kind of source is a subclass."""
 
     classes: list[str]  # names of the labels; empty without labels
     labels: np.ndarray | None  # [N] int64, -1 where an image has none
-    # May also have `texts: Names`, the labels as they were written, which `labels.py` reads in other ways, and
-    # `read_smaller(index, reduction)`, see below.
+    value_range: ValueRange = None
+    texts: Names | None = None  # labels as they were written, with tabs between columns, where there are such
+    columns: Sequence[str] = ()  # names of the columns of `texts`
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Tensor:
         """[C, H, W] uint8, or float32 in [0, 255] for images of more than 8 bits; raises BadImage."""
+
+    def read_smaller(self, index: int, reduction: Reduction) -> tuple[Tensor, tuple[int, int]]:
+        """(image, its whole height and width). Sources that can make it `reduction(height, width)` times smaller."""
+        image = self.read(index)
+        return image, (image.shape[-2], image.shape[-1])
 
     def name(self, index: int) -> str:
         """What a person would look for: a path, or the set and the number."""
@@ -37,10 +45,24 @@ class Source(Protocol):
         """Changes when the images do: features are cached under it."""
 
 
-def read_smaller(source: Source, index: int, reduction: Reduction) -> tuple[Tensor, tuple[int, int]]:
-    """(image, its whole height and width): as `read`, where sources that can may give it `reduction(height, width)`
-    times smaller."""
-    if hasattr(source, "read_smaller"):
-        return source.read_smaller(index, reduction)
-    image = source.read(index)
-    return image, (image.shape[-2], image.shape[-1])
+class WrappedSource(Source):
+    """A source around another one, which differs in what a subclass says."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.classes, self.labels = source, source.classes, source.labels
+        self.value_range = source.value_range
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> Tensor:
+        return self.source.read(index)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def identity(self) -> str:
+        return self.source.identity()
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()

@@ -1,4 +1,4 @@
-"""A list of paths: .txt with one a line, or .csv / .tsv with a header, a column of paths and perhaps labels."""
+"""A list of paths: .txt with one in each line; .csv or .tsv with a header, a column of paths, and perhaps labels."""
 
 import csv
 from collections.abc import Iterator
@@ -12,36 +12,33 @@ from .syntax import split_part
 
 PATHS = ("path", "image", "file", "filename", "file_name", "filepath", "file_path", "image_path", "img", "image index")
 LABELS = ("label", "labels", "class", "target", "category", "finding labels")
-LOOKED_FOR = 100  # paths of which one must exist, so that a wrong folder shows at the start
+CHECKED = 100  # the first paths: one of them must exist, so that a wrong folder is noticed at the start
 
 
 class Table(Files):
-    """Images in the order of the lines; paths are relative to the list's folder. `columns` names the label columns,
-    `texts` has what stands in them, with tabs between. One column also gives classes."""
+    """Images in the order of the lines. Paths are relative to the list's folder. One label column gives classes."""
 
     def __init__(self, path: Path, wanted: list[str], config: Config) -> None:
         try:
             names, self.columns, texts = _read(path, wanted)
-        except OSError as error:
-            raise UserError(f"data: {path} cannot be read: {error.strerror}.") from error
-        except csv.Error as error:
-            raise UserError(f"data: {path} cannot be read: {error}.") from error
+        except (OSError, csv.Error) as error:
+            raise UserError(f"data: {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
         if not names:
             raise UserError(f"data: {path} lists no images.")
-        if not any((path.parent / name).exists() for name in names[:LOOKED_FOR]):
+        if not any((path.parent / name).exists() for name in names[:CHECKED]):
             raise UserError(
                 f"data: {path} lists {names[0]}, and there is no {path.parent / names[0]}: paths must be absolute or "
                 "relative to the list's folder."
             )
         check_channels(config.in_chans, endings_of(names), str(path))
         classes, labels = numbered(texts) if len(self.columns) == 1 else ([], None)
-        super().__init__(path.parent, Names(names), classes, labels, config.in_chans, config.value_range)
+        super().__init__(path.parent, Names(names), config, classes, labels)
         self.texts = Names(texts) if self.columns else None
 
 
-def open_table(word: str, config: Config) -> Table:
+def open_table(spec: str, config: Config) -> Table:
     """`list.txt`, `list.csv`, `list.csv:finding`, `list.csv:age,weight`, `list.csv:path=scan,finding`."""
-    path, part = split_part(word)
+    path, part = split_part(spec)
     wanted = [name.strip() for name in part.split(",")] if part else []
     return Table(Path(path).expanduser(), wanted, config)
 

@@ -1,4 +1,4 @@
-"""TIFF beyond what PIL keeps: more than 8 bits in colour, more than 4 channels, channels that are pages."""
+"""TIFF files that PIL does not read whole: colour of more than 8 bits, more than 4 channels, channels as pages."""
 
 import io
 import logging
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from ...errors import require
@@ -16,7 +17,7 @@ from .source import BadImage, ValueRange
 
 def tifffile() -> ModuleType:
     module = require("tifffile", "tiff", "TIFF of more than 8 bits in colour, more than 4 channels, or several pages")
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would print all that is odd in a file
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs whatever is unusual in a file
     return module
 
 
@@ -24,13 +25,14 @@ def is_deep(data: bytes, in_chans: int) -> bool:
     """Whether PIL would refuse it, or lose depth or channels."""
     try:
         with Image.open(io.BytesIO(data)) as image:
+            assert isinstance(image, TiffImageFile)
             bits, samples = image.tag_v2.get(258, (1,)), image.tag_v2.get(277, 1)
             pages = getattr(image, "n_frames", 1)
             deep_colour = samples > 1 and max(bits) > 8
             return deep_colour or samples > 4 or in_chans > 4 or (samples == 1 and pages == in_chans > 1)
     except Image.DecompressionBombError:
         raise
-    except Exception:  # PIL raises whatever it likes; tifffile may know better, and says why if not
+    except Exception:  # PIL raises many kinds; tifffile may read it, and says why if not
         return True
 
 
@@ -46,7 +48,7 @@ def decode_tiff(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
 
 
 def page_array(page: Any) -> np.ndarray:
-    """[H, W] or [H, W, C] of a page of tifffile's."""
+    """[H, W] or [H, W, C] pixels of a page. Raises BadImage."""
     values = check_page(page).asarray()
     if page.axes == "SYX":  # each channel in a plane of its own
         values = values.transpose(1, 2, 0)

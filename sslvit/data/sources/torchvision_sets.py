@@ -1,6 +1,7 @@
 """CIFAR-10, CIFAR-100 and STL-10 by name, through torchvision: downloaded once, where there is a network."""
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from ...errors import UserError
 from ..config import Config
-from .pixels import MODES
+from .pixels import from_array
+from .source import Source
 
-SPLITS = {
+SPLITS: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10": {"train": {"train": True}, "test": {"train": False}},
     "cifar100": {"train": {"train": True}, "test": {"train": False}},
     "stl10": {split: {"split": split} for split in ("train", "test", "unlabeled", "train+unlabeled")},
@@ -19,7 +21,7 @@ SPLITS = {
 CLASSES = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
 
 
-class TorchvisionSet:
+class TorchvisionSet(Source):
     """One split of a set, held in memory as torchvision does: [N, H, W, 3] uint8."""
 
     def __init__(self, name: str, split: str, config: Config) -> None:
@@ -54,19 +56,16 @@ class TorchvisionSet:
         return f"{self.title},{self.in_chans},{len(self)}"
 
     def read(self, index: int) -> Tensor:
-        image = self.pixels[index]
         if self.in_chans == 1:
-            from PIL import Image
-
-            return torch.from_numpy(np.array(Image.fromarray(image).convert(MODES[1]))).unsqueeze(0)
-        return torch.from_numpy(image).permute(2, 0, 1)
+            return from_array(self.pixels[index], 1)
+        return torch.from_numpy(self.pixels[index]).permute(2, 0, 1)
 
 
-def open_set(word: str, config: Config) -> TorchvisionSet:
+def open_set(spec: str, config: Config) -> TorchvisionSet:
     """`cifar10`, `cifar10:test`, ..."""
-    name, _, split = word.partition(":")
+    name, _, split = spec.partition(":")
     split = split or ("unlabeled" if name == "stl10" else "train")
     if name not in SPLITS or split not in SPLITS[name]:
-        name = name if name in SPLITS else word.split(",")[0]
-        raise UserError(f"data: {word} has no such split: use {name}:{' or :'.join(SPLITS[name])}.")
+        name = name if name in SPLITS else spec.split(",")[0]
+        raise UserError(f"data: {spec} has no such split: use {name}:{' or :'.join(SPLITS[name])}.")
     return TorchvisionSet(name, split, config)

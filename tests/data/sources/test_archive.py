@@ -49,7 +49,7 @@ WRITERS = {"zip": write_zip, "tar": write_tar}
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_run_may_go_on_from_an_archive_of_its_folder(kind, labelled, tmp_path):
     """The same names in the same order: the same identity."""
-    folder = Folder(labelled / "train")
+    folder = Folder(labelled / "train", Config())
     members = {f"./train/{name}": (labelled / "train" / name).read_bytes() for name in reversed(list(folder.names))}
     source = opened(WRITERS[kind](tmp_path / f"train.{kind}", members))
     assert source.identity() == folder.identity()

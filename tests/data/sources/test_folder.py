@@ -34,7 +34,7 @@ def test_nested_folders_hidden_files_and_other_files(tmp_path):
     (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "a" / "._000.png").write_bytes(b"resource fork")
     (tmp_path / "b" / "LOUD.JPG").write_bytes(b"counts as an image by its name")
-    source = Folder(tmp_path)
+    source = Folder(tmp_path, Config())
     assert len(source) == 4
     assert source.classes == ["a", "b"]
 
@@ -42,7 +42,7 @@ def test_nested_folders_hidden_files_and_other_files(tmp_path):
 def test_one_image_beside_the_folders_means_no_labels(tmp_path):
     write_images(tmp_path / "a", 2)
     write_images(tmp_path, 1)
-    assert Folder(tmp_path).labels is None
+    assert Folder(tmp_path, Config()).labels is None
 
 
 def test_links_are_followed_once(tmp_path):
@@ -51,17 +51,17 @@ def test_links_are_followed_once(tmp_path):
     root.mkdir()
     (root / "linked").symlink_to(tmp_path / "real")
     (root / "linked_loop").symlink_to(root)
-    assert len(Folder(root)) == 2
+    assert len(Folder(root, Config())) == 2
 
 
 def test_an_empty_folder_says_what_it_found(tmp_path):
     with pytest.raises(UserError, match="the folder is empty"):
-        Folder(tmp_path)
+        Folder(tmp_path, Config())
     for i in range(3):
         (tmp_path / f"{i}.nii").write_bytes(b"")
     (tmp_path / "readme.txt").write_text("")
     with pytest.raises(UserError, match=r"4 other files \(3 \.nii, 1 \.txt\)"):
-        Folder(tmp_path)
+        Folder(tmp_path, Config())
 
 
 def test_a_missing_folder_a_file_and_a_misspelt_set(tmp_path, images):
@@ -81,12 +81,12 @@ def test_names_are_kept_whatever_they_are():
 
 def test_the_fingerprint_changes_with_the_images(tmp_path):
     write_images(tmp_path, 3)
-    before = Folder(tmp_path).fingerprint()
-    assert Folder(tmp_path).fingerprint() == before
+    before = Folder(tmp_path, Config()).fingerprint()
+    assert Folder(tmp_path, Config()).fingerprint() == before
     shutil.copy(tmp_path / "000.png", tmp_path / "zzz.png")
-    added = Folder(tmp_path).fingerprint()
+    added = Folder(tmp_path, Config()).fingerprint()
     (tmp_path / "000.png").write_bytes(b"other")
-    assert len({before, added, Folder(tmp_path).fingerprint()}) == 3
+    assert len({before, added, Folder(tmp_path, Config()).fingerprint()}) == 3
 
 
 AWKWARD = ["a/x.png", "a-b/x.png", "a b/x.png", "a.png", "a/b/c.png", "a/b.png", "a/b-c/d.png", "ab/x.png", "A/x.png",
@@ -97,13 +97,13 @@ def test_the_order_is_that_of_sorted_paths(tmp_path):
     for name in AWKWARD:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    source = Folder(tmp_path)
+    source = Folder(tmp_path, Config())
     assert list(source.names) == sorted(AWKWARD)
     ends, blob = Names(sorted(AWKWARD)).ends, os.fsencode("".join(sorted(AWKWARD)))
     assert source.identity() == hashlib.sha256(ends.tobytes() + blob).hexdigest()
     assert source.labels is None
     (tmp_path / "a.png").unlink()
-    source = Folder(tmp_path)
+    source = Folder(tmp_path, Config())
     tops = [name.split("/")[0] for name in sorted(AWKWARD) if name != "a.png"]
     assert source.classes == sorted(set(tops))
     assert [source.classes[label] for label in source.labels] == tops
@@ -115,7 +115,7 @@ def test_a_folder_that_links_lead_to_is_seen_under_its_own_path(tmp_path):
     (tmp_path / "root" / "a").symlink_to(tmp_path / "root" / "z")
     (tmp_path / "root" / "b").symlink_to(tmp_path)  # holds the root, which is not entered again
     (tmp_path / "root" / "c").symlink_to(tmp_path / "beside")  # seen through b
-    assert list(Folder(tmp_path / "root").names) == ["b/beside/000.png", "z/real/000.png", "z/real/001.png"]
+    assert list(Folder(tmp_path / "root", Config()).names) == ["b/beside/000.png", "z/real/000.png", "z/real/001.png"]
 
 
 def test_many_images_cost_their_names_and_little_more(tmp_path):
@@ -124,7 +124,7 @@ def test_many_images_cost_their_names_and_little_more(tmp_path):
         for i in range(500):
             (tmp_path / f"class{folder:02d}" / f"image{i:06d}.png").touch()
     tracemalloc.start()
-    source = Folder(tmp_path)
+    source = Folder(tmp_path, Config())
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     bytes_of_names = len("class00/image000000.png")

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from sslvit.data import BadImage, Config, kind_of, open_source
+from sslvit.data import BadImage, Config, WrappedSource, kind_of, open_source
 from sslvit.data.sources import SETS, torchvision_sets
 from sslvit.data.sources.decode import decode
 from sslvit.errors import UserError
@@ -64,6 +64,13 @@ def test_classes_of_several_folders_go_by_name(tmp_path):
     swapped = open_source(f"[{tmp_path}/two,{tmp_path}/one,{tmp_path}/three]", Config())
     assert swapped.identity() != source.identity()
     assert swapped.fingerprint() != source.fingerprint()
+
+
+def test_several_sources_and_a_cache_say_their_value_range(tmp_path):
+    """Features of 16-bit images are cached under it."""
+    parts = [str(write_images(tmp_path / name, 1)) for name in "ab"]
+    source = open_source(f"[fractals,{parts[0]},{parts[1]}]", Config(value_range=(0, 9)))
+    assert source.value_range == WrappedSource(source).value_range == (0, 9)
 
 
 def test_patterns_that_match_nothing_or_no_images(tmp_path):
@@ -125,7 +132,7 @@ def test_hdf5_files_with_mistakes(tmp_path):
         file["a/b"], file["c"] = np.zeros((2, 4, 4), np.uint8), np.zeros((2, 4, 4), np.uint8)
         file["flat"] = np.zeros(4)
     assert "say which one has the images, x.h5:a/b" in refused(tmp_path / "x.h5")
-    assert "has no data set d; it has a/b, c, flat" in refused(tmp_path / "x.h5:d")
+    assert "has no dataset d; it has a/b, c, flat" in refused(tmp_path / "x.h5:d")
     assert "[N, H, W]" in refused(tmp_path / "x.h5:flat")
     data = (tmp_path / "x.h5").read_bytes()
     (tmp_path / "cut.h5").write_bytes(data[: len(data) // 2])
