@@ -87,6 +87,7 @@ def test_without_a_mistake_the_tests_pass(tests, python, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
 def test_a_mistake_makes_a_test_fail(mistake, python, tmp_path, capsys):
+    assert mistake.before in source(mistake)
     copy = copy_of_the_package(tmp_path / "copy")
     path = copy / "sslvit" / mistake.file
     path.write_text(source(mistake).replace(mistake.before, mistake.after), encoding="utf-8")

@@ -497,8 +497,8 @@ FINETUNING = [
     Mistake(
         "frozen blocks drop paths after an evaluation",
         "evaluation/finetuning/training.py",
-        "freeze(self.classifier, trained)  # the",
-        "pass  # the",
+        "evaluate, rate)\n                freeze(self.classifier, trained)",
+        "evaluate, rate)",
         STORED + "[finetune-small]",
     ),
     Mistake(
@@ -527,31 +527,31 @@ FINETUNING = [
 SEGMENT = HERE + "test_segment.py::test_heads_to_choose_from_do_not_see_held_out_images_and_the_last_one_sees_all"
 OTHERS = [
     Mistake(
-        "a query finds itself",
+        "another image than the query is taken out of its ranking",
         "evaluation/retrieval.py",
-        "None if place is None else order.argsort()[place]",
-        "None",
+        "others = rows != row_of[chunk]",
+        "others = rows != chunk",
         RETRIEVAL,
     ),
     Mistake(
         "average precision is the mean over all ranks",
         "evaluation/retrieval.py",
-        "(hits.double() / rank * right)",
-        "(hits.double() / rank)",
+        "/ rank * relevant)",
+        "/ rank)",
         RETRIEVAL,
     ),
     Mistake(
         "retrieval compares features as long as they are",
         "evaluation/retrieval.py",
-        "gallery.normalized()[known]",
-        "gallery.values[known]",
+        "gallery.normalized()[",
+        "gallery.values[",
         RETRIEVAL,
     ),
     Mistake(
         "equal similarities come in the order of the files",
         "evaluation/retrieval.py",
-        'rng.permutation(rng.fold_in(seed, "ties"), len(bank))',
-        "torch.arange(len(bank))",
+        'rng.permutation(rng.fold_in(seed, "ties"), len(gallery))',
+        "torch.arange(len(gallery))",
         HERE + "test_retrieval.py::test_equal_features_retrieve_at_chance_though_the_files_lie_in_the_order_of_their_"
         "classes",
     ),
