@@ -9,7 +9,7 @@ others costs what it saves (on a CPU).
 """
 
 from types import MethodType
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,26 +49,26 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-def run(block: nn.Module, x: Tensor, rows: slice | None = None) -> Tensor:
+def run(block: Any, x: Tensor, rows: slice | None = None) -> Tensor:
     """[B, N, D] -> block(x)[:, rows], all rows by default. Float additions may come in another order."""
     if getattr(block, "takes_rows", False):
         return block(x, rows)
     compiled = getattr(block, "_compiled_call_impl", None) is not None
-    if not is_plain(block) or (rows is None and (compiled or _attention_of(block).fused_attn)):
+    if not is_plain(block) or (rows is None and (compiled or block.attn.fused_attn)):
         x = block(x)
         return x if rows is None else x[:, rows]
     return _run_rows(block, x, rows)
 
 
-def let_take_rows(block: nn.Module) -> None:
+def let_take_rows(block: Any) -> None:
     """Make `block(x, rows)` what `run` gives. A sharded block needs this: it has its weights only while it is called,
     and `run` would read them outside of the call."""
     if is_plain(block):
-        block.forward = MethodType(_forward_rows, block)  # type: ignore[method-assign]
-        block.takes_rows = True  # type: ignore[assignment]
+        block.forward = MethodType(_forward_rows, block)
+        block.takes_rows = True
 
 
-def is_plain(block: nn.Module) -> TypeGuard[Block]:
+def is_plain(block: nn.Module) -> bool:
     """Whether a call of this block does no more than `run` does."""
     attention = getattr(block, "attn", None)
     return (
@@ -81,18 +81,14 @@ def is_plain(block: nn.Module) -> TypeGuard[Block]:
     )
 
 
-def _forward_rows(block: Block, x: Tensor, rows: slice | None = None) -> Tensor:
-    return Block.forward(block, x) if rows is None and _attention_of(block).fused_attn else _run_rows(block, x, rows)
+def _forward_rows(block: Any, x: Tensor, rows: slice | None = None) -> Tensor:
+    return Block.forward(block, x) if rows is None and block.attn.fused_attn else _run_rows(block, x, rows)
 
 
-def _run_rows(block: Block, x: Tensor, rows: slice | None) -> Tensor:
+def _run_rows(block: Any, x: Tensor, rows: slice | None) -> Tensor:
     rows = rows or slice(None)
-    x = x[:, rows] + block.drop_path1(block.ls1(_attend(_attention_of(block), block.norm1(x), rows)))
+    x = x[:, rows] + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(x), rows)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-def _attention_of(block: Block) -> Attention:
-    return block.attn  # type: ignore[return-value]  # `is_plain` has looked
 
 
 def _attend(attention: Attention, x: Tensor, rows: slice) -> Tensor:

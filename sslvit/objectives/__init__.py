@@ -1,7 +1,7 @@
 """Pretraining objectives: one module a method, found by its name. A method of your own is one file in any folder on the
 Python path: `method=my_simmim`, or `method=my.simmim` for a module of a package.
 
-May import data, model, optim and the pure helpers. Nothing outside of this folder knows a method's name or class.
+May import data, model and the pure helpers. Nothing outside of this folder knows a method's name or class.
 
 A module defines
     Config     its dataclass: `objective.*`; the comment beside a field is its help

@@ -59,12 +59,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 def views(config: Config, data_config: data.Config) -> Views:
     """One crop and a flip, no photometric augmentation (section 4.1, "Data augmentation")."""
     crop = Crop(
-        data.image_size(data_config),
-        config.crop_scale,
-        flip_prob=config.flip_prob,
-        vertical_flip_prob=config.vertical_flip_prob,
-        rotate_prob=config.rotate_prob,
-    )
+        data.image_size(data_config), config.crop_scale, flip_prob=config.flip_prob,
+        vertical_flip_prob=config.vertical_flip_prob, rotate_prob=config.rotate_prob,
+    )  # fmt: skip
     return {"image": [crop]}
 
 
@@ -93,11 +90,10 @@ def build(config: Config, model: factory.Config, data_config: data.Config, steps
 class MAE(Objective):
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
-        self.config = config
-        self.encoder = encoder
+        self.config, self.encoder = config, encoder
         encoder.pool = "mean"
         self.patch_size, grid = encoder.patch_size, encoder.grid()
-        self.num_patches = grid[0] * grid[1]
+        self.num_patches = math.prod(grid)
         self.num_kept = masks.num_kept(self.num_patches, config.mask_ratio)
         if not 0 < self.num_kept < self.num_patches:
             raise UserError(
