@@ -120,16 +120,16 @@ def test_two_processes_choose_what_one_does_and_their_features_serve_it(cli, lab
     run = tmp_path / "run"
     shutil.copytree(colour_run, run, ignore=shutil.ignore_patterns("eval"))
     few = {"linear": ["epochs=5", "probe_batch_size=8", "lr=[0.1,1]"], "logistic": ["l2=[1e-3,1e-1]"]}[command]
-    words = [
+    arguments = [
         command, f"run={run}", f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}", "holdout=0.3",
         "pools=[mean,last4]", "workers=0", "precision=float32", *few,
     ]  # fmt: skip
-    processes.launch([*words, f"out={tmp_path / 'two.json'}"], tmp_path / "log", world_size=2)
+    processes.launch([*arguments, f"out={tmp_path / 'two.json'}"], tmp_path / "log", world_size=2)
     two = json.loads((tmp_path / "two.json").read_text())["results"]
     assert two["holdout_images"] == 12  # 4 of each class of 12
     assert len(list((run / "eval" / "features").iterdir())) == 8  # two sets, two ways of pooling, two processes
     for more in ([], ["cache=false"]):
-        status, printed, _ = cli(*words, *more, f"out={tmp_path / 'one.json'}")
+        status, printed, _ = cli(*arguments, *more, f"out={tmp_path / 'one.json'}")
         assert status == 0
         assert printed.count("as computed before") == (0 if more else 2)
         one = json.loads((tmp_path / "one.json").read_text())["results"]

@@ -48,7 +48,7 @@ def images_of(values, labels) -> knn.Labelled:
 
 def accuracies(*arguments, **more) -> dict:
     found = knn.classify(*arguments, **more)
-    assert all(((p == 0) == (told == arguments[1].labels)).all() for p, told in found.values())
+    assert all(((p == 0) == (label == arguments[1].labels)).all() for p, label in found.values())
     return {key: (knn.top_accuracy(p, 1), knn.top_accuracy(p, min(5, key[0]))) for key, (p, _) in found.items()}
 
 
@@ -150,9 +150,9 @@ def test_few_shots_use_only_the_drawn_images(monkeypatch):
 
 
 def test_without_test_images_each_training_image_is_left_out_once(cli, fails, labelled_sets):
-    status, _, _ = cli("knn", *labelled_sets[:2], "k=[5]", "out=alone.json")
+    status, _, _ = cli("knn", *labelled_sets[:2], "k=[5]", "out=single.json")
     assert status == 0
-    record = json.loads(Path("alone.json").read_text())
+    record = json.loads(Path("single.json").read_text())
     assert record["results"]["protocol"] == "leave-one-out"
     assert record["results"]["neighbours"][0]["top1"] > 90
     assert "are the training images" in fails("knn", *labelled_sets[:2], labelled_sets[1].replace("train", "test", 1))
@@ -160,7 +160,7 @@ def test_without_test_images_each_training_image_is_left_out_once(cli, fails, la
 
 @pytest.mark.parametrize("kind", ["ivf", "ivfpq"])
 def test_an_approximate_search_says_what_it_misses(kind):
-    """With all cells looked into an inverted file is exact, and with few it finds most of clustered features."""
+    """With all cells searched an inverted file is exact, and with few it finds most of clustered features."""
     torch.manual_seed(0)
     centres = torch.randn(40, 8)
     values = F.normalize(centres[torch.arange(26_000) % 40] + 0.3 * torch.randn(26_000, 8), dim=1)
@@ -221,7 +221,7 @@ def test_colours_are_told_apart(cli, labelled, colour_run, tmp_path, command, po
 
 
 def test_one_and_two_processes_give_the_same(labelled, colour_run, tmp_path):
-    words = [
+    arguments = [
         "knn",
         f"run={colour_run}",
         f"data.train={labelled / 'train'}",
@@ -229,21 +229,21 @@ def test_one_and_two_processes_give_the_same(labelled, colour_run, tmp_path):
         "k=[3]",
         "cache=false",
     ]
-    alone, together = tmp_path / "alone.json", tmp_path / "together.json"
-    processes.finish(processes.start([*words, f"out={alone}"], tmp_path / "log"), tmp_path / "log")
-    processes.launch([*words, f"out={together}"], tmp_path / "log2", world_size=2)
-    assert json.loads(alone.read_text())["results"] == json.loads(together.read_text())["results"]
+    single, together = tmp_path / "single.json", tmp_path / "together.json"
+    processes.finish(processes.start([*arguments, f"out={single}"], tmp_path / "log"), tmp_path / "log")
+    processes.launch([*arguments, f"out={together}"], tmp_path / "log2", world_size=2)
+    assert json.loads(single.read_text())["results"] == json.loads(together.read_text())["results"]
 
 
 def test_features_are_kept_for_the_next_evaluation_of_the_same_weights_and_images(cli, labelled, colour_run, tmp_path):
     run, sets = tmp_path / "run", tmp_path / "sets"
     shutil.copytree(colour_run, run, ignore=shutil.ignore_patterns("eval"))
     shutil.copytree(labelled, sets)
-    words = [f"run={run}", f"data.train={sets / 'train'}", f"data.test={sets / 'test'}"]
+    arguments = [f"run={run}", f"data.train={sets / 'train'}", f"data.test={sets / 'test'}"]
 
     def evaluate(command: str, *more: str) -> tuple[int, dict]:
         """How many of the two sets came from a file, and the results."""
-        status, printed, _ = cli(command, *words, *more)
+        status, printed, _ = cli(command, *arguments, *more)
         assert status == 0
         record = json.loads((run / "eval" / f"{command}.json").read_text())
         return printed.count("as computed before"), record["results"]
@@ -295,8 +295,8 @@ def test_the_untrained_encoder_of_a_run_is_the_one_that_it_began_with(cli, label
     sets = [str(labelled / "train"), str(labelled / "test")]
     arguments = training_words("mae", f"out={out}", "eval.k=5", "mean=[0.2,0.3,0.4]", "seed=3")
     assert cli("pretrain", sets[0], *arguments, f"eval.train={sets[0]}", f"eval.test={sets[1]}")[0] == 0
-    words = [f"run=untrained:{out}", f"data.train={sets[0]}", f"data.test={sets[1]}", "k=[5]", f"out={result}"]
-    assert cli("knn", *words)[0] == 0
+    knn_arguments = [f"run=untrained:{out}", f"data.train={sets[0]}", f"data.test={sets[1]}", "k=[5]", f"out={result}"]
+    assert cli("knn", *knn_arguments)[0] == 0
     record = json.loads(result.read_text())
     before = next(line["knn/top1"] for line in processes.lines(out) if line["step"] == 0)
     assert record["results"]["neighbours"][0]["top1"] == pytest.approx(before, abs=1e-3)
@@ -388,8 +388,8 @@ def test_like_files_of_two_sets_are_two_sets_to_the_cache(cli, colour_run, tmp_p
                 os.utime(path, (0, 0))
     run = tmp_path / "run"
     shutil.copytree(colour_run, run, ignore=shutil.ignore_patterns("eval"))
-    words = [f"run={run}", f"data.train={tmp_path / 'train'}", f"data.test={tmp_path / 'test'}", "k=1"]
-    status, printed, _ = cli("knn", *words)
+    arguments = [f"run={run}", f"data.train={tmp_path / 'train'}", f"data.test={tmp_path / 'test'}", "k=1"]
+    status, printed, _ = cli("knn", *arguments)
     assert status == 0
     assert "as computed before" not in printed
 

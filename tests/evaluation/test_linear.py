@@ -35,8 +35,8 @@ def test_heads_trained_together_equal_heads_trained_alone():
     rates = [0.01, 0.1, 1.0]
     together = linear.train_heads(x, labels, 4, rates, 5, 1e-4, 32, seed=0)
     for i, rate in enumerate(rates):
-        alone = linear.train_heads(x, labels, 4, [rate], 5, 1e-4, 32, seed=0)
-        assert torch.allclose(together[i], alone[0], atol=1e-5)
+        single = linear.train_heads(x, labels, 4, [rate], 5, 1e-4, 32, seed=0)
+        assert torch.allclose(together[i], single[0], atol=1e-5)
 
 
 def test_a_head_equals_torchs_own_sgd():

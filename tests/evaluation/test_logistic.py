@@ -34,14 +34,19 @@ def test_together_and_alone_are_the_same_and_parts_of_the_sum_add_up(monkeypatch
 
 
 def test_colours_are_told_apart(cli, fails, labelled, colour_run, tmp_path):
-    words = [f"run={colour_run}", f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}", "cache=false"]
+    arguments = [
+        f"run={colour_run}",
+        f"data.train={labelled / 'train'}",
+        f"data.test={labelled / 'test'}",
+        "cache=false",
+    ]
     out = tmp_path / "r.json"
-    status, printed, _ = cli("logistic", *words, "holdout=0.3", f"out={out}")
+    status, printed, _ = cli("logistic", *arguments, "holdout=0.3", f"out={out}")
     assert status == 0
     results = json.loads(out.read_text())["results"]
     assert results["top1"] > 90
     assert {row["pool"] for row in results["sweep"]} == {"cls", "mean", "cls+mean", "last4", "mean4"}
     assert "25 heads" in printed
-    assert "l2=[0.0]" in fails("logistic", *words, "l2=[0]")
-    assert "pools=pooled is not" in fails("logistic", *words, "pools=[pooled]")
-    assert "give one of them" in fails("logistic", *words, "pool=cls", "pools=[mean]")
+    assert "l2=[0.0]" in fails("logistic", *arguments, "l2=[0]")
+    assert "pools=pooled is not" in fails("logistic", *arguments, "pools=[pooled]")
+    assert "give one of them" in fails("logistic", *arguments, "pool=cls", "pools=[mean]")

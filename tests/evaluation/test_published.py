@@ -23,8 +23,8 @@ def sets(labelled, colour_run) -> list[str]:
 def test_colours_are_told_apart_and_departures_from_the_paper_are_said(cli, sets, tmp_path, name):
     out = tmp_path / "r.json"
     lr = {"mae": 2000.0, "dino": 20.0}[name]  # LARS moves weights by a thousandth of their size at a rate of 1
-    words = [f"protocol={name}", "epochs=12", "global_batch_size=12", f"lr=[{lr}]", f"out={out}"]
-    status, printed, _ = cli("linear", *sets, *words)
+    arguments = [f"protocol={name}", "epochs=12", "global_batch_size=12", f"lr=[{lr}]", f"out={out}"]
+    status, printed, _ = cli("linear", *sets, *arguments)
     assert status == 0
     record = json.loads(out.read_text())
     assert record["results"]["top1"] > 90
@@ -62,14 +62,14 @@ def test_learning_rates_are_the_published_ones(cli, sets, monkeypatch, tmp_path)
 @pytest.mark.parametrize(("name", "lr"), [("dino", 20), ("mae", 2000)])
 def test_processes_and_micro_batches_do_not_change_the_head(sets, tmp_path, name, lr):
     """BatchNorm of the one and the loss of the other are of the global batch."""
-    words = ["linear", *sets, f"protocol={name}", "epochs=3", "global_batch_size=12", f"lr={lr}"]
-    alone, together = tmp_path / "alone.json", tmp_path / "together.json"
+    arguments = ["linear", *sets, f"protocol={name}", "epochs=3", "global_batch_size=12", f"lr={lr}"]
+    single, together = tmp_path / "single.json", tmp_path / "together.json"
     log = tmp_path / "log"
-    first = processes.finish(processes.start([*words, f"out={alone}"], log), log)
-    second = processes.launch([*words, f"out={together}", "batch_size=3"], tmp_path / "log2", world_size=2)
+    first = processes.finish(processes.start([*arguments, f"out={single}"], log), log)
+    second = processes.launch([*arguments, f"out={together}", "batch_size=3"], tmp_path / "log2", world_size=2)
     assert "epoch 3/3" in first
     assert "epoch 3/3" in second
-    one, two = (json.loads(path.read_text()) for path in (alone, together))
+    one, two = (json.loads(path.read_text()) for path in (single, together))
     assert one["results"]["right"] == two["results"]["right"]
     loss = [text.split("epoch 3/3")[1].split()[1] for text in (first, second)]
     assert float(loss[0]) == pytest.approx(float(loss[1]), abs=2e-3)
