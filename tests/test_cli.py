@@ -20,6 +20,7 @@ def test_help_is_printed_for_every_command(cli):
         assert command in usage
         status, text, _ = cli(command, "--help")
         assert status == 0
+        assert "type: ignore" not in text
         assert "run=" in text or command in ("pretrain", "submit", "compare", "data", "bench")
     assert "objective.prototypes=65536" in cli("pretrain", "method=dino", "--help")[1]
 

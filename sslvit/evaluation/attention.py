@@ -228,15 +228,3 @@ def principal_colours(patches: Tensor) -> Tensor:
     low, high = projected.quantile(torch.tensor([CLIPPED, 1 - CLIPPED], dtype=torch.float64), dim=0)
     colours = ((projected - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
     return colours.unflatten(0, patches.shape[:2])
-
-
-def cell_size(size: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) pixels of a cell: a multiple of a small image, or a reduced large one."""
-    factor = (
-        CELL_SIDE // max(size)
-        if max(size) <= CELL_SIDE
-        else 2 * CELL_SIDE / max(size)
-        if max(size) > 2 * CELL_SIDE
-        else 1
-    )
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))

@@ -1,16 +1,16 @@
-"""Nine ways in which an image gets worse, each at five severities: noise, blur, light and digital artefacts.
+"""Nine corruptions of an image, each at five severities: noise, blur, light and digital artefacts.
 
 Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019
-(arXiv 1903.12261), section 3 and appendix B; the numbers are those of the released scripts of their two sets,
-CIFAR-10-C for images of up to 64 pixels and ImageNet-C for larger ones. As there, an image is corrupted after it was
-resized and cropped, and the result is rounded to 8 bits. Left out is what needs pictures or libraries of its own
-(fog, frost, snow, glass, motion, zoom, elastic), so the mean over these nine is not the papers' mCE.
+(arXiv 1903.12261), section 3 and appendix B. The numbers are those of their released scripts: CIFAR-10-C for images of
+up to 64 pixels, ImageNet-C for larger ones. As there, an image is first resized and cropped, then corrupted, and the
+result is rounded to 8 bits. Fog, frost, snow, glass, motion, zoom and elastic are left out: they need more pictures or
+libraries. So the mean over these nine is not the paper's mCE.
 
 x is in [0, 1], c the severity's number:
 
 gaussian_noise   x + c n, n normal, for each value
 shot_noise       Poisson(c x) / c
-impulse_noise    a share c of the values becomes 0 or 1, each with half the chance
+impulse_noise    a share c of the values becomes 0 or 1, each with probability c / 2
 gaussian_blur    a Gaussian of c pixels
 defocus_blur     mean over a disk of radius r, itself smoothed by a Gaussian of s pixels, c = (r, s)
 brightness       V + c in HSV, which multiplies all channels by (V + c) / V
@@ -18,7 +18,7 @@ contrast         m + c (x - m), m the mean of the channel
 pixelate         reduced to a share c of the side and enlarged again, by box filters
 jpeg             JPEG of quality c
 
-Random numbers are a function of (seed, corruption, severity, image), and of nothing else.
+Random numbers are a function of (seed, corruption, severity, image) only.
 """
 
 import io
@@ -35,7 +35,7 @@ from torch import Tensor
 from .. import rng
 
 SEVERITIES = (1, 2, 3, 4, 5)
-LARGEST_SMALL = 64  # pixels of the longer side up to which an image gets CIFAR-10-C's numbers
+LARGEST_SMALL = 64  # pixels of the longer side: images up to this size get CIFAR-10-C's numbers
 CIFAR = {
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
     "shot_noise": (500, 250, 100, 75, 50),
@@ -62,14 +62,13 @@ NAMES = tuple(CIFAR)
 
 
 def scale_of(size: tuple[int, int]) -> tuple[str, dict[str, tuple[Any, ...]]]:
-    """The set whose numbers fit images of (h, w) pixels, and the numbers."""
+    """(h, w) of an image in pixels -> the published set with numbers for this size, and its numbers."""
     return ("CIFAR-10-C", CIFAR) if max(size) <= LARGEST_SMALL else ("ImageNet-C", IMAGENET)
 
 
 def corrupt(image: Tensor, name: str, severity: int, key: Tensor) -> Tensor:
-    """[C, H, W] uint8 or float in [0, 255] -> uint8. key: of the image; the corruption and the severity are folded
-    in here."""
-    c = scale_of(tuple(image.shape[-2:]))[1][name][severity - 1]
+    """[C, H, W] uint8 or float in [0, 255] -> uint8. key: of the image."""
+    c = scale_of((image.shape[-2], image.shape[-1]))[1][name][severity - 1]
     generator = torch.Generator().manual_seed(int(rng.fold_in(key, "corruption", name, severity)) & (2**63 - 1))
     x = CORRUPTIONS[name](image.float() / 255, c, generator)
     return (x.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -96,8 +95,9 @@ def _gaussian(x: Tensor, sigma: float, radius: int) -> Tensor:
     """[..., h, w] -> the same, convolved with a Gaussian that is cut off at `radius` pixels. Edges are mirrored."""
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
     for axis in (-2, -1):
-        n, place = x.shape[axis], torch.arange(-radius, x.shape[axis] + radius)
-        mirrored = torch.where(place < 0, -1 - place, torch.where(place >= n, 2 * n - 1 - place, place)).clamp(0, n - 1)
+        n = x.shape[axis]
+        at = torch.arange(-radius, n + radius)
+        mirrored = torch.where(at < 0, -1 - at, torch.where(at >= n, 2 * n - 1 - at, at)).clamp(0, n - 1)
         x = x.index_select(axis, mirrored).unfold(axis, len(taps), 1) @ (taps / taps.sum())
     return x
 
@@ -105,8 +105,8 @@ def _gaussian(x: Tensor, sigma: float, radius: int) -> Tensor:
 def defocus_blur(x: Tensor, c: tuple[float, float], generator: torch.Generator) -> Tensor:
     radius, sigma = c
     reach = max(8, math.ceil(radius))
-    place = torch.arange(-reach, reach + 1)
-    disk = (place.square() + place.unsqueeze(1).square() <= radius**2).float()
+    offset = torch.arange(-reach, reach + 1)
+    disk = (offset.square() + offset.unsqueeze(1).square() <= radius**2).float()
     # The released code smooths the disk in a window of 3 pixels, or 5 for a radius above 8.
     kernel = _gaussian(disk / disk.sum(), sigma, radius=1 if radius <= 8 else 2)[None, None]
     padded = F.pad(x.unsqueeze(1), (reach,) * 4, mode="reflect" if min(x.shape[-2:]) > reach else "replicate")
@@ -114,7 +114,7 @@ def defocus_blur(x: Tensor, c: tuple[float, float], generator: torch.Generator) 
 
 
 def brightness(x: Tensor, c: float, generator: torch.Generator) -> Tensor:
-    if len(x) != 3:  # no colours: every channel is a V of its own
+    if len(x) != 3:  # no colours: each channel is its own V
         return x + c
     value = x.max(dim=0, keepdim=True).values
     brighter = (value + c).clamp(max=1)
@@ -127,7 +127,7 @@ def contrast(x: Tensor, c: float, generator: torch.Generator) -> Tensor:
 
 
 def pixelate(x: Tensor, c: float, generator: torch.Generator) -> Tensor:
-    """Through PIL, channel by channel, so that any number of channels works."""
+    """By PIL, one channel at a time: so any number of channels works."""
     h, w = x.shape[-2:]
     small = (max(1, int(w * c)), max(1, int(h * c)))
     box = Image.Resampling.BOX
@@ -136,7 +136,7 @@ def pixelate(x: Tensor, c: float, generator: torch.Generator) -> Tensor:
 
 
 def jpeg(x: Tensor, c: int, generator: torch.Generator) -> Tensor:
-    """Through PIL: three channels as colours, any other number one by one as gray."""
+    """By PIL: three channels as colours, any other number one by one as gray."""
     pixels = _bytes(x)
     pictures = [pixels.transpose(1, 2, 0)] if len(x) == 3 else list(pixels)
     out = []

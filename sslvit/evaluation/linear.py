@@ -99,10 +99,10 @@ def trainer(config: Config, num_classes: int, device: torch.device) -> Train:
 
 def train_heads(
     x: Tensor, labels: Tensor, num_classes: int, lrs: Sequence[float], epochs: int,
-    weight_decay: float | Sequence[float], batch_size: int, seed: int,
+    weight_decay: float | Sequence[float], batch_size: int, seed: int, weights_of_loss: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """[N, D] features, [N] labels -> [H, D + 1, num_classes] weights (the last row is the bias), one head for each
-    learning rate.
+    learning rate. labels may also be [N, num_classes] shares of the classes; weights_of_loss: [N], of their loss.
 
     SGD with momentum 0.9 on the sum of the heads' losses, so each head learns as if it were the only one. Each has its
     own learning rate, which falls on half a cosine. All heads are one matrix product. weight_decay: one for all heads,
@@ -127,7 +127,12 @@ def train_heads(
         rows = order[place * batch_size : (place + 1) * batch_size]
         batch = F.pad(x[rows], (0, 1), value=1.0)  # of a batch: padding all features once would copy them
         probabilities = (batch @ weights.flatten(1)).view(batch_size, num_classes, heads).softmax(dim=1)
-        probabilities[rows_of_batch, labels[rows]] -= 1
+        if labels.ndim == 1:
+            probabilities[rows_of_batch, labels[rows]] -= 1
+        else:
+            probabilities -= labels[rows].unsqueeze(2)
+        if weights_of_loss is not None:
+            probabilities *= weights_of_loss[rows].view(-1, 1, 1)
         momentum.mul_(0.9).add_((batch.t() @ probabilities.flatten(1)).view_as(weights), alpha=1 / batch_size)
         if decayed:
             momentum.addcmul_(weights, decays)

@@ -1,4 +1,4 @@
-"""Folders of images with a mask for each: opened, read, checked, and what they say of patches."""
+"""Folders of images with a mask for each: open, read and check them, and make the targets of patches."""
 
 from collections import Counter
 from pathlib import Path
@@ -19,12 +19,13 @@ PALETTE_SIZE = 256
 class Masked:
     """A folder of images with a mask for each."""
 
-    def __init__(self, word: str, in_chans: int) -> None:
-        root = Path(word).expanduser()
+    def __init__(self, spec: str, in_chans: int) -> None:
+        """spec: the folder, as the user named it. Raises UserError."""
+        root = Path(spec).expanduser()
         for part in ("images", "masks"):
             if not (root / part).is_dir():
-                raise UserError(f"{word} has no folder {part}: segmentation needs {word}/images and {word}/masks.")
-        self.word, self.images = word, Folder(root / "images", DataConfig(in_chans=in_chans))
+                raise UserError(f"{spec} has no folder {part}: segmentation needs {spec}/images and {spec}/masks.")
+        self.spec, self.images = spec, Folder(root / "images", DataConfig(in_chans=in_chans))
         files = [p for p in sorted((root / "masks").rglob("*")) if p.suffix.lower() == ".png" and p.name[0] != "."]
         masks = {p.relative_to(root / "masks").with_suffix(""): p for p in files}
         paths = (Path(self.images.name(i)) for i in range(len(self.images)))
@@ -36,10 +37,10 @@ class Masked:
         ):
             if missing:
                 more = f", and {len(missing) - 1} others" if len(missing) > 1 else ""
-                raise UserError(f"{word}: {what.format(missing[0])}{more}.")
+                raise UserError(f"{spec}: {what.format(missing[0])}{more}.")
         twice = [name for name, count in counts.items() if count > 1]
         if twice:
-            raise UserError(f"{word}: two images are called {twice[0]}: their mask could be of either.")
+            raise UserError(f"{spec}: two images are called {twice[0]}, and its mask could be of either: rename one.")
         self.paths = [masks[name] for name in names]
 
     def __len__(self) -> int:
@@ -51,7 +52,7 @@ class Masked:
 
 
 def read_mask(path: Path) -> Tensor:
-    """[H, W] int64 classes of the pixels, as they stand in the file. Raises UserError."""
+    """[H, W] int64 classes of the pixels, the numbers in the file. Raises UserError."""
     try:
         with Image.open(path) as image:
             if len(image.getbands()) != 1:
@@ -62,25 +63,26 @@ def read_mask(path: Path) -> Tensor:
             return torch.from_numpy(np.array(image).astype(np.int64))
     except UserError:
         raise
-    except Exception as error:  # decoders raise whatever they like
+    except Exception as error:  # decoders raise exceptions of any kind
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"The mask {path} cannot be read: {reason}.") from error
 
 
 def count_classes(train: Masked, order: Tensor) -> int:
-    """One more than the largest class of the masks, which must hold two at least. Raises UserError."""
+    """One more than the largest class in the masks of some images. Raises UserError for fewer than two classes."""
     seen: set[int] = set()
     for number in order.tolist():
         seen |= set(train.mask(number).unique().tolist())
     classes = sorted(seen - {UNKNOWN})
     if classes and not 0 <= classes[0] <= classes[-1] < UNKNOWN:
-        raise UserError(f"The masks of {train.word} have the class {classes[-1]}: classes are 0 .. 254.")
+        raise UserError(f"The masks of {train.spec} have the class {classes[-1]}: classes are 0 .. 254.")
     if len(classes) < 2:
-        raise UserError(f"The masks of {train.word} have one class only, {classes}: segment needs two or more.")
+        raise UserError(f"The masks of {train.spec} have one class only, {classes}: segment needs two or more.")
     return classes[-1] + 1
 
 
 def check_classes(mask: Tensor, num_classes: int, path: Path, train: str) -> None:
+    """Raises UserError for a class that the training masks do not have."""
     known = mask[mask != UNKNOWN]
     if len(known) and not 0 <= int(known.min()) <= int(known.max()) < num_classes:
         raise UserError(
@@ -89,7 +91,7 @@ def check_classes(mask: Tensor, num_classes: int, path: Path, train: str) -> Non
 
 
 def check_shape(masked: Masked, number: int, shape: tuple[int, int]) -> None:
-    """Refuse a mask that is not its image's, at its size or reduced: one that was turned, or another image's."""
+    """Raises UserError for a mask of another shape than its image (of any size): a turned one, or another image's."""
     with Image.open(masked.paths[number]) as mask:
         width, height = mask.size
     if abs(height * shape[1] - width * shape[0]) > sum(shape):  # half a pixel of rounding at each side
@@ -102,7 +104,7 @@ def check_shape(masked: Masked, number: int, shape: tuple[int, int]) -> None:
 def patch_targets(mask: Tensor, grid: tuple[int, int], num_classes: int) -> tuple[Tensor, Tensor]:
     """[H, W] -> [P, C] float32 shares of the classes among a patch's known pixels, and [P] share of known pixels.
 
-    A patch of an image that was resized covers pixels of the mask in part: they count for what is covered.
+    The edge of a patch may cut a pixel of the mask, since the image is resized: the part inside counts.
     """
     known = area((mask != UNKNOWN).float(), grid)
     shares = torch.zeros(grid[0] * grid[1], num_classes)
@@ -113,20 +115,22 @@ def patch_targets(mask: Tensor, grid: tuple[int, int], num_classes: int) -> tupl
 
 
 def area(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[H, W] -> [P] means over the cells of a grid, exact where its lines cut pixels: two products with the shares of
-    each pixel in each cell."""
+    """[H, W] -> [P] means over the cells of a grid, exact where its lines cut pixels.
+
+    Computed by two matrix products with the share of each pixel in each cell.
+    """
 
     def shares(pixels: int, cells: int) -> Tensor:
         edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
-        place = torch.arange(pixels, dtype=torch.float64)
-        overlap = torch.minimum(edges[1:, None], place + 1) - torch.maximum(edges[:-1, None], place)
+        left = torch.arange(pixels, dtype=torch.float64)
+        overlap = torch.minimum(edges[1:, None], left + 1) - torch.maximum(edges[:-1, None], left)
         return (overlap.clamp(min=0) * cells / pixels).float()
 
     return (shares(x.shape[0], grid[0]) @ x @ shares(x.shape[1], grid[1]).t()).flatten()
 
 
 def colours(classes: Tensor) -> Tensor:
-    """[H, W] classes -> [3, H, W] colours: black for 0, white for what is unknown, far hues for what follows."""
+    """[H, W] classes -> [3, H, W] colours: black for 0, white for unknown, and hues far apart for the others."""
     number = torch.arange(PALETTE_SIZE, dtype=torch.float64)
     turn = number * 0.618034  # the golden angle: neighbours are far apart
     light = 1 - 0.35 * (number % 3 == 0) * (number > 0)

@@ -1,4 +1,4 @@
-"""Pictures of a result, drawn with PIL alone: grids of images with captions, as PNG files."""
+"""Pictures of a result, drawn with PIL only: grids of images with captions, as PNG files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +12,12 @@ from ..distributed import rank, say
 from ..errors import UserError
 
 INK, PAPER = (20, 20, 20), (255, 255, 255)
-MARK = "sslvit"  # written into the file: only a picture that carries it is ever replaced
+MARK = "sslvit"  # written into the file: only pictures with this mark are replaced
 LONGEST = 24  # letters of a caption
 
 
 def check(path: str) -> None:
-    """Refuse a picture that could not be written, before the work. Raises UserError."""
+    """Before the work: raises UserError if `path` cannot be written, or is a file that sslvit did not draw."""
     file = Path(path).expanduser()
     if not path:
         return
@@ -30,7 +30,7 @@ def check(path: str) -> None:
 
 
 def save(image: Image.Image, path: str) -> None:
-    """Write a PNG on the first process, in place of one that was drawn before. Raises UserError."""
+    """Write a PNG on the first process; replaces the one of an earlier evaluation. Raises UserError."""
     if rank() == 0:
         mark = PngImagePlugin.PngInfo()
         mark.add_text("Software", MARK)
@@ -62,9 +62,9 @@ def shorten(text: str, longest: int = LONGEST) -> str:
 
 
 def image_of(pixels: Tensor, size: tuple[int, int] | None = None, smooth: bool = False) -> Image.Image:
-    """[C, H, W], uint8 or float in [0, 255], of any channel count -> RGB, enlarged or reduced to (h, w).
+    """[C, H, W], uint8 or float in [0, 255], of any number of channels -> RGB, enlarged or reduced to (h, w).
 
-    One or two channels give their first in gray; of four and more, the first three are shown.
+    One or two channels: the first in gray. Four and more: the first three.
     """
     pixels = pixels.detach().cpu().float().round().clamp(0, 255).to(torch.uint8)
     pixels = pixels[:1].expand(3, -1, -1) if len(pixels) < 3 else pixels[:3]
@@ -75,14 +75,14 @@ def image_of(pixels: Tensor, size: tuple[int, int] | None = None, smooth: bool =
 
 
 def cell_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(h, w) of a drawn image: enlarged by a whole factor to at most `side` pixels, or reduced to at most twice that."""
+    """(h, w) of a drawn image: enlarged by a whole factor to at most `side` pixels, or reduced to twice that."""
     factor = side // max(size) if max(size) <= side else min(1.0, 2 * side / max(size))
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def heat(values: Tensor) -> Tensor:
-    """[H, W] float, not negative -> [3, H, W] float in [0, 255]: from black over red and yellow to white, which the
-    largest hundredth of the values has, so that a single pixel does not darken all others."""
+    """[H, W] float, not negative -> [3, H, W] float in [0, 255]: from black over red and yellow to white. The largest
+    hundredth of the values is white: so one extreme pixel does not darken all others."""
     x = values.float() / values.float().quantile(0.99).clamp(min=1e-12)
     return 255 * torch.stack([3 * x, 3 * x - 1, 3 * x - 2]).clamp(0, 1)
 
@@ -94,7 +94,7 @@ def montage(
     title: str = "",
     gap: int = 4,
 ) -> Image.Image:
-    """A grid of images of one size, with a caption beside each row and above each column. None leaves a gap."""
+    """A grid of images of one size, with a caption beside each row and above each column. None is an empty cell."""
     cell = next(image for row in rows for image in row if image is not None)
     columns, text = max(len(row) for row in rows), 13
     left = max([0, *(text_width(shorten(name, 40), text) for name in row_names)]) + (2 * gap if row_names else 0)
@@ -136,7 +136,7 @@ def stacked(sheets: Sequence[Image.Image], gap: int = 4) -> Image.Image:
 
 
 def write_upright(sheet: Image.Image, text: str, foot: tuple[int, int], size: int) -> None:
-    """Write from below to above, centred on the column of `foot` (x, y) and ending above it."""
+    """Write text that is read from bottom to top, centred on the column of `foot` (x, y), its beginning above it."""
     box = Image.new("RGB", (text_width(text, size) + 2, size + 4), PAPER)
     ImageDraw.Draw(box).text((1, (size + 4) // 2), text, INK, font(size), anchor="lm")
     box = box.rotate(90, expand=True)
@@ -145,9 +145,9 @@ def write_upright(sheet: Image.Image, text: str, foot: tuple[int, int], size: in
 
 def thumbnail(pixels: Tensor, side: int) -> Image.Image:
     """[C, H, W] of any size -> the whole image inside a square of `side` pixels, on white."""
-    factor = side / max(pixels.shape[-2:])
-    size = tuple(max(1, round(length * factor)) for length in pixels.shape[-2:])
+    h, w = pixels.shape[-2:]
+    factor = side / max(h, w)
     square = Image.new("RGB", (side, side), PAPER)
-    image = image_of(pixels, size, smooth=factor < 1)
+    image = image_of(pixels, (max(1, round(h * factor)), max(1, round(w * factor))), smooth=factor < 1)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

@@ -1,25 +1,19 @@
-"""The linear probe on test images that are corrupted, or changed against it: accuracy by corruption, severity and eps.
+"""The linear probe on corrupted and attacked test images: accuracy by corruption, severity and eps.
 
-The classifier is that of `sslvit linear`, trained on clean images only, with the same choice of learning rate on a
+The classifier is that of `sslvit linear`. It is trained on clean images only, and its learning rate is chosen on a
 held-out part of them.
 
-Corruptions are those of corruptions.py. Their mean error is the mean over corruptions and severities of 100 - accuracy;
-relative to clean, the clean error is taken off (Hendrycks and Dietterich, ICLR 2019, section 4, without the division
+The corruptions are in corruptions.py. Their mean error is the mean of 100 - accuracy over corruptions and severities;
+relative to clean, the clean error is subtracted (Hendrycks and Dietterich, ICLR 2019, section 4, without the division
 by AlexNet's errors, which exist for ImageNet only).
 
-Attacks move every pixel of an image in [0, 1] by eps / 255 at most, to raise the cross-entropy of the right class, with
-gradients through the frozen encoder, the standardisation and the classifier, in float32:
-
-fgsm   x + eps sign(gradient). Goodfellow et al., ICLR 2015 (arXiv 1412.6572), section 4.
-pgd    From a random place in the ball, `steps` of 2.5 eps / steps along the sign of the gradient, each brought back
-       into the ball and into [0, 1]. Madry et al., ICLR 2018 (arXiv 1706.06083), section 2.1. Of the places on the way,
-       the one with the largest loss is the attack.
-
-Nobody defended these encoders: accuracies near 0 at eps = 8 are what an undefended classifier has.
+The attacks are in attacks.py, with eps in 255ths. Their gradients pass through the frozen encoder, the standardisation
+and the classifier, in float32. The encoders are not trained against attacks: accuracies near 0 at eps = 8 are normal.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +26,9 @@ from ..data import BadImage, Source
 from ..data.crops import centre
 from ..distributed import all_reduce_sum, on_first_process, say
 from ..errors import UserError, check_range
-from . import Command, corruptions, linear, pictures, probes, protocol, scores
-from .classes import check_readable
-from .features import CROP_RATIO, CentreCropped, Features
+from . import Command, attacks, corruptions, linear, pictures, probes, protocol, scores
+from .classes import check_readable, labels_of
+from .features import CROP_RATIO, CentreCropped, Features, share
 from .frozen import Frozen
 from .records import describe_set, table
 from .subset import random_subset
@@ -74,25 +68,17 @@ def run(config: Config) -> dict[str, Any]:
     """Probe, corruptions, attacks; prints tables and writes <run>/eval/robustness.json. Raises UserError."""
     check(config)
     frozen, split = protocol.open_split(config, "robustness")
-    classes = split.classes
     source = random_subset(split.test, config.images, config.seed, "robustness")
     train = frozen.features(split.train, config.cache)
     clean = frozen.features(source)
-    labels = clean.labels
-    check_readable(train.labels, labels, split.specs)
-    classifier, setting = on_first_process(lambda: fit(config, train, len(classes)))
-    aligned = torch.full((len(source),), -1)
-    aligned[clean.index] = labels  # by the number of the image in the source
-
-    def accuracy(found: Features) -> float:
-        right, asked = classifier(found.values).argmax(dim=1) == aligned[found.index], aligned[found.index] >= 0
-        return 100 * right[asked].double().mean().item()
-
-    images = int((labels >= 0).sum())
+    check_readable(train.labels, clean.labels, split.specs)
+    classifier, setting = on_first_process(lambda: fit(config, train, len(split.classes)))
+    accuracy = partial(accuracy_of, classifier)
+    images = int((clean.labels >= 0).sum())
     say(
         f"robustness of {config.run}: {frozen.describe()}, {train.values.shape[1]} wide, {frozen.precision}; "
         f"linear classifier with lr {setting['lr']:g} from {len(train)} training images; {images} test images in "
-        f"{len(classes)} classes"
+        f"{len(split.classes)} classes"
     )
     results: dict[str, Any] = {"setting": setting, "images": images, "clean": round(accuracy(clean), 4)}
     results["clean_interval"] = scores.accuracy_interval(round(results["clean"] * images / 100), images)
@@ -100,11 +86,11 @@ def run(config: Config) -> dict[str, Any]:
     if config.corruptions:
         results["corruptions"] = corrupted(config, frozen, source, accuracy, results["clean"])
     if config.attacks:
-        results["attacks"] = attacked(config, frozen, source, aligned, classifier)
+        results["attacks"] = attacked(config, frozen, source, classifier)
     frozen.save(
         "robustness", results, train=describe_set(split.specs[0], len(train), train.unreadable),
         test=describe_set(split.specs[1], len(clean), clean.unreadable, of=len(split.test)),
-        classes=len(classes), width=train.values.shape[1],
+        classes=len(split.classes), width=train.values.shape[1],
     )  # fmt: skip
     if config.picture:
         on_first_process(lambda: draw(config, frozen, source))
@@ -112,13 +98,13 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Refuse what cannot be, before the work. Raises UserError."""
+    """Before the work: raises UserError for impossible settings."""
     linear.check(config)
     if config.protocol != "sweep" or config.pools or config.seeds:
-        raise UserError("robustness has one probe, of pool=, by protocol=sweep: leave protocol, pools and seeds out.")
+        raise UserError("robustness has one probe with protocol=sweep and pool=: leave protocol, pools and seeds out.")
     check_range("", config, 1, None, "images", "steps")
     check_range("", config, 0, 255, "eps")
-    for key, names in (("corruptions", corruptions.NAMES), ("attacks", tuple(ATTACKS))):
+    for key, names in (("corruptions", corruptions.NAMES), ("attacks", tuple(attacks.ATTACKS))):
         unknown = [name for name in getattr(config, key) if name not in names]
         if unknown:
             raise UserError(f"{key} has {unknown[0]}, which is not one of {', '.join(names)}.")
@@ -132,9 +118,16 @@ def fit(config: linear.Config, features: Features, num_classes: int) -> tuple[Cl
     train, settings = linear.trainer(config, num_classes, torch.device("cpu")), linear.grid(config)
     best = probes.best_of(probes.try_settings(config, features, settings, train))
     setting = {name: best[name] for name in settings[0]}
-    known, *_ = probes.split(config, features.labels)
-    heads, mean, std = probes.fit(features, known, [setting], train)
+    labelled, *_ = probes.split(config, features.labels)
+    heads, mean, std = probes.fit(features, labelled, [setting], train)
     return Classifier(mean, std, heads[0]), setting
+
+
+def accuracy_of(classifier: Classifier, features: Features) -> float:
+    """Top-1 in percent of the labelled images."""
+    labelled = features.labels >= 0
+    right = classifier(features.values[labelled]).argmax(dim=1) == features.labels[labelled]
+    return 100 * right.double().mean().item()
 
 
 class Corrupted(Source):
@@ -170,8 +163,8 @@ def centred(image: Tensor, size: tuple[int, int]) -> Tensor:
 def corrupted(
     config: Config, frozen: Frozen, source: Source, accuracy: Callable[[Features], float], clean: float
 ) -> dict[str, Any]:
-    """Accuracy for each corruption and severity, and their mean error; prints a table, row by row: it takes a while."""
-    size = frozen.subject.encoder.image_size
+    """Accuracy for each corruption and severity, and their mean error. Prints each row of the table as it is ready."""
+    size = frozen.encoder.image_size
     wide = max(len(name) for name in config.corruptions)
 
     def row(name: str, values: Sequence[float]) -> str:
@@ -179,18 +172,18 @@ def corrupted(
 
     say(f"top-1 % of corrupted images, at the severities of {corruptions.scale_of(size)[0]}:")
     say(" " * wide + "".join(str(head).rjust(8) for head in [*corruptions.SEVERITIES, "mean"]))
-    found = {}
+    top1 = {}
     for name in config.corruptions:
-        worse = [Corrupted(source, size, name, s, config.seed) for s in corruptions.SEVERITIES]
-        found[name] = [round(accuracy(frozen.features(one)), 4) for one in worse]
-        say(row(name, found[name]))
-    values = torch.tensor(list(found.values()), dtype=torch.float64)
+        sources = [Corrupted(source, size, name, severity, config.seed) for severity in corruptions.SEVERITIES]
+        top1[name] = [round(accuracy(frozen.features(one)), 4) for one in sources]
+        say(row(name, top1[name]))
+    values = torch.tensor(list(top1.values()), dtype=torch.float64)
     error, by_severity = 100 - values.mean().item(), values.mean(dim=0).tolist()
     say(row("mean", by_severity))
     say(f"mean corruption error {error:.2f} %, {error - (100 - clean):+.2f} points from the clean error")
     return {
         "severities": corruptions.scale_of(size)[0],
-        "top1": found,
+        "top1": top1,
         "by_severity": [round(v, 4) for v in by_severity],
         "mean_error": round(error, 4),
         "relative_error": round(error - (100 - clean), 4),
@@ -198,38 +191,38 @@ def corrupted(
 
 
 def attacked(
-    config: Config, frozen: Frozen, source: Source, labels: Tensor, classifier: Classifier
+    config: Config, frozen: Frozen, source: Source, classifier: Classifier
 ) -> dict[str, list[dict[str, float]]]:
-    """Accuracy for each attack and eps; prints a table. Every process takes its share of the images."""
-    encoder, accelerator, device = frozen.subject.encoder, frozen.accelerator, frozen.accelerator.device
+    """Accuracy for each attack and eps; prints a table. Each process takes its share of the images."""
+    encoder, device = frozen.encoder, frozen.accelerator.device
     encoder.eval().requires_grad_(False)
-    classifier = classifier.to(device)
+    classifier, labels = classifier.to(device), labels_of(source)
 
     def logits(x: Tensor) -> Tensor:
         with torch.compiler.set_stance("force_eager"):
             return classifier(encoder.features(frozen.normalize(x), frozen.pool).float())
 
-    mine = torch.arange(accelerator.process_index, len(source), accelerator.num_processes)
+    mine = share(source)
     mine = mine[labels[mine] >= 0]
     cells = [(name, eps) for name in config.attacks for eps in config.eps]
-    right, asked = (torch.zeros(n, dtype=torch.long, device=device) for n in (len(cells), 1))
+    right, images_seen = (torch.zeros(n, dtype=torch.long, device=device) for n in (len(cells), 1))
     batch_size = max(1, config.batch_size // 8)  # gradients need the memory of every block
     loader = DataLoader(CentreCropped(source, mine, encoder.image_size), batch_size, collate_fn=_readable)
     for index, images in loader:
         if not len(index):
             continue
         x, y = images.to(device).float() / 255, labels[index].to(device)
-        asked += len(index)
+        images_seen += len(index)
         for cell, (name, eps) in enumerate(cells):
             key = rng.fold_in(rng.fold_in(config.seed, "attack"), index)
-            moved = ATTACKS[name](logits, x, y, eps / 255, config.steps, key)
+            moved = attacks.ATTACKS[name](logits, x, y, eps / 255, config.steps, key)
             with torch.no_grad():
                 right[cell] += (logits(moved).argmax(dim=1) == y).sum()
-    top1 = (100 * all_reduce_sum(right) / all_reduce_sum(asked)).tolist()
-    found = {name: [] for name in config.attacks}
+    top1 = (100 * all_reduce_sum(right) / all_reduce_sum(images_seen)).tolist()
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in config.attacks}
     for (name, eps), value in zip(cells, top1, strict=True):
         found[name].append({"eps": eps, "top1": round(value, 4)})
-    rows = [[name, *(f"{one['top1']:.2f}" for one in row)] for name, row in found.items()]
+    rows = [[name, *(f"{cell['top1']:.2f}" for cell in cells_of_row)] for name, cells_of_row in found.items()]
     say("top-1 % of attacked images, in float32, by eps in 255ths:")
     say(*table(["", *(f"{eps:g}" for eps in config.eps)], rows))
     return found
@@ -241,65 +234,20 @@ def _readable(items: list[tuple[int, Tensor | None]]) -> tuple[Tensor, Tensor | 
     return torch.tensor([number for number, _ in good], dtype=torch.long), images
 
 
-Logits = Callable[[Tensor], Tensor]
-
-
-def fgsm(logits: Logits, x: Tensor, labels: Tensor, eps: float, steps: int, key: Tensor) -> Tensor:
-    """[B, C, H, W] in [0, 1], [B] -> images at most eps from x and in [0, 1]. steps and key are pgd's."""
-    return _within(x + eps * _uphill(logits, x, labels)[0], x, eps)
-
-
-def pgd(logits: Logits, x: Tensor, labels: Tensor, eps: float, steps: int, key: Tensor) -> Tensor:
-    """As `fgsm`, in `steps` steps from a random place. key: [B], of the images."""
-    if eps == 0:
-        return x
-    start = rng.uniform(rng.fold_in(key, "start"), x[0].numel()).view(x.shape).to(x.device)
-    moved = _within(x + eps * (2 * start - 1), x, eps)
-    best, largest = moved, torch.full((len(x),), -torch.inf, device=x.device)
-    for _ in range(steps):
-        direction, loss = _uphill(logits, moved, labels)
-        best, largest = _worse(best, largest, moved, loss)
-        moved = _within(moved + 2.5 * eps / steps * direction, x, eps)
-    with torch.no_grad():
-        loss = F.cross_entropy(logits(moved), labels, reduction="none")
-    return _worse(best, largest, moved, loss)[0]
-
-
-def _uphill(logits: Logits, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The sign of the loss's gradient by the image, and the loss of each image."""
-    x = x.detach().requires_grad_(True)
-    with torch.enable_grad():
-        loss = F.cross_entropy(logits(x), labels, reduction="none")
-        (gradient,) = torch.autograd.grad(loss.sum(), x)
-    return gradient.sign(), loss.detach()
-
-
-def _worse(best: Tensor, largest: Tensor, moved: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    worse = loss > largest
-    return torch.where(worse.view(-1, 1, 1, 1), moved, best), torch.where(worse, loss, largest)
-
-
-def _within(moved: Tensor, x: Tensor, eps: float) -> Tensor:
-    return torch.minimum(torch.maximum(moved, x - eps), x + eps).clamp(0, 1)
-
-
-ATTACKS = {"fgsm": fgsm, "pgd": pgd}
-
-
 def draw(config: Config, frozen: Frozen, source: Source) -> None:
     """The first image that can be read: a row for each corruption, a column for each severity."""
-    size = frozen.subject.encoder.image_size
+    size = frozen.encoder.image_size
     factor = max(1, 96 // max(size))
-    shown = (size[0] * factor, size[1] * factor)
+    cell = (size[0] * factor, size[1] * factor)
     for index in range(len(source)):
         try:
-            clean = pictures.image_of(centred(source.read(index), size), shown)
+            clean = pictures.image_of(centred(source.read(index), size), cell)
         except BadImage:
             continue
         rows = []
         for name in config.corruptions:
-            worse = [Corrupted(source, size, name, s, config.seed).read(index) for s in corruptions.SEVERITIES]
-            rows.append([clean, *(pictures.image_of(image, shown) for image in worse)])
+            images = [Corrupted(source, size, name, s, config.seed).read(index) for s in corruptions.SEVERITIES]
+            rows.append([clean, *(pictures.image_of(image, cell) for image in images)])
         columns = ["clean", *map(str, corruptions.SEVERITIES)]
         pictures.save(pictures.montage(rows or [[clean]], config.corruptions, columns), config.picture)
         return

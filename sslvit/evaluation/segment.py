@@ -1,25 +1,25 @@
 """Semantic segmentation by a linear classifier of frozen patch tokens: mean IoU, pixel accuracy, IoU of each class.
 
-data.train and data.test are folders with images/ and masks/: for each image a PNG of one channel with the class of each
-pixel, 0 .. 254, and 255 where nobody knows, under the image's name but for the ending. A PNG with a palette is read as
-the numbers in it, not as colours.
+data.train and data.test are folders with images/ and masks/. The mask of an image is a PNG of one channel with the same
+name: the class of each pixel, 0 .. 254, and 255 where it is unknown. A PNG with a palette is read as the numbers in it,
+not as colours.
 
 Each whole image is resized to one size (`size`, any multiple of the patch; the encoder resamples its position
-embedding), without keeping its aspect, and passes the encoder once. A patch's target is the share of each class among
-its known pixels, and its weight in the loss the share of its pixels that are known: the cross-entropy is that of all
-pixels if each had the logits of its patch. To predict, the logits of the patches are enlarged to the mask's size,
-bilinearly, and each pixel takes the largest (the linear protocol of DINOv2, arXiv 2304.07193, section 7.4, without its
-training on enlarged logits, which costs as much as the mask has pixels for each patch).
+embedding) without keeping its aspect ratio, and passes the encoder once. The target of a patch is the share of each
+class among its known pixels. Its weight in the loss is the share of its pixels that are known. So the cross-entropy is
+that of all pixels if each had the logits of its patch. To predict, the logits of the patches are enlarged to the mask's
+size, bilinearly, and each pixel takes the largest. This is the linear protocol of DINOv2 (arXiv 2304.07193, section
+7.4), except that DINOv2 trains on enlarged logits, which costs as many times more as a patch has pixels in the mask.
 
-Tokens are standardised, and one classifier for each learning rate is trained at once, as in `sslvit linear`. The rate
-is chosen by mean IoU on a held-out part of the training images; then one classifier is trained on all of them, and the
-test images are looked at once.
+Tokens are standardised, and the heads of all learning rates are trained at once, as in `sslvit linear`. The rate is
+chosen by mean IoU on a held-out part of the training images. Then one head is trained on all of them and tested once.
 
-IoU of a class: pixels that are and were called it, by pixels that are or were called it, over all images together; the
-mean is over the classes that occur in the masks or the predictions (PASCAL VOC, Everingham et al., IJCV 2010, where it
-is called accuracy).
+IoU of a class: pixels that are of the class and were predicted so, divided by pixels that are of it or were predicted
+so, over all images together. The mean is over the classes that occur in the masks or the predictions (PASCAL VOC,
+Everingham et al., IJCV 2010, where it is called accuracy).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .. import rng, schedules
+from .. import rng
 from ..data import BadImage, Source
 from ..data.crops import resize
 from ..distributed import on_first_process, say
@@ -48,15 +48,16 @@ COMMAND = Command(
     "segmentation by a linear classifier of patch tokens: mean IoU",
 )
 
-SHOWN = 6  # test images in the picture
+MAX_ROWS = 6  # test images in the picture
+CELL_SIDE = 160  # pixels of a cell in the picture, or a little less
 
-Shown = tuple[int, Tensor, Tensor]  # number of an image, its mask, what was predicted
+Row = tuple[int, Tensor, Tensor]  # of the picture: number of a test image, its mask, the prediction
 
 
 @dataclass
 class Sets:
     train: str = ""  # a folder with images/ and masks/ to learn from
-    test: str = ""  # likewise, to be judged on
+    test: str = ""  # another one, on which the result is measured
 
 
 @dataclass
@@ -64,51 +65,47 @@ class Config(EncoderConfig):
     data: Sets = field(default_factory=Sets)
     size: int | tuple[int, int] | None = None  # pixels at which the encoder sees the images; null: its own size
     lr: tuple[float, ...] = (*linear.LEARNING_RATES, 3.0)  # of SGD at a batch of 1024 patches; one is chosen
-    epochs: int = 20  # of the classifiers, over all patches
-    weight_decay: float = 0.0  # of the classifiers
+    epochs: int = 20  # of the heads, over all patches
+    weight_decay: float = 0.0  # of the heads
     holdout: float = 0.1  # share of the training images on which the learning rate is chosen
-    probe_batch_size: int = 1024  # patches in a step of the classifiers
-    images: int | None = None  # training images at most, chosen by the seed; null: all
-    picture: str = ""  # PNG with some test images, their masks and what was predicted; empty: none
+    probe_batch_size: int = 1024  # patches in a step of the heads
+    images: int | None = None  # at most so many training images, chosen by the seed; null: all
+    picture: str = ""  # PNG with some test images, their masks and the predictions; empty: none
 
 
 def run(config: Config) -> dict[str, Any]:
     """Tokens, sweep, choice, test; prints tables and writes <run>/eval/segment.json. Raises UserError."""
-    check(config)
-    frozen = load_frozen(config)
-    size = image_size(frozen, config.size)
-    words = (config.data.train, config.data.test)
-    train, test = (Masked(word, frozen.subject.encoder.in_chans) for word in words)
-    protocol.refuse_same_images(train.images, test.images, words)
-    results, shown = on_first_process(lambda: probe(config, frozen, train, test, size))
-    frozen.save(
-        "segment", results, train=records.describe_set(words[0], results.pop("train_images")),
-        test=records.describe_set(words[1], results.pop("test_images")), features="patch tokens", size=list(size),
-        patches=list(frozen.subject.encoder.grid(size)), width=frozen.subject.encoder.width,
-    )  # fmt: skip
-    if config.picture:
-        on_first_process(lambda: draw(config, test, shown, size))
-    return results
-
-
-def check(config: Config) -> None:
-    """Refuse what cannot be, before the work. Raises UserError."""
-    for key in ("train", "test"):
-        if not getattr(config.data, key):
-            raise UserError(
-                f"data.{key} is missing: segment needs folders with images/ and masks/, data.train=... data.test=..."
-            )
+    specs = (config.data.train, config.data.test)
+    if not all(specs):
+        raise UserError(
+            f"data.{'test' if specs[0] else 'train'} is missing: segment needs folders with images/ and masks/, "
+            "data.train=... data.test=..."
+        )
     check_holdout(config.holdout)
     if not config.lr or min(config.lr) <= 0:
-        raise UserError("lr must be a list of numbers above 0.")
+        raise UserError(f"lr={list(config.lr)} must be a list of numbers above 0.")
     check_range("", config, 1, None, "epochs", "probe_batch_size", "images", "size")
     pictures.check(config.picture)
+    frozen = load_frozen(config)
+    size = image_size(frozen, config.size)
+    train, test = (Masked(spec, frozen.encoder.in_chans) for spec in specs)
+    protocol.refuse_same_images(train.images, test.images, specs)
+    results, rows = on_first_process(lambda: probe(config, frozen, train, test, size))
+    frozen.save(
+        "segment", results, train=records.describe_set(specs[0], results.pop("train_images")),
+        test=records.describe_set(specs[1], results.pop("test_images")), features="patch tokens", size=list(size),
+        patches=list(frozen.vit().grid(size)), width=frozen.vit().width,
+    )  # fmt: skip
+    if config.picture:
+        on_first_process(lambda: draw(config, test, rows, size))
+    return results
 
 
 def image_size(frozen: Frozen, wanted: int | tuple[int, int] | None) -> tuple[int, int]:
     """(h, w) at which a ViT sees images; None: its own size. Raises UserError if it cannot take this size."""
     encoder = frozen.vit()
-    size = encoder.image_size if wanted is None else (wanted, wanted) if isinstance(wanted, int) else wanted
+    h, w = (wanted, wanted) if isinstance(wanted, int) else wanted or encoder.image_size
+    size = h, w
     for side, patch in zip(size, encoder.patch_size, strict=True):
         if side % patch:
             near = sorted({max(1, side // patch) * patch, (side // patch + 1) * patch})
@@ -120,84 +117,101 @@ def image_size(frozen: Frozen, wanted: int | tuple[int, int] | None) -> tuple[in
     return size
 
 
+@dataclass
+class Head:
+    """A linear classifier of standardised patch tokens."""
+
+    mean: Tensor  # [D]
+    std: Tensor  # [D]
+    weights: Tensor  # [D + 1, C], the last row is the bias
+
+    def predict(self, patches: Tensor, grid: tuple[int, int], size: Sequence[int]) -> Tensor:
+        """[P, D] -> [H, W] int64 classes, by the logits enlarged bilinearly."""
+        logits = F.pad((patches - self.mean) / self.std, (0, 1), value=1.0) @ self.weights
+        maps = logits.t().unflatten(1, grid).unsqueeze(0)
+        return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)[0].argmax(dim=0)
+
+
 def probe(
     config: Config, frozen: Frozen, train: Masked, test: Masked, size: tuple[int, int]
-) -> tuple[dict[str, Any], list[Shown]]:
-    """Everything between the images and the results, and what the picture shows. Raises UserError."""
-    order = rng.permutation(rng.fold_in(config.seed, "segment"), len(train))[: config.images]
-    num_classes = count_classes(train, order)
+) -> tuple[dict[str, Any], list[Row]]:
+    """Everything between the images and the results, and the rows of the picture. Raises UserError."""
+    index = rng.permutation(rng.fold_in(config.seed, "segment"), len(train))[: config.images]
+    num_classes = count_classes(train, index)
     for number in range(len(test)):
         check_classes(test.mask(number), num_classes, test.paths[number], config.data.train)
-    grid = frozen.subject.encoder.grid(size)
-    needed = len(order) * grid[0] * grid[1] * (frozen.subject.encoder.width + num_classes) * 4 * 4
+    grid, width = frozen.vit().grid(size), frozen.vit().width
+    needed = len(index) * grid[0] * grid[1] * (width + num_classes) * 4 * 4
     if needed > free_memory():
         raise UserError(
-            f"{len(order)} images of {grid[0]} x {grid[1]} patches need {needed / 2**30:.0f} GB of memory, and "
+            f"{len(index)} images of {grid[0]} x {grid[1]} patches need {needed / 2**30:.0f} GB of memory, and "
             f"{free_memory() / 2**30:.0f} are free: take fewer with images=, or a smaller size."
         )
-    parts, numbers = [], []
-    for number, patches in tokens(frozen, train, order, size, config):
-        parts.append(patches)
-        numbers.append(number)
-    if len(numbers) < 2:
-        raise UserError(f"{len(numbers)} images of {config.data.train} can be read: segment needs two or more.")
-    x = torch.stack(parts)  # [I, P, D]
-    targets, weights = zip(*(patch_targets(train.mask(i), grid, num_classes) for i in numbers), strict=True)
-    targets, weights = torch.stack(targets), torch.stack(weights)
+    read = list(tokens(frozen, train, index, size, config))
+    if len(read) < 2:
+        raise UserError(f"{len(read)} images of {config.data.train} can be read: segment needs two or more.")
+    numbers, x = [number for number, _ in read], torch.stack([patches for _, patches in read])  # [I, P, D]
+    del read  # a second copy of x
+    of_images = [patch_targets(train.mask(number), grid, num_classes) for number in numbers]
+    targets, weights = (torch.stack(part) for part in zip(*of_images, strict=True))
     held_out = rng.permutation(rng.fold_in(config.seed, "holdout"), len(x)) < round(config.holdout * len(x))
     if not 0 < held_out.sum() < len(x):
         raise UserError(f"holdout={config.holdout} of {len(x)} training images leaves none on one side: use more.")
     say(
-        f"segment of {config.run}: patch tokens, {x.shape[2]} wide, {frozen.precision}; {len(x)} training images at "
+        f"segment of {config.run}: patch tokens, {width} wide, {frozen.precision}; {len(x)} training images at "
         f"{size[0]} x {size[1]} pixels, {grid[0]} x {grid[1]} patches, {num_classes} classes"
     )
 
-    def fit(rows: Tensor, lrs: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-        chosen = weights[rows] > 0
-        if not chosen.any():
-            raise UserError(f"The masks of {config.data.train} know no pixel of the images to learn from.")
-        features = x[rows][chosen]
+    def fit(rows: Tensor, lrs: Sequence[float]) -> list[Head]:
+        """One head for each learning rate, trained on these images."""
+        seen = weights[rows] > 0
+        if not seen.any():
+            raise UserError(f"The masks of {config.data.train} have no known pixel in the images to learn from.")
+        features = x[rows][seen]
         mean, std = mean_and_std(features)
-        features = (features - mean) / std
-        return mean, std, train_heads(features, targets[rows][chosen], weights[rows][chosen], lrs, config)
+        heads = linear.train_heads(
+            (features - mean) / std, targets[rows][seen], num_classes, lrs, config.epochs, config.weight_decay,
+            config.probe_batch_size, config.seed, weights[rows][seen],
+        )  # fmt: skip
+        return [Head(mean, std, head) for head in heads]
 
-    mean, std, heads = fit(~held_out, config.lr)
-    tables = torch.zeros(len(heads), num_classes, num_classes, dtype=torch.long)
-    for place in held_out.nonzero().squeeze(1).tolist():
-        mask = train.mask(numbers[place])
-        for h, head in enumerate(heads):
-            tables[h] += compare(predict((x[place] - mean) / std, head, grid, mask.shape), mask, num_classes)
-    valid = [mean_iou(one) for one in tables]
-    best = max(range(len(config.lr)), key=lambda head: valid[head])
-    mean, std, heads = fit(torch.ones(len(x), dtype=torch.bool), config.lr[best : best + 1])
+    def held_out_miou(head: Head) -> float:
+        counts = torch.zeros(num_classes, num_classes, dtype=torch.long)
+        for i in held_out.nonzero()[:, 0].tolist():
+            mask = train.mask(numbers[i])
+            counts += compare(head.predict(x[i], grid, mask.shape), mask, num_classes)
+        return mean_iou(counts)
 
-    counts, shown = torch.zeros(num_classes, num_classes, dtype=torch.long), []
-    every, count = torch.arange(len(test)), 0
-    for number, patches in tokens(frozen, test, every, size, config):
+    valid = [held_out_miou(head) for head in fit(~held_out, config.lr)]
+    best = max(range(len(config.lr)), key=lambda i: valid[i])
+    (head,) = fit(torch.ones(len(x), dtype=torch.bool), config.lr[best : best + 1])
+    counts, test_images = torch.zeros(num_classes, num_classes, dtype=torch.long), 0
+    rows: list[Row] = []
+    for number, patches in tokens(frozen, test, torch.arange(len(test)), size, config):
         mask = test.mask(number)
-        prediction = predict((patches - mean) / std, heads[0], grid, mask.shape)
+        prediction = head.predict(patches, grid, mask.shape)
         counts += compare(prediction, mask, num_classes)
-        count += 1
-        if config.picture and len(shown) < SHOWN:
-            shown.append((number, mask, prediction))
+        test_images += 1
+        if config.picture and len(rows) < MAX_ROWS:
+            rows.append((number, mask, prediction))
     if not counts.sum():
-        raise UserError(f"{config.data.test} has no image that can be read with a pixel that is known.")
+        raise UserError(f"{config.data.test} has no readable image with a known pixel.")
     results = {
         "miou": round(mean_iou(counts), 4),
         "pixel_accuracy": round(100 * (counts.diagonal().sum() / counts.sum()).item(), 4),
-        "iou": [None if value != value else round(value, 4) for value in iou(counts).tolist()],
+        "iou": [None if math.isnan(value) else round(value, 4) for value in iou(counts).tolist()],
         "pixels": counts.sum(dim=1).tolist(),
         "lr": config.lr[best],
         "holdout_miou": round(valid[best], 4),
         "sweep": [{"lr": lr, "holdout_miou": round(v, 4)} for lr, v in zip(config.lr, valid, strict=True)],
         "train_images": len(x),
-        "test_images": count,
+        "test_images": test_images,
     }
-    report(config, results, best)
-    return results, shown
+    report(config, results)
+    return results, rows
 
 
-class Resized(Dataset):
+class Resized(Dataset[tuple[int, tuple[int, int], Tensor | None]]):
     """Whole images at one size, each with its number and the size that it had."""
 
     def __init__(self, source: Source, index: Tensor, size: tuple[int, int]) -> None:
@@ -212,7 +226,7 @@ class Resized(Dataset):
             image = self.source.read(number)
         except BadImage:
             return number, (0, 0), None
-        return number, tuple(image.shape[-2:]), resize(image, self.size).float()
+        return number, (image.shape[-2], image.shape[-1]), resize(image, self.size).float()
 
 
 def tokens(
@@ -222,7 +236,7 @@ def tokens(
 
     Raises UserError for an image whose mask has another shape.
     """
-    device, encoder = frozen.accelerator.device, frozen.subject.encoder.eval()
+    device, encoder = frozen.accelerator.device, frozen.vit().eval()
     workers = default_workers(device) if config.workers is None else config.workers
     per_patch = encoder.grid(size)[0] * encoder.grid(size)[1] / (encoder.grid()[0] * encoder.grid()[1])
     loader = DataLoader(
@@ -247,40 +261,8 @@ def tokens(
             yield from zip([number for number, _ in good], patches.clone(), strict=True)
 
 
-def train_heads(x: Tensor, targets: Tensor, weights: Tensor, lrs: Sequence[float], config: Config) -> Tensor:
-    """[N, D], [N, C] shares, [N] weights -> [H, D + 1, C], one head for each rate; as `linear.train_heads`, with shares
-    in place of labels."""
-    x = F.pad(x, (0, 1), value=1.0)
-    key = rng.fold_in(config.seed, "probe")
-    start = 0.01 * (rng.uniform(key, x.shape[1] * targets.shape[1]).view(1, x.shape[1], -1) * 2 - 1) * 3**0.5
-    heads = start.repeat(len(lrs), 1, 1)
-    heads[:, -1] = 0
-    momentum = torch.zeros_like(heads)
-    batch_size = min(config.probe_batch_size, len(x))
-    rates = torch.tensor(lrs).view(-1, 1, 1) * batch_size / 1024
-    steps_per_epoch = len(x) // batch_size
-    for step in range(config.epochs * steps_per_epoch):
-        epoch, place = divmod(step, steps_per_epoch)
-        if place == 0:
-            order = rng.permutation(rng.fold_in(key, epoch), len(x))
-        rows = order[place * batch_size : (place + 1) * batch_size]
-        batch = x[rows]
-        error = ((batch @ heads).softmax(dim=-1) - targets[rows]) * weights[rows].unsqueeze(1)
-        gradient = batch.t() @ error / batch_size + config.weight_decay * heads
-        momentum = 0.9 * momentum + gradient
-        heads = heads - schedules.cosine(1.0, 0.0, step / (config.epochs * steps_per_epoch)) * rates * momentum
-    return heads
-
-
-def predict(x: Tensor, head: Tensor, grid: tuple[int, int], size: Sequence[int]) -> Tensor:
-    """[P, D] standardised tokens, [D + 1, C] -> [H, W] int64 classes, by the logits enlarged bilinearly."""
-    logits = F.pad(x, (0, 1), value=1.0) @ head
-    picture = logits.t().unflatten(1, grid).unsqueeze(0)
-    return F.interpolate(picture, tuple(size), mode="bilinear", align_corners=False)[0].argmax(dim=0)
-
-
 def compare(prediction: Tensor, mask: Tensor, num_classes: int) -> Tensor:
-    """[H, W] twice -> [C, C] pixels of a class (row) that were called a class (column)."""
+    """[H, W], [H, W] -> [C, C] pixels by class (row) and predicted class (column)."""
     return confusion(prediction.flatten(), torch.where(mask == UNKNOWN, -1, mask).flatten(), num_classes)
 
 
@@ -294,7 +276,7 @@ def mean_iou(counts: Tensor) -> float:
     return iou(counts).nanmean().nan_to_num(0.0).item()
 
 
-def report(config: Config, results: dict[str, Any], best: int) -> None:
+def report(config: Config, results: dict[str, Any]) -> None:
     rows = [[f"{one['lr']:g}", f"{one['holdout_miou']:.2f}"] for one in results["sweep"]]
     say(*records.table(["lr", "held-out mean IoU %"], rows))
     total = sum(results["pixels"])
@@ -307,15 +289,14 @@ def report(config: Config, results: dict[str, Any], best: int) -> None:
         f"test mean IoU {results['miou']:.2f} %, pixel accuracy {results['pixel_accuracy']:.2f} % on "
         f"{results['test_images']} images, with lr {results['lr']:g}, chosen on the held-out part"
     )
-    warn_at_edge({"setting": {"lr": config.lr[best]}}, "lr", config.lr, "learning rate")
+    warn_at_edge({"setting": {"lr": results["lr"]}}, "lr", config.lr, "learning rate")
 
 
-def draw(config: Config, test: Masked, shown: list[Shown], size: tuple[int, int]) -> None:
-    """A row for each of some test images: the image, its mask and the prediction."""
-    factor = min(1.0, 320 / max(size)) if max(size) > 160 else max(1, 160 // max(size))
-    cell = (round(size[0] * factor), round(size[1] * factor))
-    rows = []
-    for number, mask, prediction in shown:
-        image = pictures.image_of(resize(test.images.read(number), cell))
-        rows.append([image, *(pictures.image_of(colours(part), cell) for part in (mask, prediction))])
-    pictures.save(pictures.montage(rows, column_names=["image", "mask", "predicted"]), config.picture)
+def draw(config: Config, test: Masked, rows: list[Row], size: tuple[int, int]) -> None:
+    """Some test images: image, mask and prediction."""
+    cell = pictures.cell_size(size, CELL_SIDE)
+    drawn = [
+        [pictures.image_of(pixels, cell) for pixels in (resize(test.images.read(number), cell), *map(colours, pair))]
+        for number, *pair in rows
+    ]
+    pictures.save(pictures.montage(drawn, column_names=["image", "mask", "predicted"]), config.picture)

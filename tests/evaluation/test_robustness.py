@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from sslvit import rng
-from sslvit.evaluation import corruptions, robustness
+from sslvit.evaluation import attacks, corruptions, robustness
 from tests import processes
 
 KEY = rng.fold_in(0, "test")
@@ -129,7 +129,7 @@ def test_an_attack_stays_in_its_ball_and_in_the_range_of_pixels(classifier, atta
     logits, x, labels = classifier
     x = x.clone()
     x[:, :, 0], x[:, :, 1] = 0, 1  # at the edges of the range, where a step would leave it
-    moved = robustness.ATTACKS[attack](logits, x, labels, eps, 5, rng.fold_in(0, torch.arange(len(x))))
+    moved = attacks.ATTACKS[attack](logits, x, labels, eps, 5, rng.fold_in(0, torch.arange(len(x))))
     assert (moved - x).abs().max() <= eps + 1e-6
     assert moved.min() >= 0
     assert moved.max() <= 1
@@ -147,9 +147,9 @@ def test_attacks_raise_the_loss_and_pgd_is_no_weaker_than_fgsm(classifier):
         return F.cross_entropy(logits(x), labels).item()
 
     for eps in (1 / 255, 4 / 255):
-        fgsm, pgd = (robustness.ATTACKS[name](logits, x, labels, eps, 10, key) for name in ("fgsm", "pgd"))
+        fgsm, pgd = (attacks.ATTACKS[name](logits, x, labels, eps, 10, key) for name in ("fgsm", "pgd"))
         assert loss(x) < loss(fgsm) <= loss(pgd)
-        alone = robustness.pgd(logits, x[7:9], labels[7:9], eps, 10, key[7:9])
+        alone = attacks.pgd(logits, x[7:9], labels[7:9], eps, 10, key[7:9])
         assert torch.allclose(alone, pgd[7:9], atol=1e-6)  # whatever else is in the batch
 
 
@@ -160,9 +160,9 @@ def test_the_gradient_step_of_a_linear_classifier_is_the_sign_of_its_weights():
         return x.flatten(1) @ weight
 
     x = torch.full((1, 3, 2, 2), 0.5)
-    moved = robustness.fgsm(logits, x, torch.tensor([0]), 0.1, 1, KEY.view(1))
+    moved = attacks.fgsm(logits, x, torch.tensor([0]), 0.1, 1, KEY.view(1))
     assert torch.allclose((moved - x).flatten(), 0.1 * (weight[:, 1] - weight[:, 0]).sign(), atol=1e-6)
-    steps = robustness.pgd(logits, x, torch.tensor([0]), 0.1, 5, KEY.view(1))
+    steps = attacks.pgd(logits, x, torch.tensor([0]), 0.1, 5, KEY.view(1))
     assert torch.allclose(steps, moved, atol=1e-6)  # the corner of the ball is the maximum
 
 

@@ -82,7 +82,7 @@ def test_an_edge_between_patches_is_exact_when_the_features_contain_it(column):
     x = F.one_hot(classes.flatten(), 2).float()
     head = torch.cat([4 * torch.eye(2), torch.zeros(1, 2)])
     mask = classes.repeat_interleave(side // 4, 0).repeat_interleave(side // 4, 1)
-    prediction = segment.predict(x, head, grid, (side, side))
+    prediction = segment.Head(torch.zeros(x.shape[1]), torch.ones(x.shape[1]), head).predict(x, grid, (side, side))
     assert torch.equal(prediction, mask)
     assert segment.mean_iou(segment.compare(prediction, mask, 2)) == 100
 
@@ -106,8 +106,8 @@ def test_targets_are_the_shares_of_the_known_pixels_under_a_patch(shape):
 
 
 def test_heads_to_choose_from_do_not_see_held_out_images_and_the_last_one_sees_all(cli, stripes, monkeypatch):
-    seen, train_heads = [], segment.train_heads
-    monkeypatch.setattr(segment, "train_heads", lambda x, *rest: seen.append(len(x)) or train_heads(x, *rest))
+    seen, train_heads = [], linear.train_heads
+    monkeypatch.setattr(linear, "train_heads", lambda x, *rest: seen.append(len(x)) or train_heads(x, *rest))
     assert cli(*words(stripes, "holdout=0.25", "epochs=1"))[0] == 0
     assert seen == [18 * 16, 24 * 16]  # images, patches
 
@@ -115,18 +115,17 @@ def test_heads_to_choose_from_do_not_see_held_out_images_and_the_last_one_sees_a
 def test_with_one_class_a_patch_the_heads_are_those_of_the_linear_probe():
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(64, 6, generator=generator), torch.randint(0, 3, (64,), generator=generator)
-    config = segment.Config(epochs=3, probe_batch_size=16, weight_decay=1e-3, seed=2)
-    ours = segment.train_heads(x, F.one_hot(labels, 3).float(), torch.ones(64), [0.1, 1.0], config)
-    theirs = linear.train_heads(x, labels, 3, [0.1, 1.0], 3, 1e-3, 16, seed=2)
+    more = (3, [0.1, 1.0], 3, 1e-3, 16, 2)
+    ours = linear.train_heads(x, F.one_hot(labels, 3).float(), *more, torch.ones(64))
+    theirs = linear.train_heads(x, labels, *more)
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
 def test_a_patch_that_nobody_knows_teaches_nothing():
     x, targets = torch.randn(32, 4), torch.eye(2)[torch.arange(32) % 2]
-    config = segment.Config(epochs=2, probe_batch_size=32)
     weights = (torch.arange(32) < 16).float()
     other = torch.where(weights.bool().unsqueeze(1), targets, 1 - targets)
-    first, second = (segment.train_heads(x, t, weights, [1.0], config) for t in (targets, other))
+    first, second = (linear.train_heads(x, t, 2, [1.0], 2, 0.0, 32, 0, weights) for t in (targets, other))
     assert torch.equal(first, second)
 
 

@@ -571,7 +571,7 @@ OTHERS = [
     ),
     Mistake(
         "FGSM lowers the loss",
-        "evaluation/robustness.py",
+        "evaluation/attacks.py",
         "x + eps * _uphill",
         "x - eps * _uphill",
         HERE + "test_robustness.py::test_attacks_raise_the_loss_and_pgd_is_no_weaker_than_fgsm",
