@@ -24,23 +24,17 @@ def did_you_mean(name: str, choices: Iterable[str], full: Mapping[str, str] | No
     return f" Did you mean {full[near[0]] if full else near[0]}?" if near else ""
 
 
-def check_range(section: str, config: object, low: float, high: float | None, *names: str) -> None:
-    """Raises UserError for a field of the configuration (or a number in its tuple) outside [low, high]; None passes."""
+def check_range(section: str, config: object, low: float, high: float | None, *names: str, above: bool = False) -> None:
+    """Raises UserError for a field of the configuration (or a number in its tuple) outside [low, high]; None passes.
+    above: there is no upper bound, and low itself is outside too."""
     for name in names:
         value = getattr(config, name)
         for number in value if isinstance(value, (tuple, list)) else (value,):
-            if number is not None and not (number >= low and (high is None or number <= high)):
+            inside = number is None or (number > low if above else number >= low and (high is None or number <= high))
+            if not inside:
                 bounds = f"be {low:g} or above" if high is None else f"lie between {low:g} and {high:g}"
                 shown = list(value) if isinstance(value, (tuple, list)) else value
-                raise UserError(f"{section}{name}={shown} must {bounds}.")
-
-
-def check_positive(section: str, config: object, *names: str) -> None:
-    """Raises UserError for a field of the configuration that is not above 0; None passes."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{section}{name}={value} must be above 0.")
+                raise UserError(f"{section}{name}={shown} must {f'be above {low:g}' if above else bounds}.")
 
 
 def check_share(section: str, config: object, *names: str) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from . import schedules
 from .distributed import all_reduce_sum, is_sharded, local_shard
-from .errors import UserError, check_positive, check_range
+from .errors import UserError, check_range
 
 FUSED = {"cuda", "cpu"}  # devices with AdamW as one kernel, which can also leave out a step by itself
 REFERENCE_BATCH = 256  # base_lr is the learning rate at this global batch size
@@ -54,7 +54,7 @@ class Schedule:
 
 def check(config: Config) -> None:
     """Raises UserError for values without a meaning."""
-    check_positive("optim.", config, "base_lr", "eps", "clip")
+    check_range("optim.", config, 0, None, "base_lr", "eps", "clip", above=True)
     check_range("optim.", config, 0, None, "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise UserError(f"optim.betas={list(config.betas)} must lie in [0, 1).")

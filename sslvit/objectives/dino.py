@@ -19,7 +19,7 @@ from .. import data
 from ..arguments import first_line
 from ..data.crops import Crop, Views, crop_key
 from ..distributed import all_reduce_sum, world_size
-from ..errors import UserError, check_positive, check_range, check_share
+from ..errors import UserError, check_range, check_share
 from ..model import factory, masks
 from ..model.ema import EMA
 from ..model.encoder import Encoder, Resampling
@@ -139,7 +139,8 @@ def check(config: Config, epochs: float) -> None:
     """Raises UserError for values that cannot be used in a run of so many epochs."""
     for low, high, keys in LIMITS:
         check_range("objective.", config, low, high, *keys)
-    check_positive("objective.", config, "student_temp", "teacher_temp", "teacher_temp_start", "student_keep")
+    above = "student_temp", "teacher_temp", "teacher_temp_start", "student_keep"
+    check_range("objective.", config, 0, None, *above, above=True)
     check_share("objective.", config, "global_crop_scale", "local_crop_scale")
     if config.drop_path == 1:
         raise UserError("objective.drop_path=1.0 must be below 1: it would leave no block.")
