@@ -1,5 +1,5 @@
-"""An encoder by what a user calls it: a run directory, one of its checkpoints, `untrained:<run directory>`, an exported
-folder, `timm:<name>`, `random:<name>`, or `pixels`."""
+"""Load the encoder that the user names: a run directory, one of its checkpoints, `untrained:<run directory>`, an
+exported folder, `timm:<name>`, `random:<name>`, or `pixels`."""
 
 import json
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ CHOICES = (
 
 
 class Pixels(nn.Module):
-    """No encoder at all: the image is its own feature. What every encoder has to beat."""
+    """No encoder: the image itself is the feature. Every encoder should be better than this."""
 
     is_vit, in_chans = False, 3
     pool: Pool = "pooled"
@@ -53,21 +53,21 @@ class Pixels(nn.Module):
 
 @dataclass
 class Pretrained:
-    """A frozen encoder with what its images must look like."""
+    """A frozen encoder, and what its images must look like."""
 
     encoder: Encoder | Pixels
     mean: tuple[float, ...]
     std: tuple[float, ...]
     name: str  # as the user gave it
-    detail: dict[str, Any]  # for the record: step, images seen, matched weights ...
-    folder: Path | None = None  # its own, if it has one
-    results: Path | None = None  # where its results and features are filed
+    detail: dict[str, Any]  # for the record: step, images seen ...
+    folder: Path | None = None  # its run directory or exported folder
+    results: Path | None = None  # the folder of its results and features
     value_range: tuple[float, float] | None = None  # of its training images, see data.Config
     chosen_on: str = ""  # the eval.test with which save.keep_best chose this checkpoint; empty: it was not chosen
 
     @property
     def data_config(self) -> data.Config:
-        """How images are opened for it."""
+        """How to open images for it."""
         return data.Config(
             image_size=self.encoder.image_size, in_chans=self.encoder.in_chans, mean=self.mean, std=self.std,
             value_range=self.value_range,
@@ -77,29 +77,27 @@ class Pretrained:
 def load(
     name: str, image_size: int | tuple[int, int] | None = None, model_args: dict[str, Any] | None = None, seed: int = 0
 ) -> Pretrained:
-    """The encoder that `name` stands for. Raises UserError.
+    """The encoder with this name. Raises UserError.
 
-    image_size: pixels, for `timm:`, `random:` (null: the model's own) and `pixels` (null: 32).
-    model_args: more arguments of `timm.create_model`, for the first two.
+    image_size: pixels, for `timm:`, `random:` (None: the model's own) and `pixels` (None: 32).
+    model_args: more arguments of `timm.create_model`, for `timm:` and `random:`.
     """
     if not name:
         raise UserError(f"run= is missing: give {CHOICES}.")
     kind, colon, rest = name.partition(":")
     if kind not in ("timm", "random") and (model_args or (image_size is not None and name != "pixels")):
         raise UserError(
-            f"image_size and model_args belong to timm: and random:, image_size to pixels, and {name} is none of them."
+            f"image_size and model_args are for timm: and random:, image_size also for pixels. run={name} has its own: "
+            "leave them out."
         )
     if colon and kind == "untrained":
         return _untrained(Path(rest).expanduser(), name)
-    if colon and kind == "timm":
-        return _from_timm(rest, name, image_size, model_args or {})
+    if colon and kind in ("timm", "random"):
+        return _from_timm(name, image_size, model_args or {}, seed)
     if name == "pixels":
-        size = image_size or 32
         mean, std = data.normalization(data.Config())
         detail = {"weights": "none: pixels minus the mean training image"}
-        return Pretrained(Pixels((size, size) if isinstance(size, int) else tuple(size)), mean, std, name, detail)
-    if colon and kind == "random":
-        return _random(rest, name, image_size, model_args or {}, seed)
+        return Pretrained(Pixels(_height_width(image_size or 32)), mean, std, name, detail)
     path = Path(name).expanduser()
     if path.parent.name == "checkpoints" and (path / state.STATE).is_file():
         return _from_run(path.parent.parent, path)
@@ -110,12 +108,17 @@ def load(
     if not path.exists():
         raise UserError(f"run={name} does not exist: give {CHOICES}.")
     raise UserError(
-        f"run={name} is neither a run (no checkpoints in it) nor an exported encoder (no config.json in it)."
+        f"run={name} is neither a run (no checkpoints in it) nor an exported encoder (no config.json in it): give "
+        f"{CHOICES}."
     )
 
 
+def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def results_folder(name: str) -> Path:
-    """Where results of a run, of one of its checkpoints, of untrained:<run> or of an exported folder are filed."""
+    """Where results of a run, of one of its checkpoints, of untrained:<run> or of an exported folder are stored."""
     if name.startswith("untrained:"):
         return Path(name.removeprefix("untrained:")).expanduser() / "eval" / "untrained"
     path = Path(name).expanduser()
@@ -123,12 +126,13 @@ def results_folder(name: str) -> Path:
 
 
 def _from_run(run_dir: Path, checkpoint: Path | None = None) -> Pretrained:
-    """checkpoint: its folder; null: the newest whole one."""
+    """checkpoint: its folder; None: the newest whole one."""
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"run={run_dir} has no config.yaml: it is not a run directory.")
+    complaints: list[str] = []
     if checkpoint:
         try:
-            folder, (record, (tensors,)), complaints = checkpoint, state.read(checkpoint, state.MODEL), []
+            folder, (record, (tensors,)) = checkpoint, state.read(checkpoint, state.MODEL)
         except state.Damaged as error:
             raise UserError(f"The checkpoint {checkpoint} is damaged ({error}): give another one.") from error
     else:
@@ -138,18 +142,15 @@ def _from_run(run_dir: Path, checkpoint: Path | None = None) -> Pretrained:
     try:
         prefix, built.pool = str(record["encoder"]["prefix"]), record["encoder"]["pool"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder} does not say which of its weights are the encoder's: it is no run's.") from error
+        raise UserError(f"{folder} does not name the weights of its encoder: it was not written by a run.") from error
     if built.pool not in get_args(Pool):
-        raise UserError(f"{folder} asks for the pooling {built.pool}, which is none of {', '.join(get_args(Pool))}.")
+        raise UserError(f"{folder} has the pooling {built.pool}, which is none of {', '.join(get_args(Pool))}.")
     weights = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
     load_weights(built, weights, str(folder))
     mean, std = data.normalization(data_config)
     detail = {
-        "checkpoint": str(folder),
-        "step": record["step"],
-        "images_seen": record["images_seen"],
-        "notes": complaints,
-    }
+        "checkpoint": str(folder), "step": record["step"], "images_seen": record["images_seen"], "notes": complaints,
+    }  # fmt: skip
     name = str(checkpoint or run_dir)
     return Pretrained(
         built.eval(), mean, std, name, detail, run_dir, results_folder(name), data_config.value_range,
@@ -167,26 +168,26 @@ def _chosen_on(run_dir: Path, record: dict[str, Any]) -> str:
 
 
 def _section(run_dir: Path, key: str, schema: type) -> Any:
-    """A section of a run's config.yaml, checked. Raises UserError."""
+    """A section of a run's config.yaml, as an instance of its schema. Raises UserError."""
     where = run_dir / "config.yaml"
     values = compatibility.modernise(read_yaml(where), str(where)).get(key)
     if not isinstance(values, dict):
-        raise UserError(f"{where} has no section {key}: it is not that of a run.")
+        raise UserError(f"{where} has no section {key}: it was not written by a run.")
     return OmegaConf.to_object(merge(OmegaConf.structured(schema), values, str(where)))
 
 
 def _untrained(run_dir: Path, name: str) -> Pretrained:
-    """The very encoder that a run began with: its seed, its method's initialisation, its images' mean and deviation."""
+    """The encoder of a run before its first step: same seed, same initialisation."""
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"run={name}: {run_dir} has no config.yaml, so it is not a run directory.")
     stored = read_yaml(run_dir / "config.yaml")
     method, seed = str(stored.get("method")), stored.get("seed")
     if not isinstance(seed, int):
-        raise UserError(f"{run_dir / 'config.yaml'} names no seed: it is not that of a run.")
+        raise UserError(f"{run_dir / 'config.yaml'} has no seed: it was not written by a run.")
     schemas = {"objective": objectives.find(method).Config, "model": factory.Config, "data": data.Config}
     parts = {key: _section(run_dir, key, schema) for key, schema in schemas.items()}
     config = SimpleNamespace(method=method, seed=seed, **parts)
-    objective = objectives.start(config, steps_per_epoch=10**6, steps=10**9)  # lengths do not matter to the weights
+    objective = objectives.start(config, steps_per_epoch=10**6, steps=10**9)  # the weights do not depend on them
     mean, std = data.normalization(config.data)
     detail = {"weights": f"untrained, seed {config.seed}"}
     encoder, results = objective.exported_encoder().eval(), results_folder(name)
@@ -194,30 +195,31 @@ def _untrained(run_dir: Path, name: str) -> Pretrained:
 
 
 def _from_folder(path: Path, name: str) -> Pretrained:
-    """A folder that `sslvit export to=timm` or timm's own save_for_hf wrote."""
+    """A folder that `sslvit export to=timm` or timm's save_for_hf has written."""
     try:
         stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
         cfg, args = stored["pretrained_cfg"], stored.get("model_args", {})
-        _refuse_absurd(args, path)
+        _check_model_args(args, path)
         model = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
-        in_chans, *size = cfg["input_size"]
-        built = Encoder(model, tuple(size), in_chans, stored["architecture"], args)
+        in_chans, h, w = cfg["input_size"]
+        built = Encoder(model, (h, w), in_chans, stored["architecture"], args)
         if built.is_vit and model.global_pool == "avg":
             built.pool = "mean"
-        span = tuple(map(float, stored["value_range"])) if stored.get("value_range") else None
+        low, high = stored.get("value_range") or (None, None)
+        value_range = None if low is None or high is None else (float(low), float(high))
         mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-        return Pretrained(built.eval(), mean, std, name, {"folder": str(path)}, path, path / "eval", span)
-    except Exception as error:  # whatever timm raises for a configuration that it did not write
+        return Pretrained(built.eval(), mean, std, name, {"folder": str(path)}, path, path / "eval", value_range)
+    except Exception as error:  # timm raises exceptions of any kind for a configuration that it has not written
         raise UserError(
-            f"run={name} is no encoder that timm can load: {type(error).__name__}: {_line(error)}."
+            f"run={name} is no encoder that timm can load: {type(error).__name__}: {_first_line(error)}."
         ) from error
 
 
-def _refuse_absurd(args: dict[str, Any], path: Path) -> None:
-    """Raises ValueError for a number that the weights beside it cannot have: a depth of a billion would never end."""
+def _check_model_args(args: dict[str, Any], path: Path) -> None:
+    """Raises ValueError for a number that is too large for the weights: with a depth of a billion timm never ends."""
     if (path / "model.safetensors").is_file():
         with safe_open(path / "model.safetensors", "pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - it is no dictionary
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - it is not a dictionary
         most = max(1024, len(shapes), *(side for shape in shapes for side in shape))
         for key, value in args.items():
             if any(isinstance(number, (int, float)) and abs(number) > most for number in _numbers(value)):
@@ -230,29 +232,25 @@ def _numbers(value: Any) -> list[Any]:
     return [number for item in value for number in _numbers(item)] if isinstance(value, list) else [value]
 
 
-def _from_timm(
-    model_name: str, name: str, image_size: int | tuple[int, int] | None, args: dict[str, Any]
-) -> Pretrained:
+def _from_timm(name: str, image_size: int | tuple[int, int] | None, args: dict[str, Any], seed: int) -> Pretrained:
+    """timm:<model> with timm's weights, or random:<model> with weights drawn from the seed. Raises UserError."""
+    kind, _, model_name = name.partition(":")
+    if kind == "random":
+        torch.manual_seed(int(rng.fold_in(seed, "weights")))
+        built, mean, std = _architecture(model_name, image_size, args, pretrained=False)
+        return Pretrained(built.eval(), mean, std, name, {"weights": f"random, seed {seed}"})
     try:
         built, mean, std = _architecture(model_name, image_size, args, pretrained=True)
     except UserError:
         raise
     except Exception as error:  # no network, no such weights, no room on the disk ...
         raise UserError(
-            f"run={name}: timm cannot fetch these weights ({type(error).__name__}: {_line(error)})."
+            f"run={name}: timm cannot fetch these weights ({type(error).__name__}: {_first_line(error)})."
         ) from error
     return Pretrained(built.eval(), mean, std, name, {"weights": model_name})
 
 
-def _random(
-    model_name: str, name: str, image_size: int | tuple[int, int] | None, args: dict[str, Any], seed: int
-) -> Pretrained:
-    torch.manual_seed(int(rng.fold_in(seed, "weights")))
-    built, mean, std = _architecture(model_name, image_size, args, pretrained=False)
-    return Pretrained(built.eval(), mean, std, name, {"weights": f"random, seed {seed}"})
-
-
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
@@ -272,12 +270,11 @@ def load_weights(built: Encoder, weights: dict[str, Tensor], where: str) -> None
 def _architecture(
     model_name: str, image_size: int | tuple[int, int] | None, args: dict[str, Any], pretrained: bool
 ) -> tuple[Encoder, tuple[float, ...], tuple[float, ...]]:
-    """The encoder and the mean and standard deviation that timm has for it."""
+    """The encoder, and the mean and standard deviation of its images in timm, or ours if timm has none."""
     cfg = timm.get_pretrained_cfg(model_name) if timm.is_model(model_name.split(".")[0]) else None
-    size = image_size or (cfg.input_size[1:] if cfg else 224)
+    size = _height_width(image_size or (cfg.input_size[1:] if cfg else 224))
     args = dict(args)
     in_chans = args.pop("in_chans", 3)
-    size = (size, size) if isinstance(size, int) else tuple(size)
     built = factory.create(factory.Config(model_name, args), size, in_chans, pretrained=pretrained)
     if cfg and in_chans == len(cfg.mean):
         return built, tuple(cfg.mean), tuple(cfg.std)

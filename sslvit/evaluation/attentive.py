@@ -1,13 +1,13 @@
 """Attentive probe: a learned query gathers an image's frozen patch tokens, and a linear classifier reads the result.
 
-The fair probe for encoders that were not trained to put what they know into one token or mean, as MAE (El-Nouby et al.,
-AIM, 2024, section 4; the head is that of CAPI, Darcet et al., 2025: one query, keys and values by linear layers, heads
-of 64 channels). Tokens are standardised by the training set's mean and deviation, which is AIM's BatchNorm without
-affine parameters. Settings are chosen on a held-out part of the training images (the same share of each class), one
-head is trained again on all of them, and the test images are looked at once.
+The fair probe for encoders that were not trained to put their knowledge into one token or a mean, such as MAE (El-Nouby
+et al., AIM, 2024, section 4). The head is that of CAPI (Darcet et al., 2025): one query, keys and values by linear
+layers, heads of 64 channels. Tokens are standardised by the training set's mean and standard deviation, which is AIM's
+BatchNorm without affine parameters. Settings are chosen on a held-out part of the training images (the same share of
+each class). Then one head is trained on all of them and tested once.
 
-One query makes the keys a detour: q . (K x) = (K' q) . x, so a head never computes them, nor the values of single
-tokens: it averages tokens and multiplies once. The same function and gradients, for a hundredth of the products.
+With a single query, q . (K x) = (K' q) . x. So a head computes no keys, and no values of single tokens: it averages the
+tokens and multiplies once. Function and gradients are the same, with a hundredth of the multiplications.
 """
 
 import math
@@ -44,16 +44,16 @@ class Config(protocol.Config):
     epochs: int = 20  # of the heads; the first tenth warms the learning rate up
     probe_batch_size: int = 512  # images in a step of the heads
     holdout: float = 0.1  # share of the training images of each class on which the choice is made
-    seeds: tuple[int, ...] = ()  # one training of the heads after another, with mean and deviation; empty: seed
+    seeds: tuple[int, ...] = ()  # train the heads once for each seed, report mean and deviation; empty: seed
     picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
 
 @dataclass
 class Set:
-    """Images as the heads see them."""
+    """The labelled images of a set: their tokens and classes."""
 
     tokens: Tokens
-    numbers: Tensor  # [M] int64, of the labelled images
+    numbers: Tensor  # [M] int64, of the images in the source
     labels: Tensor  # [M] int64
 
     def __getitem__(self, rows: Tensor) -> "Set":
@@ -63,7 +63,10 @@ class Set:
 def run(config: Config) -> dict[str, Any]:
     """Tokens, sweep, choice, test; prints and writes <run>/eval/attentive.json. Raises UserError."""
     if not config.lr or min(config.lr) <= 0 or not config.weight_decay or min(config.weight_decay) < 0:
-        raise UserError("lr must be numbers above 0, and weight_decay numbers of 0 or above.")
+        raise UserError(
+            f"lr={list(config.lr)} must be numbers above 0, and weight_decay={list(config.weight_decay)} numbers of at "
+            "least 0."
+        )
     check_holdout(config.holdout)
     check_range("", config, 1, None, "epochs", "probe_batch_size")
     pictures.check(config.picture)
@@ -94,25 +97,25 @@ def choose(config: Config, train: Set, test: Set, classes: list[str], device: to
     settings = [{"lr": lr, "weight_decay": decay} for lr in config.lr for decay in config.weight_decay]
     held_out = hold_out(train.labels, config.holdout, config.seed)
     fit, valid = train[~held_out], train[held_out]
-    told, loss = judge(train_heads(config, fit, len(classes), settings, device), valid, device)
-    right = (told == valid.labels).double().mean(dim=1)
+    predictions, loss = predict(train_heads(config, fit, len(classes), settings, device), valid, device)
+    top1 = 100 * (predictions == valid.labels).double().mean(dim=1)
     sweep = [
-        {**setting, "holdout_top1": round(100 * r.item(), 4), "holdout_loss": round(v.item(), 5)}
-        for setting, r, v in zip(settings, right, loss, strict=True)
+        {**setting, "holdout_top1": round(accuracy, 4), "holdout_loss": round(one, 5)}
+        for setting, accuracy, one in zip(settings, top1.tolist(), loss.tolist(), strict=True)
     ]
     best = sweep.index(probes.best_of(sweep))
     rows = [[f"{r['lr']:g}", f"{r['weight_decay']:g}", f"{r['holdout_top1']:.2f}"] for r in sweep]
     say(*records.table(["lr", "weight decay", "held-out top-1 %"], rows))
     head = train_heads(config, train, len(classes), settings[best : best + 1], device)
-    told, loss = judge(head, test, device)
-    words = ", ".join(f"{name} {value:g}" for name, value in settings[best].items())
-    results = probes.report(config, classes, told[0], test.labels, f"with {words}")
+    predictions, loss = predict(head, test, device)
+    chosen = ", ".join(f"{name} {value:g}" for name, value in settings[best].items())
+    results = probes.report(config, classes, predictions[0], test.labels, f"with {chosen}")
     return {**results, "setting": settings[best], "test_loss": round(loss.item(), 5),
             "holdout_top1": sweep[best]["holdout_top1"], "sweep": sweep}  # fmt: skip
 
 
 class Head(nn.Module):
-    """One query's attention over patch tokens, and a linear classifier. Its parameters only: `logits` runs many."""
+    """The parameters of one query's attention over patch tokens and of a linear classifier; see `Heads.logits`."""
 
     def __init__(self, width: int, num_classes: int, key: Tensor) -> None:
         super().__init__()
@@ -132,7 +135,7 @@ class Head(nn.Module):
 
 @dataclass
 class Heads:
-    """Independent heads, and the mean [D] and deviation [D] of the tokens that they were trained on."""
+    """Independent heads, and the mean [D] and standard deviation [D] of the tokens that they were trained on."""
 
     heads: nn.ModuleList
     mean: Tensor
@@ -144,7 +147,7 @@ class Heads:
                    self.heads[0].named_parameters()}  # fmt: skip
         count, heads, width = stacked["query"].shape
         direction = torch.einsum("shd,shde->she", stacked["query"], stacked["keys"]) / width**0.5 / self.std
-        # Softmax over tokens does not see what all scores share, so the mean need not be taken off here.
+        # The mean is not subtracted here: it adds the same to all scores, which softmax over tokens ignores.
         attention = (x @ direction.flatten(0, 1).t()).softmax(dim=1)  # [B, N, H * heads]
         gathered = (attention.transpose(1, 2) @ x - self.mean) / self.std
         gathered = gathered.unflatten(1, (count, heads))
@@ -155,7 +158,7 @@ class Heads:
 def train_heads(
     config: Config, train: Set, num_classes: int, settings: Sequence[Setting], device: torch.device
 ) -> Heads:
-    """One head for each setting, by AdamW on the sum of their losses, so each as if alone. Raises UserError."""
+    """One head for each setting, by AdamW on the sum of their losses: each learns as if it were the only one."""
     mean, std = standardisation(train)
     key = rng.fold_in(config.seed, "attentive")
     heads = nn.ModuleList(Head(len(mean), num_classes, key) for _ in settings).to(device)
@@ -176,7 +179,7 @@ def train_heads(
         for group in optimizer.param_groups:
             group["lr"] = schedules.warmup_cosine(step + 1, group["peak"], 0.0, max(1, total // 10), total + 1)
         logits, labels = model.logits(batch.tokens[batch.numbers].to(device)), batch.labels.to(device)
-        loss = sum(F.cross_entropy(of_one, labels) for of_one in logits)
+        loss = torch.stack([F.cross_entropy(of_one, labels) for of_one in logits]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -184,8 +187,9 @@ def train_heads(
 
 
 def standardisation(train: Set) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel over all tokens of all images, [D] and [D]."""
-    total, squares, count = 0.0, 0.0, 0
+    """Mean and standard deviation of each channel over all tokens of all images, [D] and [D]."""
+    total = squares = torch.zeros(train.tokens.values.shape[-1], dtype=torch.float64)
+    count = 0
     for rows in train.numbers.split(1024):
         x = train.tokens[rows].flatten(0, 1).double()
         total, squares, count = total + x.sum(dim=0), squares + x.square().sum(dim=0), count + len(x)
@@ -194,12 +198,12 @@ def standardisation(train: Set) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def judge(model: Heads, images: Set, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[H, M] int64, the class of the largest logit, and [H] cross-entropy."""
-    told, loss = [], []
+def predict(model: Heads, images: Set, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[H, M] int64 predicted classes, and [H] cross-entropy."""
+    predictions, loss = [], []
     for rows in torch.arange(len(images.labels)).split(512):
         batch = images[rows]
         logits, labels = model.logits(batch.tokens[batch.numbers].to(device)), batch.labels.to(device)
-        told.append(logits.argmax(dim=-1).cpu())
+        predictions.append(logits.argmax(dim=-1).cpu())
         loss.append(torch.stack([F.cross_entropy(of_one, labels, reduction="sum") for of_one in logits]).cpu())
-    return torch.cat(told, dim=1), torch.stack(loss).sum(dim=0) / len(images.labels)
+    return torch.cat(predictions, dim=1), torch.stack(loss).sum(dim=0) / len(images.labels)

@@ -1,9 +1,11 @@
-"""Writing a pretrained encoder in the form that other programs load; each form ends by checking its own output.
+"""Export: write a pretrained encoder in a form that other programs load. One file for each form.
 
-Imports pretrained.py, model/ and the helpers below them, never objectives or evaluations.
+Each form ends by checking its own output. Forms import pretrained.py and what lies below it, never objectives or
+evaluations.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from .. import pretrained
@@ -23,7 +25,8 @@ def run(config: Config) -> None:
 
     subject = pretrained.load(config.run)
     if isinstance(subject.encoder, pretrained.Pixels):
-        raise UserError("run=pixels is no encoder that could be exported: give a run directory.")
-    if not config.out and subject.folder is None:
+        raise UserError("run=pixels has nothing to export: give a run directory.")
+    out = Path(config.out) if config.out else subject.folder and subject.folder / "export" / config.to
+    if not out:
         raise UserError("out= is missing: give the folder to write.")
-    timm_folder.export(subject, config.out or subject.folder / "export" / config.to)
+    timm_folder.export(subject, out)

@@ -1,6 +1,7 @@
 """A folder that `timm.create_model("local-dir:<folder>", pretrained=True)` loads, in a process without sslvit."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,13 @@ from ..pretrained import Pretrained
 def export(subject: Pretrained, out: str | Path) -> Path:
     """Write config.json and model.safetensors, let timm load them in a new process, compare features. Raises UserError.
 
-    timm's own pooling is set to what the method trained: the class token, or the mean of the patches after the final
-    norm (not timm's usual norm after the mean, which would need weights that were never trained).
+    timm's pooling is set to what the method trained: the class token, or the mean of the patches after the final norm.
+    By default timm has a norm after the mean, with weights that this encoder does not have.
     """
     out = Path(out)
     timm_format.refuse_foreign(out)
     encoder = subject.encoder.float().cpu().eval()
+    assert isinstance(encoder, Encoder)
     timm_format.write(out, timm_config(subject), encoder.model, *example(encoder))
     say(
         f'{out}: timm.create_model("local-dir:{out}", pretrained=True) gives {encoder.feature_dim()} features an image',
@@ -28,14 +30,15 @@ def export(subject: Pretrained, out: str | Path) -> Path:
     return out
 
 
-def timm_config(subject: Pretrained) -> dict:
+def timm_config(subject: Pretrained) -> dict[str, Any]:
     """The config.json of a timm model folder."""
     encoder = subject.encoder
+    assert isinstance(encoder, Encoder)
     args = dict(encoder.model_args)
     if encoder.is_vit:
         args |= {"global_pool": "token"} if encoder.pool == "cls" else {"global_pool": "avg", "fc_norm": False}
     config = timm_format.record(encoder, args, subject.mean, subject.std, encoder.feature_dim())
-    # Not timm's: what an evaluation of the folder needs to read deep images as the run did.
+    # timm does not read this. An evaluation of the folder needs it, to read deep images as the run did.
     return config | ({"value_range": list(subject.value_range)} if subject.value_range else {})
 
 
@@ -44,8 +47,3 @@ def example(encoder: Encoder) -> tuple[Tensor, Tensor]:
     """Two noise images and their features."""
     images = torch.randn(2, encoder.in_chans, *encoder.image_size, generator=torch.Generator().manual_seed(0))
     return images, encoder.features(images)
-
-
-def check(encoder: Encoder, folder: Path) -> None:
-    """Load the folder with timm in a new process and compare its features with the encoder's. Raises UserError."""
-    timm_format.check(folder, *example(encoder), encoder.architecture)

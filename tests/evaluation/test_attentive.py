@@ -115,7 +115,7 @@ def test_one_and_two_processes_give_the_same_and_leave_no_temporary_file(run_wor
 def test_what_cannot_be_gets_a_sentence(fails, run_words, images):
     run, train, test = run_words
     assert "has no patch tokens" in fails("attentive", "run=pixels", "image_size=32", train, test)
-    assert "lr must be" in fails("attentive", run, train, test, "lr=[0]")
+    assert "lr=[0.0] must be" in fails("attentive", run, train, test, "lr=[0]")
     assert "data.test is missing" in fails("attentive", run, train)
     assert "has no labels" in fails("attentive", run, train, f"data.test={images}")
     assert "holdout=1" in fails("attentive", run, train, test, "holdout=1")

@@ -319,7 +319,7 @@ def test_pixels_minus_the_mean_image_are_a_baseline(cli, fails, tmp_path):
     record = json.loads(out.read_text())
     assert (record["results"]["neighbours"][0]["top1"], record["width"]) == (100, 3 * 16 * 16)
     assert record["features"] == "pixels minus the mean training image"
-    assert "is no encoder that could be exported" in fails("export", "run=pixels", f"out={tmp_path / 'x'}")
+    assert "run=pixels has nothing to export" in fails("export", "run=pixels", f"out={tmp_path / 'x'}")
 
 
 @pytest.mark.parametrize("command", ["knn", "linear"])
@@ -338,7 +338,7 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
     assert "=[many]: a value could not be converted to" in fails(
         command, run, train, test, f"{'k' if command == 'knn' else 'lr'}=[many]"
     )
-    assert "belong to timm: and random:" in fails(command, run, train, test, "image_size=64")
+    assert "are for timm: and random:" in fails(command, run, train, test, "image_size=64")
     assert "is not a run directory" in fails(command, f"run=untrained:{images}", train, test)
     assert "batch_size=0 must be 1 or above" in fails(command, run, train, test, "batch_size=0")
     assert "workers=-1 must be 0 or above" in fails(command, run, train, test, "workers=-1")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sslvit import pretrained
 from sslvit.__main__ import main
+from sslvit.checkpoints import timm_format
 from sslvit.errors import UserError
 from sslvit.export import timm_folder
 
@@ -146,11 +147,11 @@ def test_an_export_that_is_not_the_encoder_fails_loudly(colour_run, tmp_path):
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "norm.bias": weights["norm.bias"] + 1}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="differ from the encoder's"):
-        timm_folder.check(subject.encoder, folder)
+        timm_format.check(folder, *timm_folder.example(subject.encoder), subject.encoder.architecture)
     del weights["norm.bias"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="does not load"):
-        timm_folder.check(subject.encoder, folder)
+        timm_format.check(folder, *timm_folder.example(subject.encoder), subject.encoder.architecture)
 
 
 def test_a_folder_with_other_things_is_left_alone(fails, colour_run, tmp_path):
