@@ -38,7 +38,7 @@ def test_tools_take_their_keys_with_dashes_as_pretrain_does(cli, images, tmp_pat
     command, *more = arguments
     status, printed, error = cli(command, images, *words("mae", f"out={tmp_path / 'run'}"), *more)
     assert status == 0, error
-    assert "looked at 5 of them" in printed or "images/s" in printed
+    assert "examined 5 of them" in printed or "images/s" in printed
 
 
 def test_a_misspelt_command_is_recognised(fails):

@@ -1,7 +1,7 @@
-"""What one image becomes: crops, cut on the CPU as uint8 from a single decode, and what is later done to their colours.
+"""The crops of an image: how they are drawn, and how they are cut as uint8 from a single decode.
 
-A crop's box is a function of the image's key and the crop's place, and so are its colour parameters, which `augment`
-draws when it applies them to a whole batch on the training device. Workers therefore send nothing but pixels and keys.
+A crop's box is a function of the image's key and of the crop's name and number. So are its photometric parameters,
+which `augment` draws when it applies them to a whole batch. Loader processes therefore send pixels and keys only.
 """
 
 import math
@@ -23,14 +23,14 @@ TRIES = 10  # torchvision's RandomResizedCrop draws up to ten boxes and then tak
 
 @dataclass(frozen=True)
 class Crop:
-    """One random crop and its colours. The defaults do nothing to the colours."""
+    """One random crop and its augmentation. By default it is flipped, and its colours stay as they are."""
 
     size: tuple[int, int]  # (h, w) in pixels of the result
     scale: tuple[float, float]  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the box
     flip_prob: float = 0.5  # left-right
     vertical_flip_prob: float = 0.0  # upside down
-    rotate_prob: float = 0.0  # by a quarter, a half or three quarters of a turn; 0.75 makes all four ways up alike
+    rotate_prob: float = 0.0  # by 90, 180 or 270 degrees; with 0.75 all four directions are equally likely
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
     channel_jitter: tuple[float, float] = (0.0, 0.0)  # brightness, contrast of each channel by itself
     jitter_prob: float = 0.0  # of both kinds of jitter
@@ -38,7 +38,7 @@ class Crop:
     blur_prob: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize_prob: float = 0.0
-    tries: int = TRIES  # boxes drawn until one fits; then the largest centred one, or with 1 the drawn one, clamped
+    tries: int = TRIES  # boxes drawn until one fits; if none does, the largest centred one. With 1: the box is clipped
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ def draw_boxes(crop: Crop, key: Tensor, height: Tensor, width: Tensor) -> Tensor
 
 
 def _centre_boxes(crop: Crop, height: Tensor, width: Tensor) -> Tensor:
-    """What torchvision falls back to: the largest centred box whose aspect ratio is allowed."""
+    """The largest centred box of an allowed aspect ratio, as torchvision takes it when no drawn box fits."""
     image_ratio = width / height
     h = torch.where(image_ratio < crop.ratio[0], (width / crop.ratio[0]).round().long(), height)
     w = torch.where(image_ratio > crop.ratio[1], (height * crop.ratio[1]).round().long(), width)
@@ -90,7 +90,7 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic")
         return image
     batch = image if image.ndim == 4 else image.unsqueeze(0)
     resized = F.interpolate(batch, size, mode=interpolation, antialias=True, align_corners=False)
-    if image.is_floating_point():  # of bytes torch itself takes care
+    if image.is_floating_point():  # bicubic weights overshoot; for uint8, torch clamps
         resized.clamp_(0, 255)
     return resized if image.ndim == 4 else resized.squeeze(0)
 
@@ -100,21 +100,22 @@ def cut(
 ) -> dict[str, Tensor]:
     """B images [C, H, W] of any sizes, uint8 or float in [0, 255] -> {name: [V, B, C, h, w]}, view after view.
 
-    Crops of images that lie pixel by pixel in memory (channels last, as decoders give them and as torch resamples
-    colours) do so too: nothing is put into another order here.
+    The crops of images that are channels last in memory are so too. Decoders give images so, and torch resamples
+    colours so.
 
-    sizes: (height, width) of each image as its file has it, for images that were read at a smaller scale; the crops
-    are those of the whole image, to half a pixel of the smaller one.
+    sizes: (height, width) of the whole images, if some were read at a smaller scale. The crops are then those of the
+    whole image, to half a pixel of the smaller one.
     """
     sizes = sizes or [(image.shape[-2], image.shape[-1]) for image in images]
     height, width = (torch.tensor(lengths) for lengths in zip(*sizes, strict=True))
     deep = any(image.is_floating_point() for image in images)
-    pixels = [image.permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2) for image in images]  # or torch overlooks it
+    # [1, C, H, W] with strides that torch recognises as channels last.
+    pixels = [image.permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2) for image in images]
     batch = {}
     for name, crops in views.items():
         boxes = _boxes_of(crops, key, name, height, width)
         cuts = [torch.empty(0)] * (len(crops) * len(images))
-        for b, image in enumerate(pixels):  # image after image: it stays in the cache of the processor
+        for b, image in enumerate(pixels):  # one image after another, so that it stays in the processor's cache
             for v, crop in enumerate(crops):
                 top, left, h, w = _at_scale(boxes[v][b], sizes[b], image.shape[-2:])
                 cuts[v * len(images) + b] = resize(
@@ -125,10 +126,10 @@ def cut(
 
 
 def cut_at_once(pixels: Tensor, key: Tensor, views: Views) -> dict[str, Tensor]:
-    """`cut` of images of one size that lie on one device, all crops of a name by a few matrix products there.
+    """As `cut`, for images of one size on one device, by a few matrix products there.
 
-    pixels: [B, C, H, W] uint8 on any device; key: [B] on the CPU. The result is on the device, and equals `cut` but for
-    rounding: a level of 255 here and there, two at most.
+    pixels: [B, C, H, W] uint8 on any device; key: [B] on the CPU. The result is on the device. It differs from that of
+    `cut` by rounding: two levels of 255 at most, for few pixels.
     """
     height, width = (torch.full((len(key),), length) for length in pixels.shape[-2:])
     batch = {}
@@ -140,14 +141,14 @@ def cut_at_once(pixels: Tensor, key: Tensor, views: Views) -> dict[str, Tensor]:
 
 
 def reduction(views: Views, key: Tensor, height: int, width: int) -> int:
-    """How many times smaller (1, 2, 4 or 8) an image may be read for all its crops to be cut from at least REDUCING_GAP
-    times the pixels, along each side, that they become.
+    """How many times smaller an image may be read: 1, 2, 4 or 8.
 
+    Along each side, every box must still have REDUCING_GAP times the pixels of its crop.
     key: [1], the image's; height, width: of the whole image, in pixels.
     """
     sizes = [crop.size for crops in views.values() for crop in crops]
     if min(min(height / h, width / w) for h, w in sizes) < 2 * REDUCING_GAP:
-        return 1  # as most images: nothing is drawn for them
+        return 1  # for most images, without drawing their boxes
     least = math.inf
     for name, crops in views.items():
         boxes = _boxes_of(crops, key, name, torch.tensor([height]), torch.tensor([width]))
@@ -157,7 +158,7 @@ def reduction(views: Views, key: Tensor, height: int, width: int) -> int:
 
 
 def _at_scale(box: list[int], whole: tuple[int, int], shape: Sequence[int]) -> list[int]:
-    """A box of the whole image -> of the smaller one of that shape; never empty."""
+    """A box of the whole image -> the same box, never empty, of the smaller image of that shape."""
     if tuple(shape) == tuple(whole):
         return box
     start, length = [], []
@@ -169,8 +170,8 @@ def _at_scale(box: list[int], whole: tuple[int, int], shape: Sequence[int]) -> l
 
 
 def _boxes_of(crops: list[Crop], key: Tensor, name: str, height: Tensor, width: Tensor) -> list[list[list[int]]]:
-    """Box of each crop of each image, [V][B][4]. Crops that differ in colours only are drawn together, because a call
-    costs more than what it computes."""
+    """The box of each crop of each image, [V][B][4]. Crops with the same kind of boxes are drawn together: one call
+    takes less time than several."""
     keys = [crop_key(key, name, v) for v in range(len(crops))]
     if len({(crop.scale, crop.ratio, crop.tries) for crop in crops}) > 1:
         return [draw_boxes(crop, k, height, width).tolist() for crop, k in zip(crops, keys, strict=True)]
@@ -179,7 +180,7 @@ def _boxes_of(crops: list[Crop], key: Tensor, name: str, height: Tensor, width: 
 
 
 def random_batch(views: Views, batch_size: int, in_chans: int, device: torch.device) -> dict[str, Tensor]:
-    """Noise in the shape of an augmented batch: {"key": [B], name: [V, B, C, h, w] float32}."""
+    """Noise with the shapes of an augmented batch: {"key": [B], name: [V, B, C, h, w] float32}."""
     batch = {"key": torch.arange(batch_size, device=device)}
     for name, crops in views.items():
         batch[name] = torch.randn(len(crops), batch_size, in_chans, *crops[0].size, device=device)

@@ -1,4 +1,4 @@
-"""Labels that are no single class: several at once, or numbers."""
+"""Labels that are not one class: several classes for an image, or numbers."""
 
 import math
 

@@ -150,7 +150,7 @@ class CroppedOnDevice(Cropped):
 
     def _read(self, index: int, key: Tensor, bad: list[tuple[int, str]]) -> SizedImage | None:
         if index not in self.source.broken:
-            return torch.empty(0), (0, 0)  # never looked at
+            return torch.empty(0), (0, 0)  # nobody uses it
         bad.append((index, self.source.broken[index]))
         return None
 

@@ -1,4 +1,4 @@
-"""Crops of many images at once, resized on the device where they lie: two matrix products instead of a loop."""
+"""Crops of many images, cut and resized at once on the device: two matrix products instead of a loop."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-CHUNK = 2**26  # values of the largest tensor in between; more images are taken in parts
+CHUNK = 2**26  # values of the largest intermediate tensor; more images are done in parts
 
 
 def resample(
@@ -15,8 +15,8 @@ def resample(
 ) -> Tensor:
     """[B, C, H, W] uint8 and [B, 4] int64 boxes (top, left, height, width) -> [B, C, h, w] uint8, antialiased.
 
-    What `torch.nn.functional.interpolate(..., antialias=True)` and PIL do with each box: columns first, rounded to a
-    level, then rows. Their weights are rounded as well, these are not.
+    The result is that of `torch.nn.functional.interpolate(..., antialias=True)` and PIL for each box: columns first,
+    rounded to whole levels, then rows. They round their weights too; here the weights are float32.
     """
     if pixels.dtype != torch.uint8:
         raise UserError(f"images of 8 bits are resampled on the device, and these are {pixels.dtype}.")
@@ -32,7 +32,7 @@ def _resample(pixels: Tensor, boxes: Tensor, size: tuple[int, int], interpolatio
     b, c, height, width = pixels.shape
     across = weights(boxes[:, 1], boxes[:, 3], width, size[1], interpolation)
     down = weights(boxes[:, 0], boxes[:, 2], height, size[0], interpolation)
-    # As products of plain batches of matrices: broadcast over channels, torch would first copy the weights for each.
+    # Plain batches of matrices, because torch would copy the weights for each channel to broadcast them.
     rows = pixels.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
     narrow = _levels(torch.bmm(rows.view(b, height * c, width), across.transpose(1, 2))).view(b, height, c * size[1])
     crops = _levels(torch.bmm(down, narrow)).to(torch.uint8)
@@ -40,8 +40,10 @@ def _resample(pixels: Tensor, boxes: Tensor, size: tuple[int, int], interpolatio
 
 
 def weights(start: Tensor, length: Tensor, full: int, size: int, interpolation: str) -> Tensor:
-    """[B] first pixels and lengths of spans of a line of `full` pixels -> [B, size, full] float32: what each pixel adds
-    to each of the `size` that the span becomes. Rows sum to 1; what lies outside the span adds nothing."""
+    """Weights that resize a span of a line of `full` pixels to `size` pixels: [B, size, full] float32.
+
+    start, length: [B], of the spans, in pixels. Rows sum to 1. Pixels outside the span have weight 0.
+    """
     scale = (length.float() / size).view(-1, 1, 1)
     centre = (torch.arange(size, device=start.device).view(1, -1, 1) + 0.5) * scale
     place = torch.arange(full, device=start.device).view(1, 1, -1) - start.view(-1, 1, 1)

@@ -1,9 +1,10 @@
 """What a set of images is like, before one trains on it: sizes, formats, depth, broken files, duplicates, the mean and
-deviation to use, and a picture of the crops and masks that a recipe makes of it. Nothing is trained or changed.
+standard deviation to use, and a picture of the crops and masks of a recipe. Nothing is trained or changed.
 """
 
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import shlex
 import statistics
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +23,10 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,55 +35,73 @@ from .. import data, rng
 from ..config import RunConfig
 from ..data import BadImage, Source
 from ..data.crops import resize
-from ..data.sources.decode import decode
-from ..data.sources.describe import describe, encoded
+from ..data.sources.decode import DICOM, NPY, PNG, decode
+from ..data.sources.files import Encoded
+from ..data.sources.several import Several
 from ..distributed import say
 from ..errors import UserError, check_range
 from ..evaluation import pictures
 from . import picture
 
-THUMBNAIL = 16  # pixels a side, gray: what near duplicates are told by
-# Correlation of thumbnails from which two images count as nearly the same. Of pairs of CIFAR-10 that were looked at, 24
-# of 24 between 0.985 and 0.995 are copies; between 0.97 and 0.98 7 of 24 are not (horizons at sea).
+THUMBNAIL = 16  # pixels a side, gray; near duplicates have similar thumbnails
+# Correlation of thumbnails from which two images count as nearly the same. Of pairs of CIFAR-10 that were checked by
+# eye, 24 of 24 between 0.985 and 0.995 are copies; between 0.97 and 0.98, 7 of 24 are not (horizons at sea).
 NEAR = 0.985
-ALIKE = 50  # images from which their mean thumbnail is subtracted: scans of one organ look alike without being copies
-FLAT = 2.0  # deviation of a thumbnail, in levels of 255, below which an image shows nothing
-SHOWN = 3  # examples of each finding
+MIN_CENTERED = 50  # images; their mean thumbnail is subtracted: scans of one organ are alike without being copies
+FLAT = 2.0  # standard deviation of a thumbnail, in levels of 255; below it an image shows nothing
+EXAMPLES = 3  # of each finding that are printed
 SAY_EVERY = 10.0  # seconds
-CHUNK = 32  # images that a process looks at before it answers
+CHUNK = 32  # images that a process examines before it answers
+MODES = {
+    "1": "1-bit gray", "L": "gray", "LA": "gray with alpha", "P": "palette", "PA": "palette with alpha",
+    "RGB": "colour", "RGBA": "colour with alpha", "RGBX": "colour", "CMYK": "CMYK", "YCbCr": "colour", "LAB": "Lab",
+    "I": "32-bit gray", "F": "float gray", "HSV": "colour",
+}  # fmt: skip
+DEEP_PNG = {2: "16-bit colour", 4: "16-bit gray with alpha", 6: "16-bit colour with alpha"}
 
 
 @dataclass
 class Config:
-    sample: int = 10_000  # images that are looked at, chosen by the seed; 0: all
-    picture: str | None = None  # a PNG file to draw images to, and what the recipe makes of them
+    sample: int = 10_000  # images that are examined, chosen by the seed; 0: all
+    picture: str | None = None  # a PNG file to draw images to, and their crops and masks
     report: str | None = None  # a JSON file to write the findings to
 
 
 @dataclass
-class Look:
+class FileKind:
+    """What the header of an image file says."""
+
+    format: str  # PNG, JPEG ...
+    depth: str  # channels and depth
+    pages: int
+    size: int  # bytes of the file
+
+
+@dataclass
+class ImageStats:
     """What is kept of one image."""
 
-    number: int
-    error: str | None = None
-    shape: tuple[int, int, int] = (0, 0, 0)  # as the encoder gets it: channels, height, width
-    kind: tuple[str, str, int] | None = None  # format, channels and depth, pages; None if it is no file
-    deep: bool = False
-    size: int = 0  # bytes of the file
-    digest: bytes = b""  # of the pixels
-    mean: np.ndarray | None = None  # [C], in [0, 255]
-    square: np.ndarray | None = None  # [C], mean of the squares
-    top: float = 0.0  # largest value
-    thumbnail: np.ndarray | None = None  # [256] float32, of mean 0 and length 1; None for an image that shows nothing
+    index: int
+    shape: tuple[int, ...]  # as the encoder gets it: channels, height, width
+    file: FileKind | None  # None if the source has no image files
+    deep: bool  # more than 8 bits
+    digest: bytes  # of the pixels
+    mean: np.ndarray  # [C] in [0, 255]
+    mean_square: np.ndarray  # [C]
+    largest: float  # value
+    thumbnail: np.ndarray | None  # [256] float32, of mean 0 and length 1; None for an image that shows nothing
+
+
+Examined = tuple[list[ImageStats], list[tuple[int, str]]]  # and (index, reason) of the images that cannot be read
 
 
 @dataclass
 class Findings:
-    """Of the images that were looked at."""
+    """Of the images that were examined."""
 
     source: str
     count: int  # images of the source
-    looked: int
+    examined: int
     classes: dict[str, int] = field(default_factory=dict)  # images of each, in the whole source
     unlabelled: int = 0
     heights: list[int] = field(default_factory=list)  # smallest, median, largest
@@ -85,7 +109,7 @@ class Findings:
     sizes: int = 0  # different ones
     formats: dict[str, int] = field(default_factory=dict)
     depths: dict[str, int] = field(default_factory=dict)
-    pages: int = 0  # files of which pages are left out
+    pages: int = 0  # files of which only the first page is read
     file_bytes: int = 0  # median
     broken: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     flat: list[str] = field(default_factory=list)  # names of images of one colour
@@ -93,41 +117,67 @@ class Findings:
     near: list[list[str]] = field(default_factory=list)  # and with nearly the same
     mean: list[float] = field(default_factory=list)  # of each channel, in [0, 1]
     std: list[float] = field(default_factory=list)
-    top: float = 0.0  # largest value of all, of 255
+    largest: float = 0.0  # value of all images, of 255
     deep: int = 0  # images of more than 8 bits
 
 
-class Looking(Dataset):
-    """One item is what is kept of some images."""
+class Examination(Dataset[Examined]):
+    """One item is what was found in CHUNK images."""
 
-    def __init__(self, source: Source, config: data.Config, numbers: list[int]) -> None:
-        self.source, self.config, self.numbers = source, config, numbers
+    def __init__(self, source: Source, config: data.Config, indices: list[int]) -> None:
+        self.source, self.config, self.indices = source, config, indices
 
     def __len__(self) -> int:
-        return math.ceil(len(self.numbers) / CHUNK)
+        return math.ceil(len(self.indices) / CHUNK)
 
-    def __getitem__(self, chunk: int) -> list[Look]:
+    def __getitem__(self, chunk: int) -> Examined:
         torch.set_num_threads(1)
-        return [self._look(number) for number in self.numbers[chunk * CHUNK : (chunk + 1) * CHUNK]]
+        stats, broken = [], []
+        for index in self.indices[chunk * CHUNK : (chunk + 1) * CHUNK]:
+            try:
+                stats.append(self._examine(index))
+            except BadImage as error:
+                broken.append((index, str(error)))
+        return stats, broken
 
-    def _look(self, number: int) -> Look:
-        try:
-            content = encoded(self.source, number)
-            if content is None:
-                image, kind, size = self.source.read(number), None, 0
-            else:
-                image = decode(content, self.config.in_chans, self.config.value_range)
-                kind, size = describe(content), len(content)
-        except BadImage as error:
-            return Look(number, str(error))
-        pixels = image.float()
+    def _examine(self, index: int) -> ImageStats:
+        source, place = self.source, index
+        while isinstance(source, Several):
+            source, place = source.place(place)
+        if isinstance(source, Encoded):
+            content = source.bytes_of(place)
+            image, file = decode(content, self.config.in_chans, self.config.value_range), file_kind(content)
+        else:
+            image, file = source.read(place), None
         digest = hashlib.sha256(f"{tuple(image.shape)}".encode())
-        digest.update(image.contiguous().numpy())
-        flat = pixels.flatten(1).double()
-        return Look(
-            number, None, tuple(image.shape), kind, image.dtype != torch.uint8, size, digest.digest(),
-            flat.mean(dim=1).numpy(), flat.square().mean(dim=1).numpy(), float(pixels.max()), thumbnail(pixels),
+        digest.update(image.contiguous().numpy().data)
+        values = image.flatten(1).double()
+        return ImageStats(
+            index, tuple(image.shape), file, image.dtype != torch.uint8, digest.digest(), values.mean(dim=1).numpy(),
+            values.square().mean(dim=1).numpy(), float(image.max()), thumbnail(image.float()),
         )  # fmt: skip
+
+
+def file_kind(content: bytes) -> FileKind:
+    """The kind of a readable image file, as far as its header tells."""
+    if content.startswith(NPY):
+        return FileKind("npy", "array", 1, len(content))
+    if content[128:132] == DICOM:
+        return FileKind("DICOM", "DICOM", 1, len(content))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content)) as image:
+                kind, mode, pages = str(image.format), image.mode, int(getattr(image, "n_frames", 1))
+                bits = max(image.tag_v2.get(258, (8,))) if isinstance(image, TiffImageFile) else 8
+    except Exception:  # PIL cannot open every TIFF file that tifffile can
+        return FileKind("TIFF", "many channels", 1, len(content))
+    depth = "16-bit gray" if mode.startswith("I;16") else MODES.get(mode, mode)
+    if content.startswith(PNG) and content[24] == 16:
+        depth = DEEP_PNG.get(content[25], depth)
+    elif bits > 8 and mode in ("RGB", "RGBA", "LA"):
+        depth = f"{bits}-bit {depth}"
+    return FileKind(kind, depth, pages, len(content))
 
 
 def thumbnail(image: Tensor) -> np.ndarray | None:
@@ -139,7 +189,7 @@ def thumbnail(image: Tensor) -> np.ndarray | None:
 
 
 def run(config: RunConfig, settings: Config, arguments: list[str]) -> None:
-    """Look at the images and print what was found. Raises UserError.
+    """Examine the images and print what was found. Raises UserError.
 
     arguments: those of the command line without this tool's own, for the command that is suggested.
     """
@@ -153,84 +203,80 @@ def run(config: RunConfig, settings: Config, arguments: list[str]) -> None:
 
 
 def examine(config: RunConfig, settings: Config) -> Findings:
-    """Look at the images of `data.train`, by all cores. Raises UserError."""
+    """Examine the images of `data.train`, with all cores. Raises UserError."""
     check(config, settings)
     source = data.open_source(config.data.train, config.data)
-    numbers = list(range(len(source)))
+    indices = list(range(len(source)))
     if settings.sample and settings.sample < len(source):
         key = rng.fold_in(config.seed, "look")
-        numbers = sorted(rng.shuffled(key, len(source), torch.arange(settings.sample)).tolist())
-    looks = [look for chunk in _progress(_loader(source, config, numbers), len(numbers)) for look in chunk]
-    return summary(config.data.train, source, looks)
+        indices = sorted(rng.shuffled(key, len(source), torch.arange(settings.sample)).tolist())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, math.ceil(len(indices) / CHUNK)) if config.data.workers is None else config.data.workers
+    loader: DataLoader[Examined] = DataLoader(
+        Examination(source, config.data, indices), batch_size=None, num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+    )  # fmt: skip
+    stats, broken = [], []
+    for some, unreadable in _progress(loader, len(indices)):
+        stats += some
+        broken += unreadable
+    return summary(config.data.train, source, stats, broken)
 
 
 def check(config: RunConfig, settings: Config) -> None:
-    """Raises UserError for what cannot be, before the work."""
+    """Raises UserError for mistakes, before the work."""
     configuration.check(config)
     data.normalization(config.data)
     check_range("", settings, 0, None, "sample")
     if settings.report and not Path(settings.report).expanduser().parent.is_dir():
-        raise UserError(
-            f"report={settings.report} cannot be written: there is no folder {Path(settings.report).parent}."
-        )
+        folder = Path(settings.report).parent
+        raise UserError(f"report={settings.report} cannot be written: there is no folder {folder}, make it first.")
     pictures.check(settings.picture or "")
 
 
-def _loader(source: Source, config: RunConfig, numbers: list[int]) -> DataLoader:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, math.ceil(len(numbers) / CHUNK)) if config.data.workers is None else config.data.workers
-    return DataLoader(
-        Looking(source, config.data, numbers),
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-    )
-
-
-def _progress(chunks: Iterable[list[Look]], count: int) -> Iterable[list[Look]]:
-    """The same, with a line that says how far it is: rewritten on a terminal, now and then elsewhere."""
-    done, said, terminal = 0, time.monotonic(), sys.stderr.isatty()
+def _progress(chunks: Iterable[Examined], count: int) -> Iterable[Examined]:
+    """The same chunks, while a line says how many images are done: rewritten on a terminal, now and then elsewhere."""
+    done, last, terminal = 0, time.monotonic(), sys.stderr.isatty()
     for chunk in chunks:
         yield chunk
-        done += len(chunk)
-        if time.monotonic() - said > (0.2 if terminal else SAY_EVERY):
-            said = time.monotonic()
-            line = f"looked at {done:,} of {count:,} images"
+        done += len(chunk[0]) + len(chunk[1])
+        if time.monotonic() - last > (0.2 if terminal else SAY_EVERY):
+            last = time.monotonic()
+            line = f"examined {done:,} of {count:,} images"
             print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
     if terminal:
         print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)
 
 
-def summary(word: str, source: Source, looks: list[Look]) -> Findings:
-    """What the looks say together."""
-    good = [look for look in looks if look.error is None]
-    found = Findings(word, len(source), len(looks))
-    found.broken = [(source.name(look.number), look.error) for look in looks if look.error is not None]
+def summary(spec: str, source: Source, stats: list[ImageStats], broken: list[tuple[int, str]]) -> Findings:
+    """What is known of each image, together."""
+    found = Findings(spec, len(source), len(stats) + len(broken))
+    found.broken = [(source.name(index), reason) for index, reason in broken]
     if source.labels is not None:
         counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
         found.classes = dict(zip(source.classes, counts.tolist(), strict=True))
         found.unlabelled = int((source.labels < 0).sum())
-    if not good:
+    if not stats:
         return found
-    found.heights, found.widths = (_three([look.shape[i] for look in good]) for i in (1, 2))
-    found.sizes = len({look.shape[1:] for look in good})
-    kinds = [look.kind for look in good if look.kind]
-    found.formats = dict(Counter(kind[0] for kind in kinds).most_common()) or {type(source).__name__: len(good)}
-    found.depths = dict(Counter(kind[1] for kind in kinds).most_common())
-    found.pages = sum(kind[0] == "TIFF" and kind[2] > 1 and kind[2] != look.shape[0]
-                      for look in good if (kind := look.kind))  # fmt: skip
-    found.file_bytes = int(statistics.median(look.size for look in good))
-    found.flat = [source.name(look.number) for look in good if look.thumbnail is None]
+    found.heights, found.widths = (_three([s.shape[axis] for s in stats]) for axis in (1, 2))
+    found.sizes = len({s.shape[1:] for s in stats})
+    files = [(s.file, s.shape[0]) for s in stats if s.file]
+    found.formats = dict(Counter(f.format for f, _ in files).most_common()) or {type(source).__name__: len(stats)}
+    found.depths = dict(Counter(f.depth for f, _ in files).most_common())
+    found.pages = sum(f.format == "TIFF" and f.pages > 1 and f.pages != channels for f, channels in files)
+    found.file_bytes = int(statistics.median([f.size for f, _ in files] or [0]))
+    found.flat = [source.name(s.index) for s in stats if s.thumbnail is None]
     # Every image counts alike, whatever its size: crops of it will all have one size.
-    mean = np.mean([look.mean for look in good], axis=0)
-    square = np.mean([look.square for look in good], axis=0)
+    mean = np.mean([s.mean for s in stats], axis=0)
+    variance = np.mean([s.mean_square for s in stats], axis=0) - mean**2
     found.mean = [round(float(m) / 255, 4) for m in mean]
-    found.std = [round(math.sqrt(max(0.0, s)) / 255, 4) for s in square - mean**2]
-    found.top, found.deep = max(look.top for look in good), sum(look.deep for look in good)
-    same = _groups_of_same(good)
-    found.same = [[source.name(look.number) for look in group] for group in same]
-    again = {look.number for group in same for look in group[1:]}  # one of each is enough below
-    found.near = [[source.name(number) for number in group] for group in _groups_of_near(good, again)]
+    found.std = [round(math.sqrt(max(0.0, v)) / 255, 4) for v in variance]
+    found.largest, found.deep = max(s.largest for s in stats), sum(s.deep for s in stats)
+    by_digest: dict[bytes, list[ImageStats]] = {}
+    for s in stats:
+        by_digest.setdefault(s.digest, []).append(s)
+    found.same = [[source.name(s.index) for s in group] for group in by_digest.values() if len(group) > 1]
+    found.near = [[source.name(i) for i in group] for group in _near([group[0] for group in by_digest.values()])]
     return found
 
 
@@ -238,50 +284,33 @@ def _three(values: list[int]) -> list[int]:
     return [min(values), int(statistics.median(values)), max(values)]
 
 
-def _groups_of_same(looks: list[Look]) -> list[list[Look]]:
-    groups: dict[bytes, list[Look]] = {}
-    for look in looks:
-        groups.setdefault(look.digest, []).append(look)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _groups_of_near(looks: list[Look], left_out: set[int]) -> list[list[int]]:
-    """Numbers of images that hang together by thumbnails of a correlation of NEAR."""
-    chosen = [look for look in looks if look.thumbnail is not None and look.number not in left_out]
-    if len(chosen) < 2:
+def _near(stats: list[ImageStats]) -> list[list[int]]:
+    """Groups of images, by index, that are linked by a correlation of NEAR between thumbnails."""
+    found = [(s.index, s.thumbnail) for s in stats if s.thumbnail is not None]
+    if len(found) < 2:
         return []
-    vectors = np.stack([look.thumbnail for look in chosen]).astype(np.float32)
-    if len(vectors) >= ALIKE:
+    vectors = np.stack([small for _, small in found]).astype(np.float32)
+    if len(vectors) >= MIN_CENTERED:
         vectors = vectors - vectors.mean(axis=0)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-6)
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors)
-    parent = list(range(len(chosen)))
-
-    def top(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    for start in range(0, len(chosen), 4096):
-        limits, _, others = index.range_search(vectors[start : start + 4096], NEAR)
-        for row, (first, last) in enumerate(itertools.pairwise(limits.tolist())):
-            for other in others[first:last].tolist():
-                parent[top(other)] = top(start + row)
+    bank = faiss.IndexFlatIP(vectors.shape[1])
+    bank.add(vectors)
+    ends, _, others = bank.range_search(vectors, NEAR)
+    links = csr_matrix((np.ones(len(others), bool), others, ends.astype(np.int64)), shape=(len(found), len(found)))
     groups: dict[int, list[int]] = {}
-    for i, look in enumerate(chosen):
-        groups.setdefault(top(i), []).append(look.number)
+    for (index, _), group in zip(found, connected_components(links, directed=False)[1].tolist(), strict=True):
+        groups.setdefault(group, []).append(index)
     return sorted(group for group in groups.values() if len(group) > 1)
 
 
 def lines(found: Findings, config: RunConfig, given: list[str]) -> list[str]:
-    """The findings as they are printed. given: the words of the user, which the suggestion repeats."""
-    some = found.looked < found.count
+    """The findings as they are printed. given: arguments of the command line, which the suggested command repeats."""
+    some = found.examined < found.count
     classes = f" in {len(found.classes)} classes" if found.classes else ", without labels"
     out = [f"{found.source}: {found.count:,} images{classes}"]
     if some:
         out.append(
-            f"  looked at {found.looked:,} of them, chosen at random; what follows is about these (sample=0: all)"
+            f"  examined {found.examined:,} of them, chosen at random; what follows is about these (sample=0: all)"
         )
     if found.classes:
         sizes = sorted(found.classes.values())
@@ -303,23 +332,25 @@ def lines(found: Findings, config: RunConfig, given: list[str]) -> list[str]:
         if found.pages:
             out.append(_row("pages", f"{found.pages:,} TIFF files have several, and only the first is read: "
                                      "pages:<source> makes every page an image"))  # fmt: skip
-    out.append(_row("broken", _share(len(found.broken), found.looked)))
-    out += [f"    {name}: {reason}" for name, reason in found.broken[:SHOWN]]
+    out.append(_row("broken", _share(len(found.broken), found.examined)))
+    out += [f"    {name}: {reason}" for name, reason in found.broken[:EXAMPLES]]
     if found.flat:
-        out.append(_row("one colour", f"{_share(len(found.flat), found.looked)}, for example {found.flat[0]}"))
+        out.append(_row("one colour", f"{_share(len(found.flat), found.examined)}, for example {found.flat[0]}"))
     for title, groups in (("same pixels", found.same), ("nearly same", found.near)):
         copies = sum(len(group) - 1 for group in groups)
-        out.append(_row(title, _share(copies, found.looked) + (" are copies of others" if copies else "")))
-        out += [f"    {'  =  '.join(group[:SHOWN])}{' ...' * (len(group) > SHOWN)}" for group in groups[:SHOWN]]
+        out.append(_row(title, _share(copies, found.examined) + (" are copies of others" if copies else "")))
+        out += [
+            f"    {'  =  '.join(group[:EXAMPLES])}{' ...' * (len(group) > EXAMPLES)}" for group in groups[:EXAMPLES]
+        ]
     if some and (found.same or found.near):
-        out.append("    (copies of images that were not looked at are not known)")
+        out.append("    (other images may have more copies)")
     if found.mean:
-        out += ["", f"  {words_of(found)}", *_advice(found, config), "", *_suggestion(found, config, given)]
+        out += ["", f"  {normalization_keys(found)}", *_advice(found, config), "", *_suggestion(found, config, given)]
     return out
 
 
-def words_of(found: Findings) -> str:
-    """`data.mean=[...] data.std=[...]` to paste. A channel that never changes gets a deviation of 1 / 255."""
+def normalization_keys(found: Findings) -> str:
+    """`data.mean=[...] data.std=[...]` to paste. A channel that never changes gets a std of 1 / 255."""
     mean = ",".join(f"{value:.4f}" for value in found.mean)
     std = ",".join(f"{max(value, 1 / 255):.4f}" for value in found.std)
     return f"data.mean=[{mean}] data.std=[{std}]"
@@ -330,16 +361,17 @@ def _advice(found: Findings, config: RunConfig) -> list[str]:
     gray = sum(count for kind, count in found.depths.items() if "gray" in kind)
     if config.data.in_chans == 3 and found.depths and gray == sum(found.depths.values()):
         out.append("  all images are gray: data.in_chans=1 reads a third of the values.")
-    if found.deep and config.data.value_range is None and found.top < 127:
+    if found.deep and config.data.value_range is None and found.largest < 127:
         integers = any("16-bit" in kind for kind in found.depths)
-        top = math.ceil(found.top * 257) if integers else found.top / 255
+        top = math.ceil(found.largest * 257) if integers else found.largest / 255
         out.append(
-            f"  the brightest pixel is {found.top:.1f} of 255: data.value_range=[0,{top:g}] would use the whole range."
+            f"  the brightest pixel is {found.largest:.1f} of 255: data.value_range=[0,{top:g}] would use the whole "
+            "range."
         )
-    if len(found.broken) > config.data.bad_ratio * found.looked:
+    if len(found.broken) > config.data.bad_ratio * found.examined:
         out.append(
-            f"  more images are broken than data.bad_ratio={config.data.bad_ratio:g} allows, so that a run would stop: "
-            "mend or remove them, or raise it."
+            f"  more images are broken than data.bad_ratio={config.data.bad_ratio:g} allows, so a run would stop: mend "
+            "or remove them, or raise it."
         )
     small = min(found.heights[1], found.widths[1])
     if small < min(data.image_size(config.data)) / 2:
@@ -348,15 +380,16 @@ def _advice(found: Findings, config: RunConfig) -> list[str]:
 
 
 def _suggestion(found: Findings, config: RunConfig, given: list[str]) -> list[str]:
-    """A command to start from: the user's own words with the numbers found, or a recipe by size and number."""
-    keys = {word.partition("=")[0].rsplit(".", 1)[-1] for word in given if "=" in word}
-    own = [word for word in given if not re.match(r"(data\.)?(mean|std)=", word)]
-    words = [*own] if any("=" in word or word.endswith((".yaml", ".yml")) for word in own) else [*own, *_recipe(found)]
-    if "in_chans" not in keys and len(found.mean) != 3:
-        words.append(f"data.in_chans={len(found.mean)}")
-    words += words_of(found).split(" ")
-    return ["  a start (then `sslvit bench` with the same words says how long it takes):",
-            f"    sslvit pretrain {shlex.join(words)}"]  # fmt: skip
+    """A command to start from: the given arguments with the numbers found, and keys by size and number of the images
+    if there was neither a recipe nor a key."""
+    arguments = [word for word in given if not re.match(r"(data\.)?(mean|std)=", word)]
+    if not any("=" in word or word.endswith((".yaml", ".yml")) for word in arguments):
+        arguments += _recipe(found)
+    if len(found.mean) != 3 and not any(re.match(r"(data\.)?in_chans=", word) for word in given):
+        arguments.append(f"data.in_chans={len(found.mean)}")
+    arguments += normalization_keys(found).split(" ")
+    return ["  a command to start from (`sslvit bench` with the same arguments says how long it takes):",
+            f"    sslvit pretrain {shlex.join(arguments)}"]  # fmt: skip
 
 
 def _recipe(found: Findings) -> list[str]:
@@ -367,9 +400,9 @@ def _recipe(found: Findings) -> list[str]:
     while batch > 8 and batch * 8 > found.count:
         batch //= 2
     model = "vit_tiny_patch16_224" if size <= 64 else "vit_small_patch16_224"
-    words = [f"data.image_size={size}", f"model.name={model}"]
-    words += [f"model.args={{patch_size: {patch}}}"] if patch != 16 else []
-    return ["method=mae", *words, f"global_batch_size={batch}", f"epochs={epochs}", f"warmup_epochs={epochs // 20}"]
+    keys = [f"data.image_size={size}", f"model.name={model}"]
+    keys += [f"model.args={{patch_size: {patch}}}"] if patch != 16 else []
+    return ["method=mae", *keys, f"global_batch_size={batch}", f"epochs={epochs}", f"warmup_epochs={epochs // 20}"]
 
 
 def _row(title: str, text: str) -> str:

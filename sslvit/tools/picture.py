@@ -1,4 +1,4 @@
-"""A picture of what a recipe makes of images: the image, its crops as the encoder gets them, the patches it hides."""
+"""A picture of what a recipe does to images: each image, its crops as the encoder gets them, and hidden patches."""
 
 from pathlib import Path
 
@@ -34,9 +34,7 @@ def draw(config: RunConfig, path: Path) -> None:
     size = "x".join(map(str, data.image_size(config.data)))
     parts = [
         pictures.montage(gallery, title=f"{len(source):,} images of {config.data.train}", gap=GAP),
-        pictures.montage(
-            rows, column_names=titles, title=f"what {config.method} makes of them, {size} pixels", gap=GAP
-        ),
+        pictures.montage(rows, column_names=titles, title=f"crops of {config.method}, {size} pixels", gap=GAP),
     ]
     pictures.save(pictures.stacked(parts), str(path))
 

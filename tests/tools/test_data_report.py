@@ -112,15 +112,15 @@ def test_twelve_bits_in_sixteen_are_noticed(tmp_path):
 
 def test_a_sample_is_chosen_by_the_seed_and_said(folder):
     result = found(folder, sample=10)
-    assert (result.count, result.looked) == (40, 10)
+    assert (result.count, result.examined) == (40, 10)
     assert result == found(folder, sample=10)
     assert result.mean != found(folder, "seed=1", sample=10).mean
     text = data_report.lines(result, config.load([str(folder)]), [str(folder)])
-    assert "looked at 10 of them" in text[1]
+    assert "examined 10 of them" in text[1]
 
 
 @pytest.mark.parametrize("kind", ["npy", "several"])
-def test_sources_that_are_no_files_are_looked_at_too(kind, folder, tmp_path, labelled):
+def test_sources_that_are_no_files_are_examined_too(kind, folder, tmp_path, labelled):
     if kind == "npy":
         np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (5, 9, 9), dtype=np.uint8))
         result = found(tmp_path / "x.npy", "in_chans=1")
