@@ -1,4 +1,10 @@
-"""Mistakes in k-NN, probes, fine-tuning, the other evaluations and export."""
+"""Mistakes in k-NN, probes, fine-tuning, the other evaluations and export.
+
+Not on the list, as no number can tell them apart:
+- `cls+mean` with the mean first: neither cosines nor linear classifiers depend on the order of the features;
+- evaluations without `inference_mode`: they cost memory only;
+- the mean of the tokens taken off before the attentive probe's softmax: it is the same for all tokens of an image;
+"""
 
 from . import Mistake
 
