@@ -1,21 +1,21 @@
-"""How well a representation spreads and holds together, without labels: rank, spectrum, uniformity, alignment.
+"""The quality of a representation without labels: rank, spectrum, uniformity, alignment.
 
-Each image passes the frozen encoder once as it is, and in several augmented views (crops, flips and colours of DINO).
+Each image passes the frozen encoder once unchanged, and in several augmented views (crops, flips and colours of DINO).
 
 rankme      Effective rank of the features: the exponential of the entropy of their singular values, between 1 and the
             width. RankMe, Garrido et al., ICML 2023 (arXiv 2210.02885), section 3.
-alpha       Decay of the spectrum of their covariance, eigenvalue i ~ i^-alpha; near 1 is best, far above it a few
-            directions are all there is. alpha-ReQ, Agrawal et al., NeurIPS 2022 (arXiv 2202.05808), section 3.
-lidar       Effective rank of what differs between images, measured by what differs between views of one image; between
-            1 and the width. LiDAR, Thilak et al., ICLR 2024 (arXiv 2312.04000), section 4.
-alignment   Mean squared distance of two views of an image at unit length, 0 to 4; lower: they agree.
+alpha       Decay of the spectrum of their covariance, eigenvalue i ~ i^-alpha. Near 1 is best; far above it the features
+            have only a few directions. alpha-ReQ, Agrawal et al., NeurIPS 2022 (arXiv 2202.05808), section 3.
+lidar       Effective rank of the differences between images, relative to those between views of one image; between 1 and
+            the width. LiDAR, Thilak et al., ICLR 2024 (arXiv 2312.04000), section 4.
+alignment   Mean squared distance of two views of an image at unit length, 0 to 4; low if the views agree.
 uniformity  log of the mean of exp(-2 squared distance) over pairs of images at unit length, about -4 (spread over the
             sphere) to 0. Both: Wang and Isola, ICML 2020 (arXiv 2005.10242), section 4.
-std         Deviation of a coordinate at unit length, times the root of the width: 1 when spread over the sphere, 0 when
-            collapsed. SimSiam, Chen and He, CVPR 2021 (arXiv 2011.10566), section 4.1.
+std         Standard deviation of a coordinate at unit length, times the root of the width: 1 if spread over the sphere,
+            0 if collapsed. SimSiam, Chen and He, CVPR 2021 (arXiv 2011.10566), section 4.1.
 agreement   Share of an image's 10 nearest neighbours that two views of it have in common, in percent.
 
-None of them is accuracy: an encoder can spread and still separate nothing that matters.
+None of them is accuracy: features can be spread and still not separate the classes.
 """
 
 from dataclasses import dataclass
@@ -44,13 +44,13 @@ COMMAND = Command(
 )
 
 NEIGHBOURS = 10
-DELTA = 1e-4  # LiDAR's: added to the covariance within images before it is inverted
+DELTA = 1e-4  # of LiDAR: added to the diagonal of the covariance within images before it is inverted
 
 
 @dataclass
 class Config(EncoderConfig):
     data: str = ""  # images, labelled or not: a folder, or a set by name
-    images: int = 2000  # of them, chosen by the seed
+    images: int = 2000  # how many of them, chosen by the seed
     views: int = 8  # augmented views of each
     crop_scale: tuple[float, float] = (0.4, 1.0)  # of a view: share of the image's area
 
@@ -68,7 +68,7 @@ def run(config: Config) -> dict[str, float]:
         raise UserError(f"{config.data} has {len(source)} images: quality needs at least {NEIGHBOURS + 2}.")
     index = rng.permutation(rng.fold_in(config.seed, "quality"), len(source))[: config.images]
     chosen = Subset(source, index)
-    encoder = frozen.subject.encoder
+    encoder = frozen.encoder
     whole = frozen.features(chosen)
     results = on_first_process(lambda: measure(whole.values, augmented(config, frozen, chosen)))
     features = "pixels" if isinstance(encoder, Pixels) else describe_pool(frozen.pool)
@@ -82,7 +82,7 @@ def run(config: Config) -> dict[str, float]:
 @torch.inference_mode()
 def augmented(config: Config, frozen: Frozen, source: Source) -> Tensor:
     """[views, N, D] float32 on the CPU: features of augmented views, on the first process."""
-    encoder, device = frozen.subject.encoder.eval(), frozen.accelerator.device
+    encoder, device = frozen.encoder.eval(), frozen.accelerator.device
     crop = Crop(encoder.image_size, config.crop_scale, jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8, gray_prob=0.2)
     views = {"view": [crop] * config.views}
     cropped, parts = Cropped(source, views, config.seed), []
@@ -124,13 +124,13 @@ def spectrum_decay(x: Tensor) -> float:
     eigenvalues = eigenvalues[eigenvalues > 1e-9 * eigenvalues[0]]
     if len(eigenvalues) < 2:
         return float("inf")
-    place = torch.arange(1, len(eigenvalues) + 1, dtype=torch.float64).log()
-    log = eigenvalues.log()
-    return -(((place - place.mean()) * (log - log.mean())).sum() / (place - place.mean()).square().sum()).item()
+    log_rank = torch.arange(1, len(eigenvalues) + 1, dtype=torch.float64).log()
+    log_rank, log = log_rank - log_rank.mean(), eigenvalues.log()
+    return -((log_rank * (log - log.mean())).sum() / log_rank.square().sum()).item()
 
 
 def lidar(views: Tensor) -> float:
-    """[V, N, D] -> effective rank of the covariance between images, whitened by that within images."""
+    """[V, N, D] -> effective rank of the covariance between images, whitened by the covariance within images."""
     views = views.double()
     means = views.mean(dim=0)
     within = (views - means).flatten(0, 1)
@@ -148,12 +148,12 @@ def uniformity(x: Tensor) -> float:
 
 
 def shared_neighbours(first: Tensor, second: Tensor, k: int) -> float:
-    """[N, D] twice, of unit length: mean share of the k nearest other images that both agree on."""
+    """[N, D] and [N, D], of unit length -> mean share of the k nearest other images that an image has in both."""
 
     def nearest(x: Tensor) -> Tensor:
         rows = neighbours(x, x, k + 1)[1]
         own = torch.arange(len(x)).unsqueeze(1)
-        # Itself comes first, but among equals it may come later or not at all: then the last one goes.
+        # The image itself is usually first. Among equals it may be later or missing: then the last one is dropped.
         rest = (rows == own).int().argsort(dim=1, stable=True)[:, :k]
         return rows.gather(1, rest)
 
