@@ -4,10 +4,10 @@ Each image passes the frozen encoder once unchanged, and in several augmented vi
 
 rankme      Effective rank of the features: the exponential of the entropy of their singular values, between 1 and the
             width. RankMe, Garrido et al., ICML 2023 (arXiv 2210.02885), section 3.
-alpha       Decay of the spectrum of their covariance, eigenvalue i ~ i^-alpha. Near 1 is best; far above it the features
-            have only a few directions. alpha-ReQ, Agrawal et al., NeurIPS 2022 (arXiv 2202.05808), section 3.
-lidar       Effective rank of the differences between images, relative to those between views of one image; between 1 and
-            the width. LiDAR, Thilak et al., ICLR 2024 (arXiv 2312.04000), section 4.
+alpha       Decay of the spectrum of their covariance, eigenvalue i ~ i^-alpha. Near 1 is best; far above it there are
+            only a few directions. alpha-ReQ, Agrawal et al., NeurIPS 2022 (arXiv 2202.05808), section 3.
+lidar       Effective rank of the differences between images, relative to those between views of one image; between 1
+            and the width. LiDAR, Thilak et al., ICLR 2024 (arXiv 2312.04000), section 4.
 alignment   Mean squared distance of two views of an image at unit length, 0 to 4; low if the views agree.
 uniformity  log of the mean of exp(-2 squared distance) over pairs of images at unit length, about -4 (spread over the
             sphere) to 0. Both: Wang and Isola, ICML 2020 (arXiv 2005.10242), section 4.

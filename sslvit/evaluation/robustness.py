@@ -131,7 +131,7 @@ def accuracy_of(classifier: Classifier, features: Features) -> float:
 
 
 class Corrupted(Source):
-    """A source whose images are resized and centred for the encoder, and then corrupted."""
+    """The images of a source, resized and centred for the encoder, and then corrupted."""
 
     def __init__(self, source: Source, size: tuple[int, int], name: str, severity: int, seed: int) -> None:
         self.source, self.size, self.corruption, self.severity = source, size, name, severity
