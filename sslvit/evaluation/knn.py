@@ -93,9 +93,13 @@ def run(config: Config) -> dict[str, Any]:
     ks = _possible(ks, sum(gather_objects(len(bank))) - leave_one_out)
     index = None if config.index == "exact" else _approximate(config, bank.values)
     votes = classify(bank, queries, len(task.classes), ks, config.temperature, leave_one_out, index)
-    results: dict[str, Any] = {"protocol": "leave-one-out" if leave_one_out else "train and test"}
-    results["neighbours"] = [_row(key, prediction.rank) for key, prediction in votes.items()]
-    say(*_table(results["neighbours"]))
+    rows = [_row(key, prediction.rank) for key, prediction in votes.items()]
+    results: dict[str, Any] = {"protocol": "leave-one-out" if leave_one_out else "train and test", "neighbours": rows}
+    say(*records.table(
+        ["k", "T", "top-1 %", "95 % interval", "top-5 %"],
+        [[str(r["k"]), f"{r['temperature']:g}", f"{r['top1']:.2f}", "{:.1f} - {:.1f}".format(*r["top1_interval"]),
+          f"{r['top5']:.2f}"] for r in rows],
+    ))  # fmt: skip
     if config.picture:
         key = (20, TEMPERATURE) if (20, TEMPERATURE) in votes else next(iter(votes))
         matrix = confusion.confusion(votes[key].label, _labels_of_all(queries)[1], len(task.classes))
@@ -135,14 +139,6 @@ def _row(key: tuple[int, float], ranks: Tensor) -> dict[str, Any]:
         "k": key[0], "temperature": key[1], "top1": round(top1, 4), "top5": round(top5, 4),
         "top1_interval": scores.accuracy_interval(int(right.sum()), len(right)), "right": records.pack_bits(right),
     }  # fmt: skip
-
-
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    return records.table(
-        ["k", "T", "top-1 %", "95 % interval", "top-5 %"],
-        [[str(r["k"]), f"{r['temperature']:g}", f"{r['top1']:.2f}", "{:.1f} - {:.1f}".format(*r["top1_interval"]),
-          f"{r['top5']:.2f}"] for r in rows],
-    )  # fmt: skip
 
 
 def _few_shot(

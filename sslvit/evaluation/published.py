@@ -163,14 +163,9 @@ def _layout(config: ProbeConfig, total: int) -> Layout:
 
 
 def _global_batch(
-    batches: Iterator[dict[str, Any]],
-    layout: Layout,
-    frozen: Frozen,
-    views: Views,
-    pool: Pool,
-    labels: Tensor,
+    batches: Iterator[dict[str, Any]], layout: Layout, frozen: Frozen, views: Views, pool: Pool, labels: Tensor,
     spec: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Frozen features and labels of one step's crops, of all processes in the global order. Raises UserError on all of
     them."""
     encoder, accelerator = frozen.encoder, frozen.accelerator

@@ -184,7 +184,7 @@ def test_an_approximate_search_of_few_images_is_refused(fails, labelled_sets):
 
 
 def source(labels, classes):
-    of_images = {"read": lambda i: 10 * i, "name": str, "identity": None, "fingerprint": lambda: "same"}
+    of_images = {"read": lambda i: 10 * i, "value_range": None, "fingerprint": lambda: "same"}
     return SimpleNamespace(labels=np.array(labels), classes=classes, **of_images)
 
 
