@@ -24,6 +24,7 @@ def test_mae_decays_its_tokens_but_no_bias_norm_or_frozen_embedding():
     )
     assert {"mask_token", "encoder.model.cls_token", "decoder_embed.weight"} <= decayed
     assert not any("pos_embed" in name for name in decayed | others)
+    assert not any("norm" in name for name in decayed)
     assert all(name.endswith(("bias", "norm1.weight", "norm2.weight", "norm.weight")) for name in others)
 
 

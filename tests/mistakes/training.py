@@ -71,6 +71,13 @@ LOOP = [
         "tests/test_nonfinite.py::test_a_step_that_is_not_finite_changes_nothing_but_the_counts[true]",
     ),
     Mistake(
+        "each process evaluates with statistics of its own images",
+        "step.py",
+        "    average_statistics(module)\n",
+        "    pass\n",
+        "tests/test_step.py",
+    ),
+    Mistake(
         "values of micro-batches are logged as their sum",
         "step.py",
         "window.add(values, 1 / accumulate)",
