@@ -79,6 +79,13 @@ def test_a_mistake_is_one_sentence_before_the_first_step(fails, images, tmp_path
     assert not (out / "checkpoints").exists()
 
 
+def test_a_recipe_without_images_is_refused_and_nothing_is_written(fails, tmp_path):
+    (tmp_path / "mine.yaml").write_text("method: dino\n")
+    message = fails("pretrain", tmp_path / "mine.yaml", f"out={tmp_path / 'run'}")
+    assert "data.train is missing: name the images to train on" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_empty_folder_says_what_it_found(fails, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "the folder is empty" in fails("pretrain", tmp_path / "empty", *words("mae", f"out={tmp_path / 'run'}"))
