@@ -508,7 +508,7 @@ CHECKPOINTS = [
         "objectives/dino.py",
         'self.register_buffer("center", torch.zeros(1, config.prototypes))',
         'self.register_buffer("center", torch.zeros(1, config.prototypes), persistent=False)',
-        "tests/checkpoints/test_state.py",
+        DINO,
     ),
 ]
 
