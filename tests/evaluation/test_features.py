@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from accelerate import Accelerator
 
 from sslvit import data
 from sslvit.data.augment import Normalize
 from sslvit.evaluation import feature_cache, features, linear, probes, protocol
 from sslvit.evaluation.features import Features
+from sslvit.hardware import start_accelerator
 from sslvit.model import factory
 from tests import processes
 from tests.conftest import TINY_MODEL
@@ -73,7 +73,9 @@ def test_features_are_those_of_evaluation_mode_and_the_encoder_goes_on_in_its_ow
     model = factory.Config("vit_tiny_patch16_224", TINY_MODEL | {"patch_size": 4, "proj_drop_rate": 0.5})
     encoder, source = factory.create(model, (40, 36), 3).train(training), data.open_source(str(images), data.Config())
     normalize = Normalize((0.5,) * 3, (0.25,) * 3)
-    found = features.extract(encoder, source, normalize, Accelerator(cpu=True), ("mean",), workers=0)["mean"].values
+    found = features.extract(encoder, source, normalize, start_accelerator("float32"), ("mean",), workers=0)[
+        "mean"
+    ].values
     assert all(module.training == training for module in encoder.modules())
     x = normalize(torch.stack([source.read(i) for i in range(len(source))]).float() / 255)
     with torch.no_grad():
