@@ -73,9 +73,8 @@ def test_features_are_those_of_evaluation_mode_and_the_encoder_goes_on_in_its_ow
     model = factory.Config("vit_tiny_patch16_224", TINY_MODEL | {"patch_size": 4, "proj_drop_rate": 0.5})
     encoder, source = factory.create(model, (40, 36), 3).train(training), data.open_source(str(images), data.Config())
     normalize = Normalize((0.5,) * 3, (0.25,) * 3)
-    found = features.extract(encoder, source, normalize, start_accelerator("float32"), ("mean",), workers=0)[
-        "mean"
-    ].values
+    accelerator = start_accelerator("float32")  # Accelerator() takes the precision of an earlier test
+    found = features.extract(encoder, source, normalize, accelerator, ("mean",), workers=0)["mean"].values
     assert all(module.training == training for module in encoder.modules())
     x = normalize(torch.stack([source.read(i) for i in range(len(source))]).float() / 255)
     with torch.no_grad():
