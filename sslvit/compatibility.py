@@ -8,7 +8,7 @@ from .errors import UserError
 
 REMOVED = {"objective.pack": False}  # keys that are gone, with the only value that can still be honoured
 RENAMED = {"optim.lr_schedule": {"mae": "warmup_cosine", "dino": "linspace_cosine"}}  # values with a new name
-ADDED = {"objective.position_resampling": "timm"}  # keys whose default is not what runs did before there was the key
+ADDED = {"objective.position_resampling": "timm"}  # newer keys, with the value that older runs behaved as if they had
 
 
 def modernise(values: dict[str, Any], where: str) -> dict[str, Any]:

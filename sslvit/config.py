@@ -200,7 +200,8 @@ def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) ->
     if warmup_steps >= steps:
         raise UserError(
             f"optim.warmup_epochs={config.optim.warmup_epochs:g} is not shorter than the run of {steps / per_epoch:g} "
-            f"epochs: a tenth of the run is usual, optim.warmup_epochs={steps / per_epoch / 10:.2g}."
+            f"epochs ({unit}={length:g}, {per_epoch} steps an epoch): give a tenth of the run, "
+            f"optim.warmup_epochs={steps / per_epoch / 10:.2g}."
         )
     every = config.eval.every_epochs
     if every and round(every * per_epoch) < 1:

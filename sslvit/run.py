@@ -36,7 +36,8 @@ from .objectives import Objective
 from .optim import Schedule
 from .step import SkippedSteps
 
-# Keys that may change when a run goes on: they say how long, on what and how it is watched, not what is learned.
+# Keys that may change when a run resumes: how long, on what machine and how it is watched. data.train may name another
+# place, but the images must be the same (check_images).
 MUTABLE_ON_RESUME = {
     "out", "max_hours", "epochs", "steps", "images", "batch_size", "precision", "compile", "shard",
     "model.grad_checkpointing", "data.train", "data.workers", "data.cache", "data.download_dir",
@@ -118,7 +119,7 @@ def _refuse_other_settings(run_dir: Path, differences: dict[str, tuple[Any, Any]
         changes = "; ".join(f"{key} was {old} and is {new}" for key, (old, new) in sorted(differences.items()))
         raise UserError(
             f"{run_dir} holds a run with other settings: {changes}. Give the old settings to continue that run, "
-            "or another out= for a new run."
+            "or another out= for a new run. Only its length, machine, log, save and eval keys may change."
         )
 
 

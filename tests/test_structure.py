@@ -12,6 +12,7 @@ import torch
 import sslvit
 from sslvit import config, objectives
 from sslvit.__main__ import main
+from sslvit.data.augment import per_channel
 
 ROOT = Path(sslvit.__file__).parent
 # Top to bottom. A module may import from its own layer and from those below; families never import one another.
@@ -159,6 +160,7 @@ def test_the_way_to_the_first_backward_pass_is_short(tmp_path, monkeypatch):
         if event == "call" and frame.f_code.co_filename.startswith(str(ROOT)):
             entered.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
 
+    per_channel.cache_clear()  # or a test before has already entered it
     monkeypatch.setattr(torch.Tensor, "backward", stop)
     quick = ["data.train=fractals:train,count=100", "images=640", "eval.train=", "eval.test=", "rank_every_steps=null"]
     recipe = str(ROOT.parent / "configs" / "quickstart.yaml")
@@ -178,5 +180,6 @@ def test_the_way_to_the_first_backward_pass_is_short(tmp_path, monkeypatch):
                     assert node.end_lineno is not None
                     lines.setdefault(str(Path(file).relative_to(ROOT)), set()).update(range(first, node.end_lineno + 1))
     counts = {file: len(numbers) for file, numbers in sorted(lines.items(), key=lambda item: -len(item[1]))}
-    assert sum(counts.values()) <= 1910, counts
+    # An addition that is worth its lines may raise this by them.
+    assert sum(counts.values()) <= 1920, counts
     assert len(counts) <= 34, counts

@@ -1,7 +1,8 @@
-"""Images: where they come from (sources), their crops, photometric augmentation, and the loader that ties these.
+"""Images: sources/ (where they come from), crops.py (boxes, drawn for each image by loader processes), augment.py
+(flips and photometric augmentation, for a whole batch on the training device), loader.py (all of it as batches),
+cache.py (images that stay in memory), resample.py.
 
-Crops are drawn for each image by loader processes. The rest of the augmentation is applied to whole batches on the
-training device. Imports the pure helpers only (rng, distributed, hardware, errors), nothing of models or methods.
+Imports the pure helpers only (rng, distributed, hardware, errors), nothing of models or methods.
 """
 
 from .config import Config, image_size, normalization, pair

@@ -61,7 +61,7 @@ class Parameters:
 
 def draw(crop: Crop, key: Tensor, channels: int = 3) -> Parameters:
     """[R] keys of crops of one kind -> their parameters."""
-    u = rng.uniform(rng.fold_in(key, "colour"), 17)
+    u = rng.uniform(rng.fold_in(key, "colour"), 17)  # one number for each use below; append, and old draws stay
     strength = torch.tensor(crop.jitter)
     low = torch.cat([(1 - strength[:3]).clamp(min=0), -strength[3:]])
     high = torch.cat([1 + strength[:3], strength[3:]])

@@ -1,6 +1,6 @@
 """From a source to an endless stream of batches of crops, the same whatever the number of workers and processes.
 
-The order of an epoch is a permutation that is a function of (seed, epoch). Step s of it takes the next
+The order of an epoch depends only on the seed and the epoch. Step s of it takes the next
 `global_batch_size` images, dealt to micro-batches and processes; what is left at the end of an epoch and does not
 fill a step is not seen in that epoch. So a run continues at step s by starting the stream at step s.
 """

@@ -66,7 +66,7 @@ class Config:
     gray_prob: float = 0.2  # of becoming gray
     blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)  # first global, second global, local crops
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
-    solarize_prob: float = 0.2  # of the second global crop
+    solarize_prob: float = 0.2  # probability to solarize the second global crop
 
 
 # The released code's defaults, with which ViT-S/16 reaches 69.3 % k-NN in 100 epochs (its README, "vanilla").
@@ -126,7 +126,7 @@ def views(config: Config, data_config: data.Config) -> Views:
     return crops
 
 
-LIMITS = [
+LIMITS = [  # (lowest, highest, keys): every number of Config
     (1, None, ("prototypes", "hidden_dim", "bottleneck_dim", "head_layers", "global_crop_size", "local_crop_size")),
     (0, None, ("local_crops", "koleo_weight", "teacher_temp_warmup_epochs", "freeze_last_layer_epochs")),
     (0, None, ("jitter", "channel_jitter")),

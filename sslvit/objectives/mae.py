@@ -118,7 +118,7 @@ class MAE(Objective):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """{"key": [B], "image": [1, B, C, H, W] normalised} -> {"loss": scalar, ...}."""
+        """{"key": [B], random keys of the images, "image": [1, B, C, H, W] normalised} -> {"loss": scalar, ...}."""
         return self.loss(views["image"][0], masks.random_order(views["key"], self.num_patches))
 
     def loss(self, images: Tensor, order: Tensor) -> dict[str, Tensor]:
