@@ -118,8 +118,8 @@ def _refuse_other_settings(run_dir: Path, differences: dict[str, tuple[Any, Any]
     if differences:
         changes = "; ".join(f"{key} was {old} and is {new}" for key, (old, new) in sorted(differences.items()))
         raise UserError(
-            f"{run_dir} holds a run with other settings: {changes}. Give the old settings to continue that run, "
-            "or another out= for a new run. Only its length, machine, log, save and eval keys may change."
+            f"{run_dir} holds a run with other settings: {changes}. Give these keys their old values to continue that "
+            "run, or another out= for a new run. Only its length, machine, log, save and eval keys may change."
         )
 
 

@@ -1,4 +1,7 @@
-"""Which patches are hidden, drawn from each image's key. In a mask, True = hidden from the encoder."""
+"""Which patches are hidden, drawn from each image's key (data/loader.py makes it of seed, epoch and image).
+
+In a mask, True = hidden from the encoder.
+"""
 
 import math
 
