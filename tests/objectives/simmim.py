@@ -54,7 +54,7 @@ def build(
 
 
 def hidden(config: Config, encoder: Encoder, key: Tensor) -> Tensor:
-    """[B] -> [B, N] bool: squares drawn at random, as patches (section 3.2)."""
+    """[B] -> [B, N] bool: the hidden patches: random squares of the paper, given in patches (section 3.2)."""
     (h, w), (p, q) = encoder.image_size, encoder.patch_size
     squares = h // config.mask_size, w // config.mask_size
     number = math.ceil(math.prod(squares) * config.mask_ratio)

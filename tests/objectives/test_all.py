@@ -189,7 +189,7 @@ def test_simmims_loss_is_the_papers():
 
 
 def test_the_smallest_method_of_the_documentation_trains(cli, images, tmp_path, monkeypatch):
-    """The example in sslvit/objectives/__init__.py: no hook but the two that are needed."""
+    """The example in sslvit/objectives/__init__.py: only the two functions that a method must define."""
     lines = objectives.__doc__.splitlines()
     start = next(i for i, line in enumerate(lines) if line == "    @dataclass")
     code = [line[4:] for line in lines[start:] if line.startswith("    ") or not line]

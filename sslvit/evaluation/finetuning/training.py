@@ -135,7 +135,7 @@ class Training:
             if epoch_ends:
                 rate = (progress.images_seen - first_image) / (progress.seconds - first_second)
                 self._end_epoch(window, held_out, evaluate, rate)
-                freeze(self.classifier, trained)  # _end_epoch leaves the model in evaluation mode
+                freeze(self.classifier, trained)  # after an evaluation all parts are in training mode
             if folder and (epoch_ends or reason):
                 self._save(folder, adamw, window)
             if reason:
