@@ -1,7 +1,6 @@
 """A .npy file of images, mapped into memory, or an array of a .npz: [N, H, W] or [N, H, W, C] of uint8, uint16 or
 floats."""
 
-import hashlib
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ..config import Config
-from .files import stamp
+from .files import fingerprint_of
 from .names import numbered
 from .pixels import MAX_PIXELS, from_array
 from .source import BadImage, Source
@@ -43,7 +42,7 @@ class Array(Source):
         return f"array-1:{self.pixels.shape},{self.pixels.dtype}"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.identity()},{self.part},{stamp(self.path)}".encode()).hexdigest()
+        return fingerprint_of(f"{self.identity()},{self.part}", [str(self.path)])
 
     def read(self, index: int) -> Tensor:
         return from_array(self.pixels[index], self.in_chans, self.value_range)

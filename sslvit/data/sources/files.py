@@ -4,7 +4,7 @@ import hashlib
 import os
 import platform
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ EXTENSIONS = frozenset([
 SCIENTIFIC = frozenset([".dcm", ".dicom", ".npy"])  # looked for where there is none of the above
 DEEP = frozenset([".tif", ".tiff", *SCIENTIFIC])  # those that can have more than four channels
 SOME_EXTENSIONS = ".jpg, .png, .webp, .tif, .bmp and the like"
+SAMPLE, BLOCK = 64, 2**16  # blocks that a fingerprint reads, and their bytes
 MAX_BYTES = 2**31  # of one encoded image; a larger file is no image, and reading it would fill the memory
 
 
@@ -70,10 +71,7 @@ class Files(Encoded):
         return read_file(self.name(index))
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.identity().encode())
-        for index in range(len(self)):
-            digest.update(f"{stamp(self.name(index))};".encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.identity(), self.names, self.root)
 
 
 def read_file(path: str) -> bytes:
@@ -104,9 +102,31 @@ def stamp(path: str | Path) -> str:
     return f"{about.st_size},{about.st_mtime_ns}"
 
 
-def fingerprint_of(identity: str, paths: Iterable[str | Path]) -> str:
-    """Changes when the identity does, or one of the files."""
-    return hashlib.sha256(";".join([identity, *map(stamp, paths)]).encode()).hexdigest()
+def fingerprint_of(identity: str, names: Names | Sequence[str], root: str | Path = "") -> str:
+    """Changes when the identity does, the size or time of a file below `root`, or a byte among a sample of all files:
+    at most SAMPLE blocks of BLOCK bytes, spread over the files and within them."""
+    digest = hashlib.sha256(identity.encode())
+    for name in names:
+        digest.update(f"{stamp(os.path.join(root, name))};".encode())
+    chosen = np.linspace(0, len(names) - 1, min(SAMPLE, len(names))).astype(int).tolist()
+    for index in chosen:
+        for block in _blocks(os.path.join(root, names[index]), SAMPLE // len(chosen)):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(path: str, most: int) -> Iterator[bytes]:
+    """Blocks of bytes spread over a file; all of its bytes if these are few. None of a file that cannot be read."""
+    try:
+        if os.path.isfile(path):  # opening a pipe would wait for ever
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                count, last = min(most, -(-size // BLOCK)), max(0, size - BLOCK)
+                for place in [last // 2] if count == 1 else np.linspace(0, last, count).astype(int).tolist():
+                    file.seek(place)
+                    yield file.read(BLOCK)
+    except OSError:
+        pass
 
 
 def endings_of(names: Iterable[str]) -> set[str]:

@@ -1,6 +1,5 @@
 """A dataset of an HDF5 file: `file.h5` or `file.h5:group/name`, [N, H, W] or [N, H, W, C], or [N] encoded images."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from ...errors import UserError, require
 from ..config import Config
 from .array import check_shape, classes_of
 from .decode import decode
-from .files import stamp
+from .files import fingerprint_of
 from .pixels import from_array
 from .source import BadImage, Source
 from .syntax import split_part
@@ -59,7 +58,7 @@ class Hdf5(Source):
         return f"hdf5-1:{self.shape},{self.kind}"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.identity()},{self.dataset},{stamp(self.path)}".encode()).hexdigest()
+        return fingerprint_of(f"{self.identity()},{self.dataset}", [str(self.path)])
 
     def read(self, index: int) -> Tensor:
         try:

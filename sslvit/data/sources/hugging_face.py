@@ -9,7 +9,7 @@ import numpy as np
 
 from ...errors import UserError, require
 from ..config import Config
-from .files import Encoded, check_channels, read_file
+from .files import Encoded, check_channels, fingerprint_of, read_file
 from .names import Names, numbered
 from .source import BadImage
 
@@ -48,7 +48,9 @@ class HuggingFace(Encoded):
         return hashlib.sha256(f"hf-1:{len(self)},{self.rows.split},{self.column}".encode()).hexdigest()
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.identity()},{self.rows._fingerprint}".encode()).hexdigest()
+        return fingerprint_of(
+            f"{self.identity()},{self.rows._fingerprint}", [one["filename"] for one in self.rows.cache_files]
+        )
 
     def bytes_of(self, index: int) -> bytes:
         try:

@@ -51,7 +51,7 @@ class Pages(Source):
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
-        return fingerprint_of(self.identity(), (self.root / name for name in self.names))
+        return fingerprint_of(self.identity(), self.names, self.root)
 
     def read(self, index: int) -> Tensor:
         number, page = self.places[index].tolist()

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from sslvit.config import load, save
 from sslvit.data import Config, Source, open_source
 from sslvit.data.crops import Crop
 from sslvit.data.loader import Layout, make_loader
+from sslvit.data.sources import files
 from tests.conftest import words
 from tests.processes import launch
 
@@ -264,6 +266,41 @@ def test_every_kind_gives_the_same_images(kind, root, tmp_path):
     again = open_source(write(root, tmp_path), config(tmp_path))
     assert again.identity() == source.identity()
     assert_workers_agree(source)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_bytes_of_the_same_size_and_time_change_the_fingerprint(kind, root, tmp_path):
+    shutil.copytree(root, tmp_path / "images")
+    source = open_source(KINDS[kind][0](tmp_path / "images", tmp_path), config(tmp_path))
+    before = source.fingerprint()
+    assert source.fingerprint() == before
+    for path in [path for path in tmp_path.rglob("*.*") if path.is_file() and "cache" not in path.parts]:
+        about = path.stat()
+        with path.open("r+b") as file:
+            data = bytearray(file.read())
+            data[len(data) // 2] ^= 1
+            file.seek(0)
+            file.write(data)
+        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert source.fingerprint() != before
+
+
+def test_a_fingerprint_reads_little_of_many_and_of_large_files(tmp_path, monkeypatch):
+    """The first, the middle and the last block of a large file, or the middle block of the first, ... and last file."""
+    monkeypatch.setattr(files, "SAMPLE", 3)
+    monkeypatch.setattr(files, "BLOCK", 10)
+    large = tmp_path / "large"
+    for names, place, noticed in [
+        (["large"], 0, True), (["large"], 499, True), (["large"], 999, True), (["large"], 200, False),
+        (["large", "0", "1", "2"], 500, True), (["large", "0", "1", "2"], 0, False), (["0", "large"], 500, True),
+        (["0", "1", "large", "2", "3", "4"], 500, True), (["0", "large", "1", "2", "3", "4"], 500, False),
+    ]:  # fmt: skip
+        large.write_bytes(bytes(1000))
+        os.utime(large, (1, 1))
+        before = files.fingerprint_of("", names, tmp_path)
+        large.write_bytes(bytes(place) + b"x" + bytes(999 - place))
+        os.utime(large, (1, 1))
+        assert (files.fingerprint_of("", names, tmp_path) != before) == noticed, (names, place)
 
 
 def config(folder: Path, **more) -> Config:
