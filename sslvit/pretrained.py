@@ -125,6 +125,11 @@ def results_folder(name: str) -> Path:
     return path.parent.parent / "eval" / path.name if path.parent.name == "checkpoints" else path / "eval"
 
 
+def root_of(results: Path) -> Path:
+    """The run directory or exported folder of such a folder of results."""
+    return results.parent if results.name == "eval" else results.parent.parent
+
+
 def _from_run(run_dir: Path, checkpoint: Path | None = None) -> Pretrained:
     """checkpoint: its folder; None: the newest whole one."""
     if not (run_dir / "config.yaml").is_file():

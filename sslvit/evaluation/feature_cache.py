@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,12 @@ def extract_cached(
         return extract(encoder, source, normalize, accelerator, pools, batch_size, workers, whole)
     place = place_of(encoder, source, normalize, accelerator)
     common = {"weights": digest(encoder), **{key: json.dumps(value) for key, value in place.items()}}
+    contents = {pool: common | {"pool": pool, "width": str(encoder.feature_dim(pool))} for pool in pools}
     keys = {pool: hashlib.sha256(json.dumps(place | {"pool": pool}).encode()).hexdigest()[:16] for pool in pools}
 
     def read(pool: Pool) -> Features | None:
         """The stored features, if all processes have them. They are memory-mapped: read from the disk when used."""
-        part = _read(folder, keys[pool], common | {"pool": pool}, source)
+        part = _read(folder, keys[pool], contents[pool], source)
         return None if any_process(part is None) else part
 
     found = {pool: part for pool in pools if (part := read(pool)) is not None}
@@ -52,7 +54,7 @@ def extract_cached(
         say(f"features of {source.name(0)} ... as computed before for these weights, {folder}")
     for pool in missing:
         part = fresh.pop(pool)
-        _write(folder, keys[pool], common | {"pool": pool}, part)
+        _write(folder, keys[pool], contents[pool], part)
         stored = read(pool)
         found[pool] = part if stored is None else stored
     return {pool: gather_features(found[pool]) if whole else found[pool] for pool in pools}
@@ -83,34 +85,54 @@ def same_images(a: Source, b: Source) -> bool:
     return a is b or (len(a) == len(b) and where(a) == where(b) and a.fingerprint() == b.fingerprint())
 
 
-def _parts(folder: Path, key: str) -> dict[int, list[Path]]:
-    """{number of processes: the files that so many processes wrote}."""
-    parts: dict[int, list[Path]] = {}
-    for path in sorted(folder.glob(f"{key}.*-*.safetensors")):
+def _parts(folder: Path, key: str) -> dict[int, dict[int, Path]]:
+    """{number of processes: {number of a process: its file}}."""
+    parts: dict[int, dict[int, Path]] = {}
+    for path in folder.glob(f"{key}.*-*.safetensors"):
         match = re.fullmatch(rf"{key}\.(\d+)-(\d+)\.safetensors", path.name)
-        if match:
-            parts.setdefault(int(match[2]), []).append(path)
+        if match and path.is_file():
+            parts.setdefault(int(match[2]), {})[int(match[1])] = path
     return parts
 
 
 def _read(folder: Path, key: str, content: dict[str, str], source: Source) -> Features | None:
-    """This process's share, from complete and matching files of any number of processes; None if there are none."""
+    """This process's share, from complete and matching files of any number of processes. None if there are none, or if
+    one of them is not what was written."""
     for count, paths in _parts(folder, key).items():
-        if len(paths) != count:
+        if len(paths) != count or max(paths) >= count:
             continue
-        try:
-            parts = []
-            for path in paths:
+        parts, total = [], 0
+        for number, path in paths.items():
+            try:
                 with safe_open(path, "pt") as file:
-                    if file.metadata() != content | {"images_read": file.metadata().get("images_read", "")}:
-                        return None
-                    total, numbers = int(file.metadata()["images_read"]), file.get_tensor("index")
-                    here, stored = numbers % world_size() == rank(), file.get_tensor("values")
-                    parts.append((stored, numbers) if here.all() else (stored[here], numbers[here]))
-        except (OSError, SafetensorError, KeyError, ValueError):
-            return None
+                    found, values, index = file.metadata(), file.get_tensor("values"), file.get_tensor("index")
+            except (OSError, SafetensorError):
+                return None
+            if not _possible(values, index, int(content["width"]), len(source), number, count):
+                return None
+            here = index % world_size() == rank()
+            # Of files that hold nothing of this process's share, others look at the checksum.
+            if here.any() and found != content | {"checksum": _checksum(values, index)}:
+                return None
+            parts.append((values, index) if here.all() else (values[here], index[here]))
+            total += len(index)
         return label_features(*_joined(parts), source, len(source) - total)
     return None
+
+
+def _possible(values: Tensor, index: Tensor, width: int, images: int, number: int, count: int) -> bool:
+    """Whether these can be the features of images number, number + count, ... of a source, or of some of them."""
+    return (
+        index.dtype == torch.int64 and index.ndim == 1
+        and values.dtype == torch.float32 and values.shape == (len(index), width)
+        and bool((index % count == number).all())
+        and bool((index.diff(prepend=index.new_tensor([-1]), append=index.new_tensor([images])) > 0).all())
+    )  # fmt: skip
+
+
+def _checksum(values: Tensor, index: Tensor) -> str:
+    """Of the bytes of both: a disk or a network may change some without a word."""
+    return f"{zlib.crc32(index.numpy().data, zlib.crc32(values.numpy().data)):08x}"
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -130,11 +152,9 @@ def _write(folder: Path, key: str, content: dict[str, str], features: Features) 
     numbers of processes are deleted."""
     path = folder / f"{key}.{rank()}-{world_size()}.safetensors"
     part = path.with_suffix(".part")
-    total, problem = sum(gather_objects(len(features))), None
+    values, index, problem = features.values.contiguous(), features.index.contiguous(), None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"values": features.values.contiguous(), "index": features.index.contiguous()}
-        tensorfile.write(tensors, part, content | {"images_read": str(total)})
+        tensorfile.write({"values": values, "index": index}, part, content | {"checksum": _checksum(values, index)})
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         problem = f"The features are not kept for the next evaluation: {path}: {error}."
@@ -145,7 +165,7 @@ def _write(folder: Path, key: str, content: dict[str, str], features: Features) 
         return
     if rank() == 0:
         for count, paths in _parts(folder, key).items():
-            for old in paths if count != world_size() else []:
+            for old in paths.values() if count != world_size() else []:
                 old.unlink(missing_ok=True)
     barrier()
 

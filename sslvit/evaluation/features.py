@@ -147,7 +147,6 @@ def room_for(rows: int, width: int, folder: Path | None) -> Tensor:
     memory if there is no folder or no room in it."""
     if folder is not None and rows and hasattr(os, "posix_fallocate"):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
                 os.posix_fallocate(file.fileno(), 0, 4 * rows * width)  # or a full disk would kill the process later
                 return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(rows, width)))

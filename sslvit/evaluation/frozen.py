@@ -9,9 +9,10 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from .. import pretrained
+from ..checkpoints import textfile
 from ..data import Source, open_source
 from ..data.augment import Normalize
-from ..distributed import say
+from ..distributed import gather_objects, say
 from ..errors import UserError, check_range
 from ..hardware import (
     Precision,
@@ -82,8 +83,18 @@ class Frozen:
         return self.encoder
 
     def cache_folder(self, cache: bool) -> Path | None:
-        """Where features are kept for the next evaluation; None: nowhere."""
-        return self.subject.results / "features" if cache and self.subject.results else None
+        """Where features are kept for the next evaluation, made if it is missing; None: nowhere. All processes call
+        it."""
+        results, problem = self.subject.results, None
+        if not cache or not results:
+            return None
+        try:
+            textfile.make_folder(results / "features", pretrained.root_of(results))
+        except OSError as error:
+            problem = f"No features are kept for the next evaluation: {error.filename}: {error.strerror}."
+        problems = [one for one in gather_objects(problem) if one]
+        say(*problems[:1])
+        return None if problems else results / "features"
 
     def describe(self) -> str:
         """What its features are, for people."""
@@ -149,7 +160,7 @@ class Frozen:
         if config.out:
             records.write(record, Path(config.out).expanduser())
         elif folder:
-            records.write(record, folder / f"{evaluation}.json")
+            records.write(record, folder / f"{evaluation}.json", pretrained.root_of(folder))
         else:
             say("The result is printed only: out=<file> keeps it.")
 
@@ -160,6 +171,8 @@ def load_frozen(config: EncoderConfig) -> Frozen:
     check_range("", config, 0, None, "workers")
     records.check_out(config.out)
     subject = pretrained.load(config.run, config.image_size, config.model_args, config.seed)
+    if subject.results and not config.out:
+        records.make_folder(subject.results, pretrained.root_of(subject.results))
     encoder = subject.encoder
     pool = encoder.pool if config.pool == "auto" else check_pool("pool", config.pool, encoder, config.run)
     accelerator = start_accelerator(config.precision, long_waits=True)

@@ -1,5 +1,6 @@
 """Pictures of a result, drawn with PIL only: grids of images with captions, as PNG files."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from ..checkpoints import textfile
 from ..distributed import rank, say
 from ..errors import UserError
 
@@ -25,7 +27,7 @@ def check(path: str) -> None:
         raise UserError(f"picture={path} must end in .png.")
     if not file.parent.is_dir():
         raise UserError(f"picture={path}: there is no folder {file.parent}, make it first.")
-    if file.exists() and not _ours(file):
+    if file.exists() and not (file.is_file() and _ours(file)):  # reading a pipe would wait for ever
         raise UserError(f"picture={path} exists and was not drawn by sslvit: give another name.")
 
 
@@ -34,8 +36,10 @@ def save(image: Image.Image, path: str) -> None:
     if rank() == 0:
         mark = PngImagePlugin.PngInfo()
         mark.add_text("Software", MARK)
+        png = io.BytesIO()
+        image.save(png, "PNG", pnginfo=mark)
         try:
-            image.save(Path(path).expanduser(), pnginfo=mark)
+            textfile.write(Path(path).expanduser(), png.getvalue())
         except OSError as error:
             raise UserError(f"The picture cannot be written to {path}: {error.strerror or error}.") from error
     say(f"picture in {path}")

@@ -1,12 +1,14 @@
 """Results as files and tables: one JSON file for each evaluation of a run."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from ..checkpoints import textfile
 from ..distributed import rank, say
 from ..errors import UserError
 
@@ -17,15 +19,25 @@ def describe_set(spec: str, images: int, unreadable: int | None = None, **more: 
     return {"data": spec, "images": images, **counted, **more}
 
 
-def write(record: dict[str, Any], path: Path) -> None:
-    """Write a record as JSON, on the first process. Raises UserError."""
+def write(record: dict[str, Any], path: Path, root: Path | None = None) -> None:
+    """Write a record as JSON, on the first process. root: as in `textfile.write`. Raises UserError."""
     if rank() == 0:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            textfile.write(path, json.dumps(record, indent=1) + "\n", root)
         except OSError as error:
             raise UserError(f"The result cannot be written to {path}: {error.strerror}.") from error
     say(f"written to {path}")
+
+
+def make_folder(folder: Path, root: Path) -> None:
+    """Before the work: make the folder of results below `root`. Raises UserError if nothing can be written there."""
+    try:
+        textfile.make_folder(folder, root)
+        problem = "" if os.access(folder, os.W_OK) else "it is read-only"
+    except OSError as error:
+        problem = str(error.strerror)
+    if problem:
+        raise UserError(f"The result cannot be written to {folder} ({problem}): give another place, out=<file>.")
 
 
 def check_out(path: str) -> None:
@@ -33,7 +45,7 @@ def check_out(path: str) -> None:
     file = Path(path).expanduser()
     if not path:
         return
-    if file.is_dir() or not file.parent.is_dir():
+    if not file.parent.is_dir() or (file.exists() and not file.is_file()):  # reading a pipe would wait for ever
         raise UserError(f"out={path} must be a file in a folder that exists.")
     if file.exists():
         try:

@@ -4,7 +4,9 @@ import hashlib
 import json
 import shutil
 import tempfile
+import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoints import textfile
 from ..data import Source
-from ..distributed import any_process, barrier, gather_objects, rank, say
+from ..distributed import any_process, gather_objects, on_first_process, rank, say
 from ..errors import UserError
 from .feature_cache import digest, place_of
 from .features import batches
@@ -48,7 +51,7 @@ def patch_tokens(frozen: Frozen, source: Source, folder: Path | None) -> Tokens:
         folder = Path(gather_objects(temporary.name if temporary else "")[0])
     path = folder / f"{hashlib.sha256(json.dumps(place).encode()).hexdigest()[:16]}.tokens"
     record = path.with_suffix(".json")
-    stored = gather_objects(_stored(record, path, content, shape))[0]
+    stored = gather_objects(_stored(record, path, content, shape) if rank() == 0 else None)[0]
     if stored is None:
         _create(path, record, shape)
         values = np.memmap(path, np.float16, "r+", shape=shape)
@@ -63,9 +66,7 @@ def patch_tokens(frozen: Frozen, source: Source, folder: Path | None) -> Tokens:
         if any_process(broken):
             raise UserError(f"{frozen.subject.name} gives tokens that are not finite numbers of half precision.")
         stored = torch.cat(gather_objects(torch.cat([torch.empty(0, dtype=torch.long), *done]))).sort().values.tolist()
-        if rank() == 0:
-            record.write_text(json.dumps({**content, "read": stored}), encoding="utf-8")
-        barrier()
+        on_first_process(partial(_keep, record, path, content, shape, stored))
     else:
         say(f"patch tokens of {source.name(0)} ... as computed before for these weights, {path}")
     if not stored:
@@ -75,14 +76,29 @@ def patch_tokens(frozen: Frozen, source: Source, folder: Path | None) -> Tokens:
 
 
 def _stored(record: Path, path: Path, content: dict[str, Any], shape: tuple[int, int, int]) -> list[int] | None:
-    """The numbers of the readable images, if there is a complete file for these weights and images; else None."""
+    """The numbers of the readable images, if there is a whole file for these weights and images; else None."""
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-        whole = path.stat().st_size == 2 * int(np.prod(shape))
-    except (OSError, ValueError):
+        found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        read, checksum = found.pop("read"), found.pop("checksum")
+        possible = read == sorted({number for number in read if type(number) is int and 0 <= number < shape[0]})
+        same = possible and found == content and path.is_file() and path.stat().st_size == 2 * int(np.prod(shape))
+        return read if same and checksum == _checksum(path, shape, read) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    read = found.pop("read", None) if isinstance(found, dict) else None
-    return read if whole and found == content else None
+
+
+def _checksum(path: Path, shape: tuple[int, int, int], read: list[int]) -> str:
+    """Of the tokens and the numbers of the readable images."""
+    tokens = np.memmap(path, np.float16, "r", shape=shape)
+    return f"{zlib.crc32(tokens.data, zlib.crc32(json.dumps(read).encode())):08x}"
+
+
+def _keep(record: Path, path: Path, content: dict[str, Any], shape: tuple[int, int, int], read: list[int]) -> None:
+    """Write down what the file holds. Raises UserError."""
+    try:
+        textfile.write(record, json.dumps({**content, "read": read, "checksum": _checksum(path, shape, read)}))
+    except OSError as error:
+        raise UserError(f"The patch tokens cannot be written to {path}: {error.strerror}.") from error
 
 
 def _create(path: Path, record: Path, shape: tuple[int, int, int]) -> None:
@@ -90,7 +106,6 @@ def _create(path: Path, record: Path, shape: tuple[int, int, int]) -> None:
     size, problem = 2 * int(np.prod(shape)), None
     if rank() == 0:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             record.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             free = shutil.disk_usage(path.parent).free

@@ -97,6 +97,15 @@ def test_colours_are_told_apart_and_tokens_are_kept(cli, run_words, tmp_path):
     status, printed, _ = cli("attentive", *run_words, *SMALL)
     assert printed.count("as computed before") == 1
     assert json.loads(path.read_text())["results"] == first
+    changed = bytearray(files[0].read_bytes())
+    changed[1000] ^= 1
+    files[0].write_bytes(changed)
+    record = files[1].with_suffix(".json")
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps({**content, "read": [*content["read"][:-1], 999]}))
+    status, printed, _ = cli("attentive", *run_words, *SMALL)
+    assert "as computed before" not in printed
+    assert json.loads(path.read_text())["results"] == first
 
 
 def test_one_and_two_processes_give_the_same_and_leave_no_temporary_file(run_words, tmp_path, monkeypatch):

@@ -8,9 +8,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from sslvit import data
 from sslvit.data.augment import Normalize
@@ -40,8 +42,10 @@ def random_features(count: int, width: int) -> Features:
 
 def written(folder: Path, name: str, part: Features) -> Features:
     """What is read from the file that it was written to."""
-    feature_cache._write(folder, name, {}, part)
-    return feature_cache._read(folder, name, {}, Labels(part))
+    folder.mkdir(exist_ok=True)
+    content = {"width": str(part.values.shape[1])}
+    feature_cache._write(folder, name, content, part)
+    return feature_cache._read(folder, name, content, Labels(part))
 
 
 def test_kept_features_are_what_was_computed_and_have_the_mode_of_other_files(tmp_path):
@@ -57,9 +61,62 @@ def test_kept_features_are_what_was_computed_and_have_the_mode_of_other_files(tm
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
+def test_a_changed_bit_or_an_impossible_number_of_an_image_is_not_read(tmp_path):
+    part, content = random_features(37, 5), {"width": "5"}
+    written(tmp_path, "x", part)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 53):
+        changed = bytearray(whole)
+        changed[place] ^= 4
+        path.write_bytes(changed)
+        assert feature_cache._read(tmp_path, "x", content, Labels(part)) is None, place
+    path.write_bytes(whole)
+    assert feature_cache._read(tmp_path, "x", content, Labels(part)) is not None
+    wrong = [
+        part.index + 1,
+        part.index - 1,
+        part.index.flip(0),
+        part.index.clamp(max=35),
+        part.index[:36],
+        part.index[None],
+    ]
+    for index in [*wrong, part.index.int()]:  # with the right checksum
+        feature_cache._write(tmp_path, "x", content, replace(part, index=index))
+        assert feature_cache._read(tmp_path, "x", content, Labels(part)) is None, index
+    for values in (part.values[:, :4], part.values.half(), part.values[0]):
+        feature_cache._write(tmp_path, "x", content, replace(part, values=values))
+        assert feature_cache._read(tmp_path, "x", content, Labels(part)) is None, values.shape
+    path.unlink()
+    os.mkfifo(path)  # nobody will write to it
+    assert feature_cache._read(tmp_path, "x", content, Labels(part)) is None
+
+
+def test_other_pixels_of_the_same_size_and_time_are_not_taken_for_the_old_ones(cli, labelled, colour_run, tmp_path):
+    run, images = tmp_path / "run", tmp_path / "images"
+    shutil.copytree(colour_run, run, ignore=shutil.ignore_patterns("eval"))
+    pixels = {path.parent.name: np.array(Image.open(path)) for path in labelled.glob("train/class?/0.png")}
+    colours = [pixels[name] for name in sorted(pixels)]
+
+    def accuracy(order: tuple[int, int, int]) -> float:
+        """After images of one size were written, of this colour in the first, second and third of each class."""
+        for c in range(3):
+            (images / f"class{c}").mkdir(parents=True, exist_ok=True)
+            for i, shift in enumerate(order):
+                Image.fromarray(colours[(c + shift) % 3]).save(images / f"class{c}" / f"{i}.bmp")
+                os.utime(images / f"class{c}" / f"{i}.bmp", (1, 1))
+        assert cli("knn", f"run={run}", f"data.train={images}", "k=[1]", "workers=0")[0] == 0
+        return json.loads((run / "eval" / "knn.json").read_text())["results"]["neighbours"][0]["top1"]
+
+    assert accuracy((0, 0, 0)) == 100
+    assert accuracy((0, 1, 2)) == 0  # the nearest image has the colour, and is of another class
+
+
 @pytest.mark.parametrize("folder", ["there", None])
 def test_room_for_features_is_in_a_nameless_file_or_in_memory(tmp_path, folder):
     folder = folder and tmp_path / folder
+    if folder:
+        folder.mkdir()
     room = features.room_for(7, 3, folder)
     room.copy_(torch.arange(21.0).view(7, 3))
     assert torch.equal(room[5:], torch.arange(15.0, 21.0).view(2, 3))
