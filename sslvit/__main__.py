@@ -137,7 +137,7 @@ def _tool(name: str, arguments: list[str]) -> None:
         _print_help(f"{name} {RECIPE}", module, "The arguments are those of sslvit pretrain, and these keys:")
         return
     own, rest = split_own(arguments, module.Config(), name)
-    module.run(config.load(rest), parse(module.Config(), own, name), rest)
+    module.run(config.load(rest, name, vars(module.Config())), parse(module.Config(), own, name), rest)
 
 
 def _print_help(usage: str, module: ModuleType, keys: str) -> None:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from .errors import UserError, did_you_mean
 
 OPEN = ("model.args", "model_args")  # keys whose value is a dictionary that timm checks
+LARGEST = 2.0**63  # every number must be smaller; a seed need not
 
 
 def parse(schema: Any, arguments: list[str], command: str) -> Any:
@@ -97,8 +98,9 @@ def check_keys(values: dict[str, Any], keys: list[str], where: str, command: str
             raise UserError(f"{where}: {_unknown(key, keys, command)}")
 
 
-def full_key(key: str, keys: list[str], command: str) -> str:
-    """The declared key that `key` means: itself, one inside an open value, or the only one that ends in it."""
+def full_key(key: str, keys: list[str], command: str, named: list[str] | None = None) -> str:
+    """The declared key that `key` means: itself, one inside an open value, or the only one that ends in it. Raises
+    UserError for others. named: the keys that it may name; None: all."""
     sections = {full[: m.start()] for full in keys for m in re.finditer(r"\.", full)}
     if key in keys or key in sections or _is_open(key):
         return key
@@ -106,7 +108,7 @@ def full_key(key: str, keys: list[str], command: str) -> str:
     if len(matches) > 1:
         raise UserError(f"The key {key} could mean {' or '.join(matches)}: write it in full.")
     if not matches:
-        raise UserError(_unknown(key, keys, command))
+        raise UserError(_unknown(key, named or keys, command))
     return matches[0]
 
 
@@ -139,6 +141,9 @@ def merge(config: DictConfig, values: dict[str, Any], where: str) -> DictConfig:
         for key, value in flatten(merged).items():  # ... but not that the items of a tuple are single values
             if isinstance(value, list) and any(isinstance(item, (list, tuple, dict)) for item in value):
                 raise ValueError(f"{key}={format_value(value)} holds a list or a dictionary: give single values")
+            sizes = [abs(number) for number in scalars(value) if isinstance(number, (int, float)) and key != "seed"]
+            if not all(size < LARGEST for size in sizes):  # NaN is not smaller either
+                raise ValueError(f"{key}={format_value(value)} must be finite and below {LARGEST:.1e}")
         return merged
     except Exception as error:  # OmegaConf's own, and TypeError for a list in place of a dictionary
         raise UserError(f"{where}: {first_line(error)}.") from error
@@ -154,6 +159,13 @@ def _lists_as_text(config: DictConfig, values: dict[str, Any], prefix: str = "")
             value = json.dumps(value, ensure_ascii=False) if isinstance(OmegaConf.select(config, key), str) else value
         converted[name] = value
     return converted
+
+
+def scalars(value: Any) -> list[Any]:
+    """All single values in lists and dictionaries within one another."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [scalar for item in value for scalar in scalars(item)] if isinstance(value, list) else [value]
 
 
 def format_value(value: Any) -> str:

@@ -4,6 +4,7 @@ A later layer wins. Every key is declared in a dataclass beside the code that re
 `make_plan` computes what follows from the configuration.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -59,8 +60,9 @@ class Plan:
     warmup_steps: int
 
 
-def load(arguments: list[str]) -> RunConfig:
-    """The configuration of a command line: a recipe (*.yaml), images, key=value. Raises UserError."""
+def load(arguments: list[str], command: str = "pretrain", own: Iterable[str] = ()) -> RunConfig:
+    """The configuration of a command line: a recipe (*.yaml), images, key=value. Raises UserError.
+    own: further keys that the command has."""
     recipe, values, given = _sort(arguments)
     method, preset = _method_and_preset(values, given)
     config = _defaults(method, preset)
@@ -70,7 +72,7 @@ def load(arguments: list[str]) -> RunConfig:
     config = merge(config, _with_one_duration(values), str(recipe))
     chosen = set(flatten(values))
     for key, text in given:
-        key = full_key(key, keys, "pretrain")
+        key = full_key(key, [*keys, *compatibility.REMOVED], command, [*keys, *own])
         layer = compatibility.modernise(nested(key, value_of(config, key, text)), f"{key}={text}")
         config = merge(config, _with_one_duration(layer), f"{key}={text}")
         chosen.add(key)

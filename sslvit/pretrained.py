@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import compatibility, data, objectives, rng
-from .arguments import merge, read_yaml
+from .arguments import merge, read_yaml, scalars
 from .checkpoints import state
 from .errors import UserError
 from .model import factory
@@ -227,14 +227,8 @@ def _check_model_args(args: dict[str, Any], path: Path) -> None:
             shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - it is not a dictionary
         most = max(1024, len(shapes), *(side for shape in shapes for side in shape))
         for key, value in args.items():
-            if any(isinstance(number, (int, float)) and abs(number) > most for number in _numbers(value)):
+            if any(isinstance(number, (int, float)) and abs(number) > most for number in scalars(value)):
                 raise ValueError(f"model_args.{key}={value} is larger than anything in its weights")
-
-
-def _numbers(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [number for item in value for number in _numbers(item)] if isinstance(value, list) else [value]
 
 
 def _from_timm(name: str, image_size: int | tuple[int, int] | None, args: dict[str, Any], seed: int) -> Pretrained:

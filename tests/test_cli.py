@@ -41,6 +41,13 @@ def test_tools_take_their_keys_with_dashes_as_pretrain_does(cli, images, tmp_pat
     assert "examined 5 of them" in printed or "images/s" in printed
 
 
+@pytest.mark.parametrize(("command", "key"), [("bench", "seconds"), ("data", "sample"), ("submit", "hours")])
+def test_a_misspelt_key_of_a_tool_is_recognised(fails, images, command, key):
+    hint = f"There is no key {key[:-1]}. Did you mean {key}? `sslvit {command} --help` lists them all."
+    assert hint in fails(command, images, f"--{key[:-1]}=3")
+    assert "Did you mean objective.mask_ratio?" in fails(command, images, "mask_rato=0.5")
+
+
 def test_a_misspelt_command_is_recognised(fails):
     assert "Did you mean pretrain?" in fails("pretrian")
 
@@ -68,6 +75,9 @@ MISTAKES = [
     (["method=.x"], "cannot be imported"),
     (["log.every_steps=0"], "log.every_steps=0"),
     (["data.train="], "data.train is missing: name the images"),
+    (["warmup_epochs=.inf"], "optim.warmup_epochs=inf must be finite and below 9.2e+18"),
+    (["image_size=10000000000000000000"], "data.image_size=10000000000000000000 must be finite and below 9.2e+18"),
+    (["pack=true"], "objective.pack=True is no longer supported: leave it out"),
     (["eval.every_epochs=0.1"], "eval.every_epochs=0.1 is less than one step, which is 0.25 epochs"),
 ]
 

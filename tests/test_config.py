@@ -1,11 +1,17 @@
 import dataclasses
+import math
+import re
+import typing
+from importlib import import_module
 
 import pytest
+from omegaconf import OmegaConf
 
 from sslvit import config, export, objectives
-from sslvit.arguments import flatten, help_lines
+from sslvit.__main__ import TOOLS
+from sslvit.arguments import flatten, help_lines, merge
 from sslvit.errors import UserError
-from sslvit.evaluation import knn, linear
+from sslvit.evaluation import commands, knn, linear
 
 
 def load(*words: str) -> config.RunConfig:
@@ -211,3 +217,36 @@ def test_a_key_that_is_newer_than_a_stored_configuration_had_its_default(tmp_pat
     assert config.differences(tmp_path / "config.yaml", loaded) == {}
     loaded.objective.rotate_prob = 0.5
     assert config.differences(tmp_path / "config.yaml", loaded) == {"objective.rotate_prob": (0.0, 0.5)}
+
+
+def sections(node) -> list:
+    """A configuration and all that it holds."""
+    inner = [getattr(node, item.name) for item in dataclasses.fields(node)]
+    return [node, *(section for one in inner if dataclasses.is_dataclass(one) for section in sections(one))]
+
+
+def test_no_number_may_be_infinite_or_not_a_number_or_larger_than_torch_can_hold():
+    """Of a run, of every evaluation and of every tool. A seed may be of any size."""
+    nodes = [section for method in objectives.names() for section in sections(load(f"method={method}"))]
+    nodes += [import_module(f"sslvit.evaluation.{name}").Config() for name in commands()]
+    nodes += [import_module(f"sslvit.tools.{name}").Config() for name, *_ in TOOLS.values()]
+    tried = set()
+    for node in {type(node): node for node in nodes}.values():
+        schema = OmegaConf.structured(node)
+        for key, hint in typing.get_type_hints(type(node)).items():
+            kinds = re.findall(r"\b(?:int|float)\b", re.sub(r".*tuple\[(.*)\].*", r"\1", str(hint)))
+            for value in [] if key == "seed" or not kinds else [2**63] if kinds[0] == "int" else [math.inf, math.nan]:
+                with pytest.raises(UserError, match=f"here: {key}=.* must be finite and below 9.2e"):
+                    merge(schema, {key: [value] * len(kinds) if "tuple" in str(hint) else value}, "here")
+                tried.add((type(node).__module__, key))
+    assert len(tried) > 150
+    assert load("seed=1000000000000000000000").seed == 10**21
+    for text in ("{a: {b: [1, .inf]}}", "{depth: 100000000000000000000}", "{mlp_ratio: .nan}"):
+        with pytest.raises(UserError, match="must be finite"):
+            load(f"model.args={text}")
+
+
+def test_a_number_that_cannot_be_is_refused_in_a_recipe_too(tmp_path):
+    (tmp_path / "mine.yaml").write_text("eval: {every_epochs: .inf}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: eval\.every_epochs=inf must be finite and below 9\.2e"):
+        load(str(tmp_path / "mine.yaml"))
