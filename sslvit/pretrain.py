@@ -7,7 +7,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,7 @@ class Training:
     bad_images: BadImages
     saver: Saver
     record: dict[str, Any]  # what a checkpoint holds beside tensors and progress
+    last_save: float = field(default_factory=time.perf_counter)  # when, by this clock
 
     def micro_batches(self) -> Iterator[dict[str, Tensor]]:
         """The micro-batches of one step, augmented, on the device."""
@@ -125,12 +126,40 @@ class Training:
         self.recorder.write({"step": run.step, "images": run.images_seen, "knn/top1": top1})
         return top1
 
+    def after_step(self, stop: StopRequest) -> str | None:
+        """What is due after a step: a line of the log, the rank, an evaluation, a checkpoint. All processes call it.
+
+        Returns why the run has to stop here, or None.
+        """
+        config, plan, run, recorder = self.config, self.plan, self.progress, self.recorder
+        save_now = self.saver.due(run.step, plan.steps)
+        if recorder.due(run.step):
+            self.saver.check()
+            say(*self.bad_images.report(run.images_seen))
+            recorder.line(run)
+        if self.rank_monitor and run.step % (config.log.rank_every_steps or 1) == 0:
+            with recorder.watch.pausing(), self.eval_encoder() as encoder:
+                recorder.rank(run, self.rank_monitor(encoder))
+        if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # processes must agree
+            save_now |= any_process((time.perf_counter() - self.last_save) / 60 > config.save.every_minutes)
+        stopped = stop.reason_at(run.step) if run.step < plan.steps else None
+        evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
+        due = run.step % evaluate_every == 0 or run.step == plan.steps
+        self.record["knn_due"] = due and self.knn_monitor is not None
+        if self.record["knn_due"] and not stopped:
+            self.record["knn_after"], self.record["knn_due"] = self.evaluate(), False
+            save_now |= self.saver.is_best(run)
+        if save_now or stopped:  # after the evaluation: the checkpoint holds its result
+            self.save()
+        return stopped
+
     def save(self) -> None:
         """Begin to write a checkpoint. All processes call it."""
         say(*self.bad_images.report(self.progress.images_seen))
         self.recorder.flush_skipped(self.progress)
         self.progress.window = self.recorder.window.state()
         self.saver.save(self.objective, self.optimizer.optimizer, self.progress, self.record)
+        self.last_save = time.perf_counter()
 
 
 def pretrain(config: RunConfig) -> Result:
@@ -214,15 +243,15 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
 def train(training: Training, stop: StopRequest) -> Result:
     """The loop: to the last step, or until `stop` asks for an earlier end."""
     config, plan, run, record = training.config, training.plan, training.progress, training.record
-    recorder, saver, optimizer = training.recorder, training.saver, training.optimizer
-    evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
+    recorder, optimizer = training.recorder, training.optimizer
     if run.step == 0 and training.knn_monitor:
         record["knn_before"] = training.evaluate()
     if record["knn_due"] and training.knn_monitor:  # the run was asked to stop when it should have evaluated
         record["knn_after"] = training.evaluate()
     training.objective.train()
-    stopped, clock, last_save = None, time.perf_counter(), time.perf_counter()
+    stopped = None
     for step in range(run.step, plan.steps):
+        began = time.perf_counter()
         optim.set_schedule(optimizer, training.schedule, step)
         train_step(
             training.accelerator, training.model, optimizer, training.micro_batches(), step, recorder.window,
@@ -230,32 +259,10 @@ def train(training: Training, stop: StopRequest) -> Result:
         )  # fmt: skip
         run.step, run.images_seen = step + 1, run.images_seen + plan.layout.global_batch_size
         recorder.trace.step()
-        run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
-
-        save_now = saver.due(run.step, plan.steps)
-        if recorder.due(run.step):
-            saver.check()
-            say(*training.bad_images.report(run.images_seen))
-            recorder.line(run)
-        if training.rank_monitor and run.step % (config.log.rank_every_steps or 1) == 0:
-            with recorder.watch.pausing(), training.eval_encoder() as encoder:
-                recorder.rank(run, training.rank_monitor(encoder))
-        if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # processes must agree
-            save_now |= any_process((clock - last_save) / 60 > config.save.every_minutes)
-        stopped = stop.reason_at(run.step) if run.step < plan.steps else None
-        due = run.step % evaluate_every == 0 or run.step == plan.steps
-        record["knn_due"] = due and training.knn_monitor is not None
-        if record["knn_due"] and not stopped:
-            record["knn_after"], record["knn_due"] = training.evaluate(), False
-            save_now |= saver.is_best(run)
-        if save_now or stopped:  # after the evaluation: the checkpoint holds its result
-            training.save()
-            last_save = time.perf_counter()
-        if stopped:
+        run.seconds += time.perf_counter() - began
+        if stopped := training.after_step(stop):
             break
-        clock = time.perf_counter()
-
-    saver.check(wait=True)  # when one process ends, a launcher ends all: first the checkpoint must be on the disk
+    training.saver.check(wait=True)  # when one process ends, a launcher ends all: first the checkpoint must be written
     recorder.close()
     knn = record["knn_before"], record["knn_after"]
     return Result(Path(config.out), run.step, run.images_seen, run.seconds, *knn, stopped, config.save.keep_best)

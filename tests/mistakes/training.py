@@ -109,7 +109,7 @@ LOOP = [
         "k-NN is asked one step late",
         "pretrain.py",
         "run.step % evaluate_every == 0",
-        "step % evaluate_every == 0",
+        "(run.step - 1) % evaluate_every == 0",
         MAE,
     ),
 ]
