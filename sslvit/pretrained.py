@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import compatibility, data, objectives, rng
 from .arguments import merge, read_yaml, scalars
 from .checkpoints import state
+from .distributed import say
 from .errors import UserError
 from .model import factory
 from .model.encoder import Encoder, Pool
@@ -142,6 +143,7 @@ def _from_run(run_dir: Path, checkpoint: Path | None = None) -> Pretrained:
             raise UserError(f"The checkpoint {checkpoint} is damaged ({error}): give another one.") from error
     else:
         folder, record, (tensors,), complaints = state.latest(run_dir, state.MODEL)
+        say(*complaints)
     data_config, model_config = _section(run_dir, "data", data.Config), _section(run_dir, "model", factory.Config)
     built = factory.create(model_config, data.image_size(data_config), data_config.in_chans)
     try:

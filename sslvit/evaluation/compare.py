@@ -92,8 +92,8 @@ def compare(runs: list[str], config: Config) -> dict[str, Any]:
                 f"{high:+.2f}){verdict}"
             )
     notes = [note for file in files for note in _departures(records, file, dict(columns)[file])]
-    notes += [f"{run}, {file}: {record['note']}" for run, own in records.items() for file, record in own.items()
-              if record.get("note")]  # fmt: skip
+    notes += [f"{run}, {file}: {note}" for run, own in records.items() for file, record in own.items()
+              for note in (*record.get("notes", ()), record.get("note")) if note]  # fmt: skip
     say(*notes)
     numbers = {run: {name: cell.number for name, cell in own.items()} for run, own in cells.items()}
     report = {"results": numbers, "differences": differences, "notes": notes}

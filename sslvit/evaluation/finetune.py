@@ -303,5 +303,6 @@ def write_model(
     head.bias.mul_(std).add_(mean)
     images = torch.randn(2, encoder.in_chans, *encoder.image_size, generator=torch.Generator().manual_seed(0))
     config = timm_format.record(encoder, classifier.model_args, subject.mean, subject.std, encoder.width, classes=names)
+    config["source"] = subject.detail  # timm does not read it
     timm_format.write(out, config, model.model, images, model(images))
     say(f'{out}: timm.create_model("local-dir:{out}", pretrained=True) gives the {len(names)} outputs, checked')

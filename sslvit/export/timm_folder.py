@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..checkpoints import timm_format
 from ..distributed import say
+from ..errors import UserError
 from ..model.encoder import Encoder
 from ..pretrained import Pretrained
 
@@ -20,6 +21,11 @@ def export(subject: Pretrained, out: str | Path) -> Path:
     """
     out = Path(out)
     timm_format.refuse_foreign(out)
+    if subject.detail.get("notes"):
+        raise UserError(
+            f"The newest checkpoint of {subject.name} is damaged, so nothing is exported: to export the one before it, "
+            f"give run={subject.detail['checkpoint']}."
+        )
     encoder = subject.encoder.float().cpu().eval()
     assert isinstance(encoder, Encoder)
     timm_format.write(out, timm_config(subject), encoder.model, *example(encoder))
@@ -38,7 +44,8 @@ def timm_config(subject: Pretrained) -> dict[str, Any]:
     if encoder.is_vit:
         args |= {"global_pool": "token"} if encoder.pool == "cls" else {"global_pool": "avg", "fc_norm": False}
     config = timm_format.record(encoder, args, subject.mean, subject.std, encoder.feature_dim())
-    # timm does not read this. An evaluation of the folder needs it, to read deep images as the run did.
+    # timm reads neither. An evaluation of the folder needs the range, to read deep images as the run did.
+    config["source"] = subject.detail
     return config | ({"value_range": list(subject.value_range)} if subject.value_range else {})
 
 

@@ -81,6 +81,7 @@ def test_timm_classifies_with_the_model_that_was_written(cli, labelled, colour_r
     model = tmp_path / "model"
     length = ["base_lr=0.02", "epochs=12", "layer_decay=0.8", "image_size=[32,48]", "precision=bf16"]
     assert cli(*words(colour_run, labelled, *length, f"out={tmp_path / 'r.json'}", f"out_model={model}"))[0] == 0
+    assert json.loads((model / "config.json").read_text())["source"]["step"] == 8
     again = timm.create_model(f"local-dir:{model}", pretrained=True).eval()
     assert again.pretrained_cfg["label_names"] == ["class0", "class1", "class2"]
     mean, std = (torch.tensor(again.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))

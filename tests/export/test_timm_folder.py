@@ -160,3 +160,30 @@ def test_a_folder_with_other_things_is_left_alone(fails, colour_run, tmp_path):
     assert "out= is missing" in fails("export", "run=random:resnet18")
     assert "run= is missing" in fails("export")
     assert (tmp_path / "precious.txt").exists()
+
+
+def test_a_damaged_newest_checkpoint_is_said_first_and_the_one_before_it_is_exported_by_its_path(
+    cli, labelled, tmp_path
+):
+    run, sets = tmp_path / "run", [f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"]
+    more = ["steps=2", "warmup_epochs=0", "save.every_steps=1"]
+    assert cli("pretrain", labelled / "train", *words("mae", f"out={run}", *more))[0] == 0
+    older, newest = sorted((run / "checkpoints").iterdir())
+    weights = bytearray((newest / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(weights)
+    sentence = (
+        f"The checkpoint {newest} is damaged (model.safetensors is not what was written). The one before it is taken."
+    )
+    status, printed, _ = cli("knn", f"run={run}", *sets, "k=[1]")
+    assert (status, printed.splitlines()[0]) == (0, sentence)
+    assert json.loads((run / "eval" / "knn.json").read_text())["notes"] == [sentence]
+    assert f"{run}, knn: {sentence}" in cli("compare", run)[1]
+
+    status, printed, error = cli("export", f"run={run}")
+    assert (status, printed) == (2, f"{sentence}\n")
+    assert f"to export the one before it, give run={older}." in error
+    assert not (run / "export").exists()
+    assert cli("export", f"run={older}")[0] == 0
+    source = json.loads((run / "export" / "timm" / "config.json").read_text())["source"]
+    assert source == {"checkpoint": str(older), "step": 1, "images_seen": 8, "notes": []}
