@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .arguments import first_line, read_yaml
+from .arguments import read_yaml
 from .checkpoints.state import steps_saved
 from .config import RunConfig
 from .data.crops import Views, random_batch
@@ -27,11 +27,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def explain(error: Exception, config: RunConfig) -> str | None:
     """What to tell the user if `error` says that memory ran out; None if it does not."""
-    if "DataLoader worker" in str(error) and "killed" in str(error):
-        return (
-            f"A process that loads images was killed ({first_line(error)}). The system does that when memory runs out: "
-            "lower data.workers, or set data.cache=false."
-        )
     return advice(config) if is_out_of_memory(error) else None
 
 

@@ -1,5 +1,6 @@
-"""How a run is told to stop before its end: by a signal of a scheduler, or by its own clock."""
+"""How a run is told to stop before its end: by a signal of a scheduler, or by its own clock. And how long it waits."""
 
+import os
 import signal
 import threading
 import time
@@ -7,9 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from .errors import UserError
+
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2")  # schedulers send one of these
 EXIT_REQUEUE = 75  # exit status, EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again
 AGREE_EVERY = 10  # steps; several processes then agree, so that all stop at the same step
+FORWARDED = 5.0  # seconds in which a second signal is the same request: a scheduler and a launcher both send one
+MOST_SECONDS = 10**6  # that a wait may be allowed
+PATIENCE = 10.0  # seconds that a run which was asked to stop waits for the images of its step; schedulers give it 30
 
 
 class Stopped(Exception):
@@ -21,6 +27,7 @@ class StopRequest:
 
     def __init__(self, max_hours: float | None) -> None:
         self.reason: str | None = None
+        self.asked: float | None = None  # when a signal came
         self.end = None if max_hours is None else time.monotonic() + 3600 * max_hours
 
     def reason_at(self, step: int) -> str | None:
@@ -40,29 +47,79 @@ class StopRequest:
 def stop_requests(max_hours: float | None) -> Iterator[StopRequest]:
     """Within it SIGTERM, SIGUSR1 and SIGUSR2 ask the run to stop after the current step.
 
-    A second signal changes nothing: a launcher sends one of its own, perhaps while the checkpoint is being written.
-    SIGINT and SIGKILL end a run at once.
+    SIGTERM or SIGINT at least five seconds after a first signal ends the run at once, whatever it waits for.
     """
-    stop, before = StopRequest(max_hours), {}
+    global _current
+    stop = StopRequest(max_hours)
+    if threading.current_thread() is not threading.main_thread():  # Python takes handlers nowhere else
+        yield stop
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
-        stop.reason = signal.Signals(number).name
+        stop.reason, stop.asked = signal.Signals(number).name, stop.asked or time.monotonic()
 
     wanted = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-    if threading.current_thread() is threading.main_thread():  # Python takes handlers nowhere else
-        before = {number: signal.signal(number, note) for number in wanted}
+    before, outer = {number: signal.signal(number, note) for number in wanted}, _current
+    numbers, signalled = os.pipe()
+    os.set_blocking(signalled, False)
+    woken = signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_second, args=(numbers, {*wanted, signal.SIGINT}), daemon=True).start()
+    _current = stop
     try:
         yield stop
     finally:
+        _current = outer
+        signal.set_wakeup_fd(woken)
+        os.write(signalled, b"\0")
+        os.close(signalled)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def ignore_in_worker(worker: int) -> None:
+_current: StopRequest | None = None  # of the run that this process is in
+
+
+def _end_at_second(numbers: int, wanted: set[int]) -> None:
+    """A thread that gets the number of each signal. `note` above is not called while the main thread waits in C++, as
+    it does for another process that never answers."""
+    first = None
+    while number := os.read(numbers, 1)[0]:
+        if first is not None and number in (signal.SIGTERM, signal.SIGINT) and time.monotonic() - first > FORWARDED:
+            name = signal.Signals(number).name
+            os.write(2, f"Ended at once by a second signal, {name}. The last checkpoint is whole.\n".encode())
+            os._exit(128 + number)
+        if first is None and number in wanted:
+            first = time.monotonic()
+    os.close(numbers)
+
+
+def leave_wait(seconds: float) -> None:
+    """For who has waited so long for images. Raises Stopped if the run was asked to stop and they still do not come."""
+    if _current and _current.asked and min(seconds, time.monotonic() - _current.asked) > PATIENCE:
+        raise Stopped(
+            f"Stopped by {_current.reason} while no images came for {seconds:.0f} s: nothing was saved since the last "
+            "checkpoint."
+        )
+
+
+def limit(key: str, default: float) -> float:
+    """Seconds that a wait may last: the environment variable of this name, or the default. Raises UserError."""
+    given = os.environ.get(key, "")
+    try:
+        seconds = float(given or default)
+    except ValueError:
+        seconds = -1.0
+    if not 1 <= seconds <= MOST_SECONDS:
+        raise UserError(f"{key}={given} must lie between 1 and {MOST_SECONDS} seconds: leave it out for {default:g}.")
+    return seconds
+
+
+def ignore_in_worker() -> None:
     """For loader processes: a scheduler signals every process, but the current step still needs its images.
 
-    They end with the process that started them.
+    They end with the process that started them, which a terminal interrupts too.
     """
-    for name in SIGNALS:
+    signal.set_wakeup_fd(-1)
+    for name in (*SIGNALS, "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -6,12 +6,12 @@ import mmap
 import os
 import platform
 import time
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from .. import rng
 from ..arguments import format_value
@@ -19,9 +19,9 @@ from ..distributed import gather_objects, rank, say, world_size
 from ..errors import UserError
 from ..hardware import free_memory
 from ..metrics import format_bytes
-from ..stopping import ignore_in_worker
 from .config import Cache
 from .sources import BadImage, Source, WrappedSource
+from .workers import compute
 
 CACHE_SHARE = 0.25  # of the free memory, up to which images are kept by default
 SAY_EVERY = 10.0  # seconds
@@ -207,34 +207,23 @@ def _read_all(source: Cached, workers: int) -> dict[int, str]:
 
 
 def _read(source: Cached, indices: Tensor, workers: int) -> dict[int, str]:
-    loader: DataLoader[tuple[int, str | None]] = DataLoader(
-        _Reading(source, indices), batch_size=64, num_workers=workers, collate_fn=list,
-        worker_init_fn=ignore_in_worker, multiprocessing_context="fork" if workers else None,
-    )  # fmt: skip
     broken: dict[int, str] = {}
     num_read, began, last = 0, time.perf_counter(), time.perf_counter()
-    for part in loader:
-        broken |= {index: reason for index, reason in part if reason is not None}
-        num_read += len(part)
+    for part in compute(partial(_read_some, source), indices.split(64), workers):
+        broken |= part
+        num_read = min(num_read + 64, len(indices))
         if time.perf_counter() - last > SAY_EVERY:
             last = time.perf_counter()
             say(f"read {num_read} of {len(indices)} images into memory, {num_read / (last - began):.0f} images/s")
     return broken
 
 
-class _Reading(Dataset[tuple[int, str | None]]):
-    """(index, None or why the image cannot be read). The image itself stays in the cache."""
-
-    def __init__(self, source: Cached, indices: Tensor) -> None:
-        self.source, self.indices = source, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[int, str | None]:
-        index = int(self.indices[position])
+def _read_some(source: Cached, indices: Tensor) -> dict[int, str]:
+    """{index: why the image cannot be read}. The images themselves stay in the cache."""
+    broken = {}
+    for index in indices.tolist():
         try:
-            self.source.read(index)
+            source.read(index)
         except BadImage as error:
-            return index, str(error)
-        return index, None
+            broken[index] = str(error)
+    return broken

@@ -5,21 +5,22 @@ The order of an epoch depends only on the seed and the epoch. Step s of it takes
 fill a step is not seen in that epoch. So a run continues at step s by starting the stream at step s.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .. import rng
 from ..errors import UserError
-from ..stopping import ignore_in_worker
 from .cache import OnDevice
 from .crops import Views, cut, cut_at_once, reduction
 from .sources import BadImage, Source
+from .workers import Results
 
 SUBSTITUTES = 50  # images tried in place of one that cannot be read, before the run gives up
 # Images up to which the order of an epoch is a list: it takes 0.4 s and 170 MB to make. The order of more images is
@@ -62,7 +63,7 @@ def make_layout(total: int, batch_size: int | None, num_images: int, world_size:
     return Layout(batch_size, total // (batch_size * world_size), world_size, rank)
 
 
-class Order(Sampler[tuple[int, Tensor]]):
+class Order:
     """(epoch, [batch_size] int64 indices of images) for each micro-batch of this process, between two steps."""
 
     def __init__(self, seed: int, num_images: int, layout: Layout, first_step: int, last_step: int) -> None:
@@ -89,7 +90,7 @@ class Order(Sampler[tuple[int, Tensor]]):
 SizedImage = tuple[Tensor, tuple[int, int]]  # an image, perhaps at a smaller scale, and its own height and width
 
 
-class Cropped(Dataset[Batch]):
+class Cropped:
     """Images read and cut. One item is one micro-batch: {"key", "index", "bad", name: uint8 crops}.
 
     index: [B] int64, the images of the crops: the substitute's index where an image could not be read.
@@ -161,19 +162,35 @@ class CroppedOnDevice(Cropped):
 def make_loader(
     source: Source, views: Views, layout: Layout, seed: int, steps: tuple[int, int], workers: int, device: torch.device,
     finish: Callable[[Batch], Batch] | None = None, scaling: bool = False,
-) -> Iterable[Batch]:  # fmt: skip
-    """Batches from step `steps[0]` to before step `steps[1]`, one item for each micro-batch.
+) -> Iterator[Batch]:  # fmt: skip
+    """Batches from step `steps[0]` to before step `steps[1]`, one item for each micro-batch. Loader processes
+    start at once.
 
     finish, scaling: see `Cropped`.
     """
     order = Order(seed, len(source), layout, *steps)
     if isinstance(source, OnDevice):
         return map(CroppedOnDevice(source, views, seed, finish).__getitem__, order)
-    return DataLoader(
-        Cropped(source, views, seed, finish, scaling), sampler=order,
-        batch_size=None,  # an item is a whole micro-batch already
-        num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_in_worker,
-        prefetch_factor=2 if workers else None,
-        # Workers share the index of the source and its cache, and never touch CUDA.
-        multiprocessing_context="fork" if workers else None,
-    )  # fmt: skip
+    work = Cropped(source, views, seed, finish, scaling).__getitem__
+    return _in_processes(work, order, workers, device) if workers else map(work, order)
+
+
+def _in_processes(
+    work: Callable[[tuple[int, Tensor]], Batch], order: Order, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    batches = Results(work, order, workers)
+    return _pinned(batches) if device.type == "cuda" else batches
+
+
+def _pinned(batches: Results[tuple[int, Tensor], Batch]) -> Iterator[Batch]:
+    """The same batches in memory that a GPU copies from while it computes. A thread moves the next one there."""
+
+    def take() -> Batch | None:
+        batch = next(batches, None)
+        return batch and {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    with ThreadPoolExecutor(1, "pinned batches") as thread, closing(batches):
+        following = thread.submit(take)
+        while batch := following.result():
+            following = thread.submit(take)
+            yield batch

@@ -12,17 +12,16 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ..data import BadImage, Source
 from ..data.augment import Normalize
 from ..data.crops import centre
+from ..data.workers import in_batches
 from ..distributed import gather_objects, rank, say, world_size
 from ..errors import UserError
 from ..hardware import default_workers, keep_memory
 from ..model.encoder import Encoder, Pool
 from ..pretrained import Pixels
-from ..stopping import ignore_in_worker
 from .classes import labels_of
 
 CROP_RATIO = 224 / 256  # the published evaluation resizes to 256 and cuts the central 224
@@ -54,7 +53,7 @@ class Features:
         return self
 
 
-class CentreCropped(Dataset[tuple[int, Tensor | None]]):
+class CentreCropped:
     """Images as an evaluation sees them: resized and centred, or as they are if they have the encoder's size."""
 
     def __init__(self, source: Source, index: Tensor, size: tuple[int, int]) -> None:
@@ -86,23 +85,17 @@ def batches(
     """(numbers [B], normalised images [B, C, H, W] on the device) of this process's readable images. The encoder is in
     evaluation mode until the last batch. Prints progress every 20 seconds."""
     device = accelerator.device
-    loader = DataLoader(
-        CentreCropped(source, share(source), encoder.image_size),
-        batch_size=batch_size,
-        num_workers=default_workers(device) if workers is None else workers,
-        collate_fn=_collate,
-        worker_init_fn=ignore_in_worker,
-        multiprocessing_context="fork" if workers != 0 and default_workers(device) else None,
-    )
+    images_here = CentreCropped(source, share(source), encoder.image_size)
+    workers = default_workers(device) if workers is None else workers
     was_training = encoder.training
     encoder.eval()
     seen, began, last_line = 0, time.perf_counter(), time.perf_counter()
     try:
-        running = iter(loader)
+        running = in_batches(images_here, batch_size, _collate, workers)
         keep_memory(device)  # now that the loader processes have been started
         for index, images, failed in running:
             seen += len(index) + failed
-            if len(index):
+            if images is not None:
                 yield index, normalize(images.to(device, non_blocking=True).float() / 255)
             if time.perf_counter() - last_line > SAY_EVERY:
                 last_line = time.perf_counter()

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from .. import rng
 from ..data import BadImage, Source
 from ..data.crops import centre
+from ..data.workers import in_batches
 from ..distributed import all_reduce_sum, on_first_process, say
 from ..errors import UserError, check_range
 from . import Command, attacks, corruptions, linear, pictures, probes, protocol, scores
@@ -207,9 +207,8 @@ def attacked(
     cells = [(name, eps) for name in config.attacks for eps in config.eps]
     right, images_seen = (torch.zeros(n, dtype=torch.long, device=device) for n in (len(cells), 1))
     batch_size = max(1, config.batch_size // 8)  # gradients need the memory of every block
-    loader = DataLoader(CentreCropped(source, mine, encoder.image_size), batch_size, collate_fn=_readable)
-    for index, images in loader:
-        if not len(index):
+    for index, images in in_batches(CentreCropped(source, mine, encoder.image_size), batch_size, _readable, 0):
+        if images is None:
             continue
         x, y = images.to(device).float() / 255, labels[index].to(device)
         images_seen += len(index)

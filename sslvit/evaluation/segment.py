@@ -27,15 +27,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from .. import rng
 from ..data import BadImage, Source
 from ..data.crops import resize
+from ..data.workers import in_batches
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from ..hardware import default_workers, free_memory
-from ..stopping import ignore_in_worker
 from . import Command, linear, pictures, protocol, records
 from .confusion import confusion
 from .frozen import EncoderConfig, Frozen, load_frozen
@@ -211,7 +210,7 @@ def probe(
     return results, rows
 
 
-class Resized(Dataset[tuple[int, tuple[int, int], Tensor | None]]):
+class Resized:
     """Whole images at one size, each with its number and the size that it had."""
 
     def __init__(self, source: Source, index: Tensor, size: tuple[int, int]) -> None:
@@ -239,15 +238,8 @@ def tokens(
     device, encoder = frozen.accelerator.device, frozen.vit().eval()
     workers = default_workers(device) if config.workers is None else config.workers
     per_patch = encoder.grid(size)[0] * encoder.grid(size)[1] / (encoder.grid()[0] * encoder.grid()[1])
-    loader = DataLoader(
-        Resized(masked.images, index, size),
-        batch_size=max(1, int(config.batch_size / max(1, per_patch))),  # as many patches at once as at its own size
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=ignore_in_worker,
-        multiprocessing_context="fork" if workers else None,
-    )
-    for batch in loader:
+    batch_size = max(1, int(config.batch_size / max(1, per_patch)))  # as many patches at once as at its own size
+    for batch in in_batches(Resized(masked.images, index, size), batch_size, list, workers):
         for number, shape, image in batch:
             if image is None:
                 say(f"{masked.images.name(number)} cannot be read and is left out.")

@@ -28,7 +28,6 @@ from PIL.TiffImagePlugin import TiffImageFile
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from .. import config as configuration
 from .. import data, rng
@@ -38,6 +37,7 @@ from ..data.crops import resize
 from ..data.sources.decode import DICOM, NPY, PNG, decode
 from ..data.sources.files import Encoded
 from ..data.sources.several import Several
+from ..data.workers import compute
 from ..distributed import say
 from ..errors import UserError, check_range
 from ..evaluation import pictures
@@ -121,7 +121,7 @@ class Findings:
     deep: int = 0  # images of more than 8 bits
 
 
-class Examination(Dataset[Examined]):
+class Examination:
     """One item is what was found in CHUNK images."""
 
     def __init__(self, source: Source, config: data.Config, indices: list[int]) -> None:
@@ -212,12 +212,10 @@ def examine(config: RunConfig, settings: Config) -> Findings:
         indices = sorted(rng.shuffled(key, len(source), torch.arange(settings.sample)).tolist())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, math.ceil(len(indices) / CHUNK)) if config.data.workers is None else config.data.workers
-    loader: DataLoader[Examined] = DataLoader(
-        Examination(source, config.data, indices), batch_size=None, num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-    )  # fmt: skip
+    examination = Examination(source, config.data, indices)
+    chunks = compute(examination.__getitem__, range(len(examination)), workers)
     stats, broken = [], []
-    for some, unreadable in _progress(loader, len(indices)):
+    for some, unreadable in _progress(chunks, len(indices)):
         stats += some
         broken += unreadable
     return summary(config.data.train, source, stats, broken)
