@@ -1,7 +1,10 @@
 """What a user sees: help, and one sentence for each mistake, before anything is trained or lost."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from sslvit import evaluation
 from sslvit.checkpoints import state
 
+from . import processes
 from .conftest import words
 
 
@@ -111,8 +115,6 @@ def test_a_k_larger_than_the_training_set_is_refused_before_the_run(fails, label
 
 def test_a_checkpoint_with_no_matching_key_is_refused(fails, colour_run, labelled, tmp_path):
     """A run whose stored weights belong to another encoder."""
-    import shutil
-
     other = tmp_path / "run"
     shutil.copytree(colour_run, other)
     text = (other / "config.yaml").read_text()
@@ -121,6 +123,36 @@ def test_a_checkpoint_with_no_matching_key_is_refused(fails, colour_run, labelle
     message = fails("knn", f"run={other}", *sets, "k=[3]")
     assert "has 0 of the" in message or "weights that this encoder needs" in message
     assert "It belongs to another model" in message
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that every user of the machine may read and write. pytest's own are for one."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+def test_a_directory_that_this_user_may_not_use_is_one_sentence(colour_run, labelled, open_folder):
+    run, images = (Path(shutil.copytree(old, open_folder / old.name)) for old in (colour_run, labelled))
+    (run / "tensorboard").mkdir()
+    for path in (open_folder, *open_folder.rglob("*")):
+        path.chmod(path.stat().st_mode | 0o666)
+        if os.geteuid() == 0:
+            os.chown(path, 65534, 65534)
+    more = [*words("mae", f"out={run}", "epochs=3", "workers=0"), "log.tensorboard=true"]
+    sets = [f"data.train={images / 'train'}", f"data.test={images / 'test'}", "k=[3]", "workers=0"]
+    commands = [
+        *[(run, 0, argv) for argv in (["pretrain", images / "train", *more], ["compare", run, run])],
+        *[(run, 0, ["knn", f"run={name}", *sets]) for name in (run, f"untrained:{run}", run / "checkpoints" / "x")],
+        (run / "metrics.jsonl", 0o444, ["pretrain", images / "train", *more]),
+        (run / "tensorboard", 0o555, ["pretrain", images / "train", *more]),
+    ]
+    log = open_folder / "log"
+    printed = processes.finish(processes.begin(processes.as_nobody, commands, output=log), log)
+    assert printed.count(": status 2\n") == len(commands), printed
+    assert printed.count(": Permission denied.\n") == len(commands), printed
+    assert f"sslvit pretrain: {run / 'metrics.jsonl'} cannot be read or written: Permission denied.\n" in printed
 
 
 class Trap:
@@ -134,8 +166,6 @@ TRAP = "sprung"
 
 
 def test_a_pickle_never_runs(fails, colour_run, labelled, tmp_path, monkeypatch):
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     other = tmp_path / "run"
     shutil.copytree(colour_run, other)
