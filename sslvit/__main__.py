@@ -44,8 +44,8 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after a mistake of the user or for a file that cannot be used (one sentence, no traceback), or
-    75 for a run that was asked to stop and goes on when the same command is started again."""
+    """Exit status: 0, or 2 after a mistake of the user or for a file that cannot be used (one sentence, no traceback),
+    or 75 for a run that was asked to stop and goes on when the same command is started again."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in HELP:
         print(usage(), end="")
