@@ -1,5 +1,6 @@
 """Runs that are asked to stop: they save, say so, and go on as if they had not stopped."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -9,7 +10,9 @@ import time
 import psutil
 import pytest
 
+from sslvit import stopping
 from sslvit.checkpoints import state
+from sslvit.data.workers import compute
 
 from . import processes
 from .conftest import words
@@ -36,11 +39,69 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on(tmp_path, images, num
     assert_same_run(whole, broken)
 
 
+def hang_in_c(ready: str) -> int:
+    """A run with a loader process, whose main thread waits in C for ever, as for a process that never answers."""
+    stopping.FORWARDED = 0.5
+    with stopping.stop_requests(None):
+        results = compute(os.getpid, range(3), 1)
+        os.mkdir(ready)
+        lock = ctypes.create_string_buffer(256)
+        for _ in range(2):  # it is its own owner
+            ctypes.CDLL(None).pthread_mutex_lock(lock)
+        next(results)
+    return 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_run_whatever_it_waits_for(tmp_path, number):
+    process = processes.begin(hang_in_c, str(tmp_path / "ready"), output=tmp_path / "log")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (child,) = psutil.Process(process.pid).children()
+    for pause in (0.1, 0.7, 0):  # the second one comes too soon to be another request
+        os.kill(process.pid, number)
+        time.sleep(pause)
+    printed = processes.finish(process, tmp_path / "log", seconds=10, status=128 + number)
+    assert printed == f"Ended at once by a second signal, {number.name}. The last checkpoint is whole.\n"
+    assert not psutil.wait_procs([child], timeout=5)[1]
+
+
+def test_a_loader_process_that_is_killed_ends_the_run_with_a_sentence(tmp_path, images):
+    out, log = tmp_path / "run", tmp_path / "log"
+    process = processes.start(["pretrain", images, *words("mae", f"out={out}", "epochs=2000", "workers=2")], log)
+    processes.wait_for_step(process, out, 2)
+    loaders = psutil.Process(process.pid).children()
+    assert len(loaders) == 2
+    loaders[0].kill()
+    printed = processes.finish(process, log, seconds=30, status=2)
+    assert "sslvit pretrain: A loader process was killed (SIGKILL), as the system does when memory runs out" in printed
+    assert "Traceback" not in printed
+    assert not psutil.wait_procs(loaders, timeout=5)[1]
+
+
+@pytest.mark.slow  # waits ten seconds
+def test_a_run_whose_loader_process_hangs_stops_when_it_is_asked_to(tmp_path, images):
+    out, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["pretrain", images, *words("mae", f"out={out}", "epochs=2000", "workers=1", "save.every_steps=2")]
+    process = processes.start(arguments, log)
+    processes.wait_for_step(process, out, 5)
+    (loader,) = psutil.Process(process.pid).children()
+    loader.suspend()
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGTERM)
+    printed = processes.finish(process, log, seconds=30, status=75)
+    assert "Stopped by SIGTERM while no images came for" in printed
+    assert "Traceback" not in printed
+    assert not psutil.wait_procs([loader], timeout=5)[1]
+
+
 @pytest.mark.slow  # eight seconds of writing, on purpose
 def test_no_process_ends_before_the_save_is_written_and_a_second_signal_does_not_break_it(tmp_path, images):
     """Under torchrun, which ends all processes when one has ended, with a slow disk and SIGTERM to everything twice."""
     slow = (
-        "import sys, time; from sslvit import state; from sslvit.__main__ import main; old = state.write; "
+        "import sys, time; from sslvit.checkpoints import state; from sslvit.__main__ import main; old = state.write; "
         "state.write = lambda *a: (time.sleep(8), old(*a))[1]; sys.exit(main(sys.argv[1:]))"
     )
     (tmp_path / "slow.py").write_text(slow)
