@@ -32,11 +32,14 @@ def write(path: Path, content: str | bytes, root: Path | None = None) -> None:
 
 
 def make_folder(folder: Path, root: Path) -> None:
-    """Make the folders from `root`, which exists, down to `folder`. Raises OSError, also if one of them is a link."""
+    """Make the folders from `root`, which exists, down to `folder`. Raises OSError, also if one of them is a link or a
+    file."""
     if folder != root:
         make_folder(folder.parent, root)
         if folder.is_symlink():
             raise OSError(errno.ELOOP, f"{folder} is a link, and links are not followed", str(folder))
+        if folder.exists() and not folder.is_dir():
+            raise OSError(errno.ENOTDIR, f"{folder} is no folder", str(folder))
         folder.mkdir(exist_ok=True)
 
 

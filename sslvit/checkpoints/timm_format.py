@@ -10,12 +10,13 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
 from ..model.encoder import Encoder
-from . import tensorfile
+from . import tensorfile, textfile
 
 FILES = ("config.json", "model.safetensors")
 TOLERANCE = 1e-5  # of what the model gives, relative to its largest value
@@ -57,7 +58,9 @@ def record(
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raises UserError if a folder holds anything but what `write` writes."""
+    """Raises UserError for a link, and for a folder that holds anything but what `write` writes."""
+    if out.is_symlink():
+        raise UserError(f"out={out} is a link, and links are not followed: give a new folder.")
     if out.exists() and (not out.is_dir() or any(path.name not in FILES for path in out.iterdir())):
         raise UserError(f"out={out} exists and holds other things than an export: give a new folder.")
 
@@ -69,15 +72,21 @@ def write(out: Path, config: dict[str, Any], model: torch.nn.Module, images: Ten
     fresh = out.with_name(f".{out.name}.writing")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        fresh.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if fresh.is_symlink():
+            fresh.unlink()
+        fresh.mkdir()
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
         tensorfile.write(weights, fresh / "model.safetensors", {"format": "pt"})
         check(fresh, images, expected, config["architecture"])
+        for path in (*(fresh / name for name in FILES), fresh):
+            textfile.sync(path)
         shutil.rmtree(out, ignore_errors=True)
         os.replace(fresh, out)
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror}.") from error
+        textfile.sync(out.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"out={out} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

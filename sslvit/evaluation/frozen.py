@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,18 +83,21 @@ class Frozen:
         return self.encoder
 
     def cache_folder(self, cache: bool) -> Path | None:
-        """Where features are kept for the next evaluation, made if it is missing; None: nowhere. All processes call
-        it."""
-        results, problem = self.subject.results, None
-        if not cache or not results:
-            return None
+        """Where features are kept for the next evaluation; None: nowhere. All processes call it."""
+        return self._features_folder if cache and self.subject.results else None
+
+    @cached_property
+    def _features_folder(self) -> Path | None:
+        """Made if it is missing. None if it cannot be made, which is said."""
+        assert self.subject.results
+        folder, problem = self.subject.results / "features", None
         try:
-            textfile.make_folder(results / "features", pretrained.root_of(results))
+            textfile.make_folder(folder, pretrained.root_of(self.subject.results))
         except OSError as error:
-            problem = f"No features are kept for the next evaluation: {error.filename}: {error.strerror}."
+            problem = f"No features are kept for the next evaluation in {folder} ({error.strerror})."
         problems = [one for one in gather_objects(problem) if one]
         say(*problems[:1])
-        return None if problems else results / "features"
+        return None if problems else folder
 
     def describe(self) -> str:
         """What its features are, for people."""

@@ -29,4 +29,6 @@ def run(config: Config) -> None:
     out = Path(config.out) if config.out else subject.folder and subject.folder / "export" / config.to
     if not out:
         raise UserError("out= is missing: give the folder to write.")
+    if not config.out and out.parent.is_symlink():
+        raise UserError(f"{out.parent} is a link, and links are not followed: give another place, out=<folder>.")
     timm_folder.export(subject, out)

@@ -1,11 +1,16 @@
 """One function makes the record of every evaluation."""
 
 import json
+import os
+import resource
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
-from sslvit.evaluation import knn, records
+from sslvit.evaluation import knn, pictures, records
 from sslvit.evaluation.frozen import Frozen
 
 
@@ -50,3 +55,86 @@ def test_what_cannot_be_written_gets_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(records.UserError, match="The result cannot be written to"):
         records.write({}, tmp_path / "file" / "x.json")
+
+
+@pytest.fixture
+def precious(tmp_path) -> Path:
+    """A folder outside a run directory, to which somebody has put links into it."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / "file").write_text("mine")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("eval/knn.json", ""),
+        (
+            "eval/features",
+            "No features are kept for the next evaluation in {0} ({0} is a link, and links are not followed).",
+        ),
+        ("eval", "The result cannot be written to {0} ({0} is a link, and links are not followed)"),
+        ("a file eval/features", "No features are kept for the next evaluation in {0} ({0} is no folder)."),
+        ("a file eval", "The result cannot be written to {0} ({0} is no folder): give another place, out=<file>."),
+    ],
+)
+def test_links_and_files_in_the_place_of_results_are_not_followed(
+    cli, labelled, colour_run, tmp_path, precious, place, says
+):
+    run, link = tmp_path / "run", tmp_path / "run" / place.removeprefix("a file ")
+    shutil.copytree(colour_run, run, ignore=shutil.ignore_patterns("eval"))
+    link.parent.mkdir(exist_ok=True)
+    if place.startswith("a file"):
+        link.write_text("mine")
+    else:
+        link.symlink_to(precious / "file" if place.endswith("json") else precious)
+    words = ["knn", f"run={run}", f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}", "workers=0"]
+    status, printed, error = cli(*words)
+    assert (printed + error).count(says.format(link)) == 1 or not says
+    assert status == (2 if place.endswith("eval") else 0)
+    if status:
+        assert cli(*words, f"out={tmp_path / 'knn.json'}")[0] == 0
+    else:
+        assert json.loads((run / "eval" / "knn.json").read_text())["evaluation"] == "knn"
+        assert not (run / "eval" / "knn.json").is_symlink()
+    assert [path.name for path in precious.iterdir()] == ["file"]
+    assert (precious / "file").read_text() == "mine"
+
+
+def test_out_and_picture_replace_a_link_and_refuse_a_pipe(tmp_path, precious):
+    ours = {"out": (precious / "a.json", tmp_path / "b.json"), "picture": (precious / "a.png", tmp_path / "b.png")}
+    records.write({"evaluation": "knn"}, ours["out"][0])
+    pictures.save(Image.new("L", (8, 8)), str(ours["picture"][0]))
+    for key, (target, link) in ours.items():
+        link.symlink_to(target)
+        before = target.read_bytes()
+        check = {"out": records.check_out, "picture": pictures.check}[key]
+        check(str(link))
+        if key == "out":
+            records.write({"evaluation": "linear"}, link)
+        else:
+            pictures.save(Image.new("L", (9, 9)), str(link))
+        assert (target.read_bytes(), link.is_symlink()) == (before, False)
+        assert link.read_bytes() != before
+        link.unlink()
+        os.mkfifo(link)  # nobody will write to it
+        with pytest.raises(records.UserError, match=f"{key}="):
+            check(str(link))
+
+
+def test_a_result_that_cannot_be_written_leaves_nothing_and_the_older_one_as_it_was(tmp_path):
+    path, limits = tmp_path / "knn.json", resource.getrlimit(resource.RLIMIT_FSIZE)
+    for left in ([], ["knn.json"]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))  # bytes of a file, as on a full disk
+        try:
+            with pytest.raises(records.UserError, match=r"The result cannot be written to .*File too large"):
+                records.write({"evaluation": "knn", "results": {"top1": 1.5}}, path)
+            with pytest.raises(records.UserError, match=r"The picture cannot be written to .*File too large"):
+                pictures.save(Image.new("L", (99, 99)), str(tmp_path / "a.png"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [file.name for file in tmp_path.iterdir()] == left
+        if not left:
+            records.write({"evaluation": "knn"}, path)
+    assert json.loads(path.read_text()) == {"evaluation": "knn"}

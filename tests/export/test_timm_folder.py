@@ -1,4 +1,6 @@
 import json
+import resource
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -187,3 +189,29 @@ def test_a_damaged_newest_checkpoint_is_said_first_and_the_one_before_it_is_expo
     assert cli("export", f"run={older}")[0] == 0
     source = json.loads((run / "export" / "timm" / "config.json").read_text())["source"]
     assert source == {"checkpoint": str(older), "step": 1, "images_seen": 8, "notes": []}
+
+
+def test_an_export_follows_no_link_and_what_cannot_be_written_gets_a_sentence(cli, fails, colour_run, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "config.json").write_text("mine")
+    run = tmp_path / "run"
+    shutil.copytree(colour_run, run)
+    (run / "export").symlink_to(home)
+    assert "run/export is a link, and links are not followed: give another" in fails("export", f"run={run}")
+    (run / "export").unlink()
+    (run / "export").mkdir()
+    (run / "export" / "timm").symlink_to(home)
+    assert "export/timm is a link, and links are not followed: give a new" in fails("export", f"run={run}")
+    (run / "export" / "timm").unlink()
+    (run / "export" / ".timm.writing").symlink_to(home)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # bytes of a file, as on a full disk
+    try:
+        assert "cannot be written: " in fails("export", f"run={run}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((run / "export").iterdir()) == []
+    assert cli("export", f"run={run}")[0] == 0
+    assert [path.name for path in (run / "export").iterdir()] == ["timm"]
+    assert [(path.name, path.read_text()) for path in home.iterdir()] == [("config.json", "mine")]
