@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .arguments import help_lines, parse, split_own
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, printable
 from .evaluation import commands as evaluations
 from .stopping import EXIT_REQUEUE, Stopped
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return find(command)(rest) or 0
     except UserError as error:
-        print(f"sslvit {command}: {error}", file=sys.stderr)
+        print(printable(f"sslvit {command}: {error}", keep="\n"), file=sys.stderr)
         return 2
     except OSError as error:
         if not isinstance(error.filename, str):  # not about a file that the user could mend

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, printable
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -132,4 +132,4 @@ def any_process(flag: bool) -> bool:
 def say(*lines: str) -> None:
     """Print on the first process only, at once."""
     if rank() == 0 and lines:
-        print("\n".join(lines), flush=True)
+        print(printable("\n".join(lines), keep="\n\t"), flush=True)

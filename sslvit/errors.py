@@ -2,12 +2,32 @@
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable, Mapping
 from types import ModuleType
+
+# Control characters, which move a terminal's cursor or end a line of a table; marks that turn the direction of text;
+# and surrogates, which stand for bytes that are not UTF-8 in the names of files.
+UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
     """One sentence: what is wrong, what was given, what to do. `sslvit` prints it and exits with status 2."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A name or reason as files and terminals can take it: what is unprintable becomes \\n, \\x1b, \\xff ...
+
+    keep: characters that stay as they are.
+    """
+
+    def escaped(match: re.Match[str]) -> str:
+        character = match[0]
+        if "\udc80" <= character <= "\udcff":  # how Python writes the bytes 80 to ff that are not UTF-8
+            return f"\\x{ord(character) - 0xDC00:02x}"
+        return character if character in keep else character.encode("unicode_escape").decode("ascii")
+
+    return UNPRINTABLE.sub(escaped, text)
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

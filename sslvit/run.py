@@ -28,7 +28,7 @@ from .config import Plan, RunConfig
 from .data import Source
 from .data.cache import Cached, OnDevice
 from .distributed import barrier, gather_objects, on_first_process, rank, say
-from .errors import UserError
+from .errors import UserError, printable
 from .evaluation.online import rank_alarm
 from .hardware import versions
 from .metrics import MetricsLog, Stopwatch, Trace, Window, console_line, format_bytes
@@ -254,14 +254,15 @@ class BadImages:
         self.path, self.limit, self.source = run_dir / BAD_IMAGES, config.bad_ratio, source
         self.known: set[str] = set()
         if self.path.exists():
-            self.known = {line.split("\t", 1)[0] for line in self.path.read_text(encoding="utf-8").splitlines()}
+            listed = self.path.read_text(encoding="utf-8", errors="backslashreplace")  # an editor may have changed it
+            self.known = {line.split("\t", 1)[0] for line in listed.splitlines()}
         self.new: list[tuple[str, str]] = []
 
     def note(self, batch: dict[str, Any]) -> None:
         """Take the list of bad images out of a batch of the loader. Raises UserError if the loader gave up."""
         bad, failed = batch.pop("bad"), batch.pop("failed", False)
         for index, reason in bad:
-            self._add(self.source.name(index), reason)
+            self._add(printable(self.source.name(index)), reason)
         if failed:
             self._refuse(bad)
 
@@ -283,7 +284,7 @@ class BadImages:
 
     def report(self, images_seen: int) -> list[str]:
         """Sentences about bad images since the last report. All processes call this. Raises UserError if too many."""
-        fresh = sorted({entry for entries in gather_objects(self.new) for entry in entries})
+        fresh = sorted({name: reason for entries in gather_objects(self.new) for name, reason in entries}.items())
         self.new = []
         self.known |= {name for name, _ in fresh}
         on_first_process(lambda: write_or_explain(self.path.parent, lambda: self._write(fresh)), all_cores=False)

@@ -29,7 +29,7 @@ from ..config import RunConfig
 from ..data.cache import MemoryBudget
 from ..data.loader import make_layout
 from ..distributed import rank, say
-from ..errors import UserError, require
+from ..errors import UserError, printable, require
 from ..evaluation.online import KnnMonitor
 from ..hardware import blocks_of, resolve_precision, start_accelerator
 from ..pretrain import Result, pretrain, summary
@@ -250,7 +250,7 @@ class Job:
         try:
             result = pretrain(configuration.load([self.recipe]))
         except UserError as error:
-            print(f"sslvit pretrain: {error}", file=sys.stderr)
+            print(printable(f"sslvit pretrain: {error}"), file=sys.stderr)
             sys.exit(2)
         if result.stopped:
             self.leave(result, environment)

@@ -114,3 +114,48 @@ def test_a_run_counts_and_names_them_and_goes_on(folder, tmp_path, cli):
     assert named <= {*BROKEN, "dangling.jpg", "circle.jpg", "pipe.jpg"}
     assert len(named) >= 12
     assert "Cannot read" in said
+
+
+HOSTILE_NAMES = {
+    b"latin-\xe9.png": r"latin-\xe9.png",
+    b"two\nlines.png": r"two\nlines.png",
+    b"a\ttab.png": r"a\ttab.png",
+    b"\x1b]0;title\x07\x1b[31mred.png": r"\x1b]0;title\x07\x1b[31mred.png",
+    "back\u202egnp.exe.png".encode(): r"back\u202egnp.exe.png",
+}
+
+
+def test_names_of_any_bytes_are_listed_on_one_line_and_reach_no_terminal(tmp_path, cli):
+    folder = write_images(tmp_path / "images", 40, size=(32, 32))
+    for name in HOSTILE_NAMES:
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            file.write(b"no image")
+    out = tmp_path / "run"
+    command = ("pretrain", folder, *words("mae", f"out={out}", "bad_ratio=0.3", "epochs=2"))
+    status, said, error = cli(*command)
+    assert (status, error) == (0, "")
+    rows = [line.split("\t") for line in (out / "bad_images.txt").read_text(encoding="utf-8").splitlines()]
+    assert {name for name, _ in rows} <= {f"{folder}/{name}" for name in HOSTILE_NAMES.values()}
+    assert len(rows) >= 4
+    assert {reason for _, reason in rows} == {"cannot identify image file"}
+    assert "\x1b" not in said
+    status, said, error = cli("data", folder)
+    assert (status, error) == (0, "")
+    assert "\x1b" not in said
+    assert "cannot identify image file" in said
+    # The same names are known when the run goes on, whatever an editor has made of the list.
+    with (out / "bad_images.txt").open("ab") as file:
+        file.write(b"added by hand \xe9\tin Latin-1\n")
+    assert cli(*command, "epochs=3")[0] == 0
+    again = (out / "bad_images.txt").read_bytes().splitlines()
+    assert len({line.split(b"\t")[0] for line in again}) == len(again)
+
+
+def test_reasons_hold_no_address_of_memory():
+    """Else two processes, or two starts, list an image twice."""
+    for data in (b"no image", b"II*\0\x08\0\0\0\xff\xff" + bytes(300), b"RIFF\xff\xff\xff\x7fWEBPVP8 " + bytes(300)):
+        with pytest.raises(BadImage) as error:
+            decode(data, 3)
+        assert " at 0x" not in str(error.value)
+    assert str(BadImage("seen <_io.BytesIO object at 0x7f00beef> and\x1b[2J\nmore")) == r"seen and\x1b[2J"
+    assert str(BadImage(MemoryError())) == "there is not enough memory for it"

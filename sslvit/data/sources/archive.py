@@ -134,7 +134,7 @@ class Archive(Encoded):
             elif method != STORED:
                 raise BadImage(f"it is packed by method {method}: make the zip with deflate, or without compression")
         except (OSError, zlib.error) as error:
-            raise BadImage(str(error)[:100]) from error
+            raise BadImage(error) from error
         if len(data) != size or zlib.crc32(data) != checksum:
             raise BadImage("its checksum in the zip differs: the file is damaged")
         return data

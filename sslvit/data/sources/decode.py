@@ -59,11 +59,11 @@ def decode_smaller(
     except BadImage:
         raise
     except UserError as error:  # a missing package
-        raise BadImage(str(error)) from error
+        raise BadImage(error) from error
     except Image.DecompressionBombError as error:
         raise BadImage(f"it has more than {MAX_PIXELS / 1e6:.0f} million pixels") from error
     except Exception as error:  # decoders raise OSError, RuntimeError, SyntaxError, struct.error and others
-        raise BadImage((str(error).strip().splitlines() or [type(error).__name__])[0][:200]) from error
+        raise BadImage(error) from error
 
 
 def _jpeg(data: bytes, in_chans: int, reduction: Reduction | None) -> tuple[Tensor, tuple[int, int]]:

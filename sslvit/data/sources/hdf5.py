@@ -68,7 +68,7 @@ class Hdf5(Source):
                 self._open = os.getpid(), _h5py().File(self.path.open("rb"), "r")[self.dataset]
             values = self._open[1][index]
         except (OSError, RuntimeError, ValueError, KeyError) as error:  # a damaged chunk, a file that is gone
-            raise BadImage(str(error).splitlines()[0][:200]) from error
+            raise BadImage(error) from error
         if self.encoded:
             return decode(bytes(values), self.in_chans, self.value_range)
         return from_array(np.asarray(values), self.in_chans, self.value_range)

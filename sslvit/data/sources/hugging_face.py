@@ -56,7 +56,7 @@ class HuggingFace(Encoded):
         try:
             cell = self.rows[index][self.column]
         except Exception as error:  # the library raises many kinds
-            raise BadImage(str(error)[:200]) from error
+            raise BadImage(error) from error
         if cell is None:
             raise BadImage("the row has no image")
         return cell["bytes"] if cell["bytes"] is not None else read_file(cell["path"])

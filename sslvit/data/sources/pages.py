@@ -67,7 +67,7 @@ class Pages(Source):
         except BadImage:
             raise
         except Exception as error:  # tifffile raises many kinds
-            raise BadImage((str(error).splitlines() or [type(error).__name__])[0][:200]) from error
+            raise BadImage(error) from error
 
 
 def open_pages(spec: str, config: Config) -> Pages:

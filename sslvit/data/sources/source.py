@@ -1,19 +1,28 @@
 """What every source of images offers, and the error for an image that cannot be read."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
+from ...errors import printable
 from .names import Names
 
 ValueRange = tuple[float, float] | None  # of pixels of more than 8 bits: the values that become 0 and 255
+ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>| at 0x[0-9a-f]+", re.IGNORECASE)  # of an object in memory
 Reduction = Callable[[int, int], int]  # (height, width) of a whole image -> how many times smaller will do: 1, 2, 4, 8
 
 
 class BadImage(Exception):
-    """A file that cannot be read as an image; the text says why."""
+    """A file that cannot be read as an image. The text says why: one line, the same in every process."""
+
+    def __init__(self, reason: object) -> None:
+        """reason: a text, or the error of a decoder."""
+        text = "there is not enough memory for it" if isinstance(reason, MemoryError) else str(reason).strip()
+        text = ADDRESS.sub("", (text.splitlines() or [type(reason).__name__])[0])
+        super().__init__(printable(text[:200]))
 
 
 class Source(Protocol):
