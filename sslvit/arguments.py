@@ -4,6 +4,7 @@ Every key is declared in a dataclass. An undeclared key is an error that names t
 part of a key is enough (`mask_ratio=0.6` for `objective.mask_ratio=0.6`) if no other key ends in it.
 """
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -25,7 +26,7 @@ def parse(schema: Any, arguments: list[str], command: str) -> Any:
     config = OmegaConf.structured(schema)
     for key, text in assignments(arguments):
         key = full_key(key, list(flatten(config)), command)
-        config = merge(config, nested(key, value_of(config, key, text)), f"{key}={text}")
+        config = merge(config, {key: value_of(config, key, text)}, f"{key}={text}")
     return OmegaConf.to_object(config)
 
 
@@ -92,8 +93,8 @@ def flatten(config: DictConfig | dict[str, Any], prefix: str = "") -> dict[str, 
 
 
 def check_keys(values: dict[str, Any], keys: list[str], where: str, command: str) -> None:
-    """Raises UserError for a key that is not among the declared ones."""
-    for key in flatten(values):
+    """Raises UserError for a full key that is not among the declared ones."""
+    for key in values:
         if key not in keys and not _is_open(key):
             raise UserError(f"{where}: {_unknown(key, keys, command)}")
 
@@ -122,21 +123,19 @@ def _unknown(key: str, keys: list[str], command: str) -> str:
     return f"There is no key {key}.{hint} `sslvit {command} --help` lists them all."
 
 
-def nested(key: str, value: Any) -> dict[str, Any]:
-    """("a.b", 1) -> {"a": {"b": 1}}."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
 def merge(config: DictConfig, values: dict[str, Any], where: str) -> DictConfig:
-    """The configuration with new values, checked against its types. Raises UserError that begins with `where`.
+    """The configuration with new values, {"optim": {"base_lr": 1e-3}} or {"optim.base_lr": 1e-3}, checked against its
+    types. Raises UserError that begins with `where`.
 
     A list of texts (several folders) for a key that holds one text becomes the text that stands for it: ["a", "b"].
     """
     try:
-        merged = OmegaConf.merge(config, _lists_as_text(config, values))
-        assert isinstance(merged, DictConfig)
+        merged = copy.deepcopy(config)
+        for key, value in flatten(values).items():
+            several = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+            if several and isinstance(OmegaConf.select(config, key), str):
+                value = json.dumps(value, ensure_ascii=False)
+            OmegaConf.update(merged, key, value)
         OmegaConf.to_object(merged)  # checks tuples and interpolations, ...
         for key, value in flatten(merged).items():  # ... but not that the items of a tuple are single values
             if isinstance(value, list) and any(isinstance(item, (list, tuple, dict)) for item in value):
@@ -147,18 +146,6 @@ def merge(config: DictConfig, values: dict[str, Any], where: str) -> DictConfig:
         return merged
     except Exception as error:  # OmegaConf's own, and TypeError for a list in place of a dictionary
         raise UserError(f"{where}: {first_line(error)}.") from error
-
-
-def _lists_as_text(config: DictConfig, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    converted = {}
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and key not in OPEN:
-            value = _lists_as_text(config, value, f"{key}.")
-        elif isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-            value = json.dumps(value, ensure_ascii=False) if isinstance(OmegaConf.select(config, key), str) else value
-        converted[name] = value
-    return converted
 
 
 def scalars(value: Any) -> list[Any]:

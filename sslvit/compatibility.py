@@ -12,20 +12,14 @@ ADDED = {"objective.position_resampling": "timm"}  # newer keys, with the value 
 
 
 def modernise(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Nested keys and values of any version -> those of today. Raises UserError that begins with `where`."""
-    for key, honoured in REMOVED.items():
-        section, name = key.split(".")
-        part = values.get(section)
-        if isinstance(part, dict) and name in part:
-            if part[name] != honoured:
-                raise UserError(f"{where}: {key}={part[name]} is no longer supported: leave it out.")
-            values = values | {section: {other: value for other, value in part.items() if other != name}}
-    for key, names in RENAMED.items():
-        section, name = key.split(".")
-        part = values.get(section)
-        if isinstance(part, dict) and part.get(name) in names:
-            values = values | {section: part | {name: names[part[name]]}}
-    return values
+    """{full key: value} of any version -> those of today. Raises UserError that begins with `where`."""
+    modern = {}
+    for key, value in values.items():
+        if key not in REMOVED:
+            modern[key] = RENAMED.get(key, {}).get(str(value), value)
+        elif value != REMOVED[key]:
+            raise UserError(f"{where}: {key}={value} is no longer supported: leave it out.")
+    return modern
 
 
 def before(stored: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:

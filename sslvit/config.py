@@ -12,7 +12,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from . import compatibility, objectives, optim
-from .arguments import assignments, check_keys, flatten, full_key, help_lines, merge, nested, read_yaml, value_of
+from .arguments import assignments, check_keys, flatten, full_key, help_lines, merge, read_yaml, value_of
 from .checkpoints.state import Config as SaveConfig
 from .data import Config as DataConfig
 from .data import kind_of
@@ -64,30 +64,29 @@ def load(arguments: list[str], command: str = "pretrain", own: Iterable[str] = (
     """The configuration of a command line: a recipe (*.yaml), images, key=value. Raises UserError.
     own: further keys that the command has."""
     recipe, values, given = _sort(arguments)
-    method, preset = _method_and_preset(values, given)
-    config = _defaults(method, preset)
+    config = _defaults(*_method_and_preset(values, given))
     keys = list(flatten(config))
     values = compatibility.modernise(values, str(recipe))
     check_keys(values, keys, str(recipe), "pretrain")
     config = merge(config, _with_one_duration(values), str(recipe))
-    chosen = set(flatten(values))
+    chosen = set(values)
     for key, text in given:
         key = full_key(key, [*keys, *compatibility.REMOVED], command, [*keys, *own])
-        layer = compatibility.modernise(nested(key, value_of(config, key, text)), f"{key}={text}")
+        layer = compatibility.modernise(flatten({key: value_of(config, key, text)}), f"{key}={text}")
         config = merge(config, _with_one_duration(layer), f"{key}={text}")
         chosen.add(key)
-    config.out = config.out or f"runs/{recipe.stem if recipe else method}"
+    config.out = config.out or f"runs/{recipe.stem if recipe else config.method}"
     stored = Path(config.out) / "config.yaml"
     if stored.is_file():  # a run of an older version resumes with the defaults of that version
         for key, value in compatibility.before(read_yaml(stored), set(keys) - chosen).items():
-            config = merge(config, nested(key, value), str(stored))
+            config = merge(config, {key: value}, str(stored))
     loaded = OmegaConf.to_object(config)
     assert isinstance(loaded, RunConfig)
     return loaded
 
 
 def _sort(arguments: list[str]) -> tuple[Path | None, dict[str, Any], list[tuple[str, str]]]:
-    """(the recipe, its values, the (key, text) pairs of key=value in their order). Images count as data.train=."""
+    """(the recipe, its {full key: value}, the (key, text) pairs of key=value in order). Images count as data.train=."""
     recipes = [Path(word) for word in arguments if word.endswith((".yaml", ".yml")) and "=" not in word]
     images = [word for word in arguments if "=" not in word and Path(word) not in recipes]
     for word in images:
@@ -100,18 +99,13 @@ def _sort(arguments: list[str]) -> tuple[Path | None, dict[str, Any], list[tuple
     if len(durations) > 1:
         both = " and ".join(f"{key}={text}" for key, text in durations.items())
         raise UserError(f"The length of a run is epochs, steps or images, not {both} at once: give one.")
-    return (recipes[0], read_yaml(recipes[0]), given) if recipes else (None, {}, given)
+    return (recipes[0], flatten(read_yaml(recipes[0])), given) if recipes else (None, {}, given)
 
 
 def _method_and_preset(values: dict[str, Any], given: list[tuple[str, str]]) -> tuple[str, str | None]:
     """The method and the preset: of the recipe, or of the last key=value that names them."""
-    objective = values.get("objective")
-    method = str(values.get("method") or RunConfig.method)
-    preset = objective.get("preset") if isinstance(objective, dict) else None
-    for key, text in given:
-        method = text if key == "method" else method
-        preset = text if key in ("preset", "objective.preset") else preset
-    return method, preset
+    named = values | {"objective.preset" if key == "preset" else key: text for key, text in given}
+    return str(named.get("method") or RunConfig.method), named.get("objective.preset")
 
 
 def _defaults(method: str, preset: str | None = None) -> DictConfig:
@@ -143,9 +137,9 @@ def save(config: RunConfig, path: Path) -> None:
 
 def differences(old: Path, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """{key: (stored value, new value)} of the keys that differ."""
-    values, now = compatibility.modernise(read_yaml(old), str(old)), flatten(OmegaConf.structured(new))
+    values, now = compatibility.modernise(flatten(read_yaml(old)), str(old)), flatten(OmegaConf.structured(new))
     # A key that the file does not have had its default then, or the value that `compatibility` gives.
-    before = flatten(_defaults(new.method)) | compatibility.before(values, now) | flatten(values)
+    before = flatten(_defaults(new.method)) | compatibility.before(values, now) | values
     return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
 
 

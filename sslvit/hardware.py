@@ -61,6 +61,10 @@ def first_on_each_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
     A UserError is raised after all have met. Otherwise the others would wait for the process that failed.
     """
+    return work() if accelerator.num_processes == 1 else _first_on_each_machine(accelerator, work)
+
+
+def _first_on_each_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
     outcome: T | UserError
     with accelerator.local_main_process_first():
         try:

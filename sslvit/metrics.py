@@ -167,31 +167,18 @@ class Stopwatch:
         return result
 
 
-class Trace:
+def start_trace(path: Path) -> torch.profiler.profile:
     """Writes <run>/trace.json: every operation of the fourth to the sixth step, with its time and shapes.
 
-    A browser shows it, at ui.perfetto.dev or chrome://tracing.
+    A browser shows it, at ui.perfetto.dev or chrome://tracing. Call its step() after each step, and stop() at the end.
     """
-
-    def __init__(self, path: Path | None) -> None:
-        """None: write nothing."""
-        self._profiler = None
-        if path is not None:
-            self._profiler = torch.profiler.profile(
-                schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
-                on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
-                record_shapes=True,
-            )
-            self._profiler.start()
-
-    def step(self) -> None:
-        """A step has been taken."""
-        if self._profiler is not None:
-            self._profiler.step()
-
-    def close(self) -> None:
-        if self._profiler is not None:
-            self._profiler.stop()
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+        record_shapes=True,
+    )
+    profiler.start()
+    return profiler
 
 
 def console_line(record: dict[str, float], total_steps: int, total_epochs: float) -> str:

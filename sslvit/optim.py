@@ -1,5 +1,10 @@
-"""AdamW with the parameter groups, schedules and clipping of the published recipes."""
+"""AdamW with the parameter groups, schedules and clipping of the published recipes.
 
+Learning rate, weight decay and momentum are pure functions of the step. Nothing remembers anything, so a run resumes
+and is extended without replaying a scheduler.
+"""
+
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from . import schedules
 from .distributed import all_reduce_sum, is_sharded, local_shard
 from .errors import UserError, check_range
 
@@ -30,6 +34,21 @@ class Config:
     clip_mode: Literal["tensor", "global"] = "global"  # tensor: each parameter by itself, as DINO's code does
 
 
+def cosine(start: float, end: float, progress: float) -> float:
+    """Half a cosine from `start` at progress 0 to `end` at progress 1, constant after."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def warmup_cosine(
+    step: int, peak: float, end: float, warmup_steps: int, total_steps: int, linspace: bool = False
+) -> float:
+    """Linear from 0 at step 0 to `peak` at step `warmup_steps`, then half a cosine that reaches `end` at step
+    `total_steps`, one after the last (MAE, appendix A.1). linspace: the peak comes one step earlier (DINO's code)."""
+    if step < warmup_steps:
+        return peak * step / max(1, warmup_steps - linspace)
+    return cosine(peak, end, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate and weight decay as functions of the step."""
@@ -45,11 +64,11 @@ class Schedule:
 
     def lr(self, step: int) -> float:
         config, linspace = self.config, self.config.lr_schedule == "linspace_cosine"
-        return schedules.warmup_cosine(step, self.peak_lr, config.min_lr, self.warmup_steps, self.total_steps, linspace)
+        return warmup_cosine(step, self.peak_lr, config.min_lr, self.warmup_steps, self.total_steps, linspace)
 
     def weight_decay(self, step: int) -> float:
         start, end = self.config.weight_decay, self.config.weight_decay_end
-        return start if end is None else schedules.cosine(start, end, step / self.total_steps)
+        return start if end is None else cosine(start, end, step / self.total_steps)
 
 
 def check(config: Config) -> None:

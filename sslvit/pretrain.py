@@ -258,7 +258,8 @@ def train(training: Training, stop: StopRequest) -> Result:
             accumulate=plan.layout.accumulate, seed=config.seed, config=config.optim,
         )  # fmt: skip
         run.step, run.images_seen = step + 1, run.images_seen + plan.layout.global_batch_size
-        recorder.trace.step()
+        if recorder.trace:
+            recorder.trace.step()
         run.seconds += time.perf_counter() - began
         if stopped := training.after_step(stop):
             break

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import compatibility, data, objectives, rng
-from .arguments import merge, read_yaml, scalars
+from .arguments import flatten, merge, read_yaml, scalars
 from .checkpoints import state
 from .distributed import say
 from .errors import UserError
@@ -177,8 +177,9 @@ def _chosen_on(run_dir: Path, record: dict[str, Any]) -> str:
 def _section(run_dir: Path, key: str, schema: type) -> Any:
     """A section of a run's config.yaml, as an instance of its schema. Raises UserError."""
     where = run_dir / "config.yaml"
-    values = compatibility.modernise(read_yaml(where), str(where)).get(key)
-    if not isinstance(values, dict):
+    stored = compatibility.modernise(flatten(read_yaml(where)), str(where))
+    values = {name.removeprefix(f"{key}."): value for name, value in stored.items() if name.startswith(f"{key}.")}
+    if not values:
         raise UserError(f"{where} has no section {key}: it was not written by a run.")
     return OmegaConf.to_object(merge(OmegaConf.structured(schema), values, str(where)))
 

@@ -72,7 +72,7 @@ def uniform(key: Tensor, n: int) -> Tensor:
 
 
 def permutation(key: Tensor, n: int) -> Tensor:
-    """[n] int64, a random order of 0 .. n-1: the order of n different 64-bit draws."""
+    """[...] int64 keys -> [..., n] int64, for each a random order of 0 .. n-1: that of n different 64-bit draws."""
     return bits(key, n).argsort()
 
 

@@ -31,7 +31,7 @@ from .distributed import barrier, gather_objects, on_first_process, rank, say
 from .errors import UserError, printable
 from .evaluation.online import rank_alarm
 from .hardware import versions
-from .metrics import MetricsLog, Stopwatch, Trace, Window, console_line, format_bytes
+from .metrics import MetricsLog, Stopwatch, Window, console_line, format_bytes, start_trace
 from .objectives import Objective
 from .optim import Schedule
 from .step import SkippedSteps
@@ -172,7 +172,7 @@ class Recorder:
         self.log = MetricsLog(run_dir, run.step, config.log.tensorboard) if rank() == 0 else None
         self.window, self.watch = Window(), Stopwatch()
         self.skipped = SkippedSteps(run_dir, source, config.log.max_nonfinite)
-        self.trace = Trace(run_dir / "trace.json" if config.log.profile and rank() == 0 else None)
+        self.trace = start_trace(run_dir / "trace.json") if config.log.profile and rank() == 0 else None
         self.window.load(run.window)
         self.seen = run.images_seen
 
@@ -238,7 +238,8 @@ class Recorder:
         self.skipped.stop_if_too_many(run)
 
     def close(self) -> None:
-        self.trace.close()
+        if self.trace:
+            self.trace.stop()
         if self.log:
             self.log.close()
         if self.lock:

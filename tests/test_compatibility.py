@@ -53,12 +53,12 @@ def test_an_older_run_is_not_continued_in_another_way(fails, old_run):
 
 
 def test_a_removed_key_is_refused_unless_it_did_nothing():
-    values = {"objective": {"pack": False, "momentum": 0.9}, "optim": {"lr_schedule": "mae"}}
-    expected = {"objective": {"momentum": 0.9}, "optim": {"lr_schedule": "warmup_cosine"}}
+    values = {"objective.pack": False, "objective.momentum": 0.9, "optim.lr_schedule": "mae"}
+    expected = {"objective.momentum": 0.9, "optim.lr_schedule": "warmup_cosine"}
     assert compatibility.modernise(values, "here") == expected
     assert compatibility.modernise({"objective": None, "seed": 0}, "here") == {"objective": None, "seed": 0}
     with pytest.raises(UserError, match=r"here: objective\.pack=True is no longer supported: leave it out"):
-        compatibility.modernise({"objective": {"pack": True}}, "here")
+        compatibility.modernise({"objective.pack": True}, "here")
 
 
 def test_an_older_recipe_is_read(tmp_path):

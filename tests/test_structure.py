@@ -24,7 +24,7 @@ LAYERS = [
     {"evaluation", "export"},
     {"pretrained"},
     {"objectives"},
-    {"step", "checkpoints", "optim", "data"},
+    {"step", "checkpoints", "data"},
     {"model"},
     {
         "metrics",
@@ -33,7 +33,7 @@ LAYERS = [
         "arguments",
         "compatibility",
         "rng",
-        "schedules",
+        "optim",
         "errors",
         "stopping",
     },

@@ -65,12 +65,7 @@ def draw(crop: Crop, key: Tensor, channels: int = 3) -> Parameters:
     strength = torch.tensor(crop.jitter)
     low = torch.cat([(1 - strength[:3]).clamp(min=0), -strength[3:]])
     high = torch.cat([1 + strength[:3], strength[3:]])
-    each = torch.ones(len(key), 2, channels)  # factors of each channel by itself
-    if any(crop.channel_jitter):
-        strength = torch.tensor(crop.channel_jitter).view(2, 1)
-        least = (1 - strength).clamp(min=0)
-        share = rng.uniform(rng.fold_in(key, "channels"), 2 * channels).view(-1, 2, channels)
-        each = least + (1 + strength - least) * share
+    each = _channel_factors(crop, key, channels) if any(crop.channel_jitter) else torch.ones(len(key), 2, channels)
     return Parameters(
         flip=u[:, 0] < crop.flip_prob,
         jitter=u[:, 1] < crop.jitter_prob,
@@ -84,6 +79,14 @@ def draw(crop: Crop, key: Tensor, channels: int = 3) -> Parameters:
         turns=torch.where(u[:, 15] < crop.rotate_prob, 1 + (3 * u[:, 16]).long(), 0),
         channels=each,
     )
+
+
+def _channel_factors(crop: Crop, key: Tensor, channels: int) -> Tensor:
+    """[R] keys -> [R, 2, C]: brightness and contrast factors of each channel by itself."""
+    strength = torch.tensor(crop.channel_jitter).view(2, 1)
+    least = (1 - strength).clamp(min=0)
+    share = rng.uniform(rng.fold_in(key, "channels"), 2 * channels).view(-1, 2, channels)
+    return least + (1 + strength - least) * share
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import rng
 from ..arguments import format_value
-from ..distributed import gather_objects, rank, say, world_size
+from ..distributed import any_process, gather_objects, rank, say, world_size
 from ..errors import UserError
 from ..hardware import free_memory
 from ..metrics import format_bytes
@@ -112,27 +112,33 @@ class MemoryBudget:
 def cached(source: Source, cache: Cache, seed: int, budget: MemoryBudget) -> Source:
     """The source with its images in memory if `ram` or `device` asks for it, or, for None, if they fit the budget.
 
-    All processes call it together. Those of a machine share the buffer of the first of them, which decides.
+    All processes call it together.
     """
     if cache is False:
         return source
     shape = _shape_of_all(source, seed)
     size = bytes_needed(source, shape) if shape else 0
-    wanted = shape is not None and (budget.reserve(size) or cache is not None)
-    buffer = SharedBuffer(size) if wanted else None
-    offers = gather_objects((machine(), wanted, buffer.address() if buffer else None, size))
-    if cache and not any(offer[1] for offer in offers):
+    buffer = SharedBuffer(size) if shape and (budget.reserve(size) or cache is not None) else None
+    if cache and not any_process(buffer is not None):
         say(f"data.cache={format_value(cache)} has no effect: it needs 8-bit images of one size, and these are not.")
+    if world_size() > 1:
+        buffer = _buffer_of_machine(buffer, size, cache)
+    return Cached(source, shape, buffer) if shape and buffer else source
+
+
+def _buffer_of_machine(own: SharedBuffer | None, size: int, cache: Cache) -> SharedBuffer | None:
+    """Of several processes, those of a machine share the buffer of the first of them, which decides."""
+    offers = gather_objects((machine(), own is not None, own.address() if own else None, size))
     _, decided, address, size_of_first = next(offer for offer in offers if offer[0] == machine())
-    if not decided or shape is None:
-        return source
-    if address and size_of_first == size and not (buffer and address == buffer.address()):
+    if not decided or not size:
+        return None
+    if address and size_of_first == size and not (own and address == own.address()):
         try:
-            buffer = SharedBuffer(size, address)
+            return SharedBuffer(size, address)
         except OSError:  # a system that hides processes from one another: each has its own, if it was asked for
             if cache is None:
-                return source
-    return Cached(source, shape, buffer or SharedBuffer(size))
+                return None
+    return own or SharedBuffer(size)
 
 
 def _shape_of_all(source: Source, seed: int) -> tuple[int, int, int] | None:
@@ -173,6 +179,10 @@ def on_device(source: Source, cache: Cache, device: torch.device, workers: int) 
     """
     if cache not in ("device", None) or not isinstance(source, Cached) or (cache is None and device.type == "cpu"):
         return source
+    return _on_device_if_it_fits(source, cache, device, workers)
+
+
+def _on_device_if_it_fits(source: Cached, cache: Cache, device: torch.device, workers: int) -> Source:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     free, size = min(gather_objects(free)), source.pixels.numel()
     if cache == "device" and size > free:

@@ -71,8 +71,8 @@ def draw_boxes(crop: Crop, key: Tensor, height: Tensor, width: Tensor) -> Tensor
     h, w = h.gather(1, first).squeeze(1), w.gather(1, first).squeeze(1)
     top = (u[:, -2] * (height - h + 1)).long()
     left = (u[:, -1] * (width - w + 1)).long()
-    boxes = torch.stack([top, left, h, w], dim=1)
-    return torch.where(fits.any(dim=1, keepdim=True), boxes, _centre_boxes(crop, height, width))
+    boxes, found = torch.stack([top, left, h, w], dim=1), fits.any(dim=1, keepdim=True)
+    return boxes if found.all() else torch.where(found, boxes, _centre_boxes(crop, height, width))
 
 
 def _centre_boxes(crop: Crop, height: Tensor, width: Tensor) -> Tensor:
@@ -117,7 +117,9 @@ def cut(
         cuts = [torch.empty(0)] * (len(crops) * len(images))
         for b, image in enumerate(pixels):  # one image after another, so that it stays in the processor's cache
             for v, crop in enumerate(crops):
-                top, left, h, w = _at_scale(boxes[v][b], sizes[b], image.shape[-2:])
+                top, left, h, w = boxes[v][b]
+                if image.shape[-2:] != sizes[b]:
+                    top, left, h, w = _at_scale(boxes[v][b], sizes[b], image.shape[-2:])
                 cuts[v * len(images) + b] = resize(
                     image[:, :, top : top + h, left : left + w], crop.size, crop.interpolation
                 )
@@ -159,8 +161,6 @@ def reduction(views: Views, key: Tensor, height: int, width: int) -> int:
 
 def _at_scale(box: list[int], whole: tuple[int, int], shape: Sequence[int]) -> list[int]:
     """A box of the whole image -> the same box, never empty, of the smaller image of that shape."""
-    if tuple(shape) == tuple(whole):
-        return box
     start, length = [], []
     for at, extent, full, size in zip(box[:2], box[2:], whole, shape, strict=True):
         first = min(round(at * size / full), size - 1)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import rng, schedules
+from .. import optim, rng
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from . import Column, Command, pictures, probes, protocol, records
@@ -177,7 +177,7 @@ def train_heads(
             order = rng.permutation(rng.fold_in(key, epoch), len(train.labels))
         batch = train[order[place * size : (place + 1) * size].sort().values]
         for group in optimizer.param_groups:
-            group["lr"] = schedules.warmup_cosine(step + 1, group["peak"], 0.0, max(1, total // 10), total + 1)
+            group["lr"] = optim.warmup_cosine(step + 1, group["peak"], 0.0, max(1, total // 10), total + 1)
         logits, labels = model.logits(batch.tokens[batch.numbers].to(device)), batch.labels.to(device)
         loss = torch.stack([F.cross_entropy(of_one, labels) for of_one in logits]).sum()
         optimizer.zero_grad()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import rng, schedules
+from .. import optim, rng
 from ..errors import UserError, check_range
 from . import Column, Command, published
 from .probes import ProbeConfig, Setting, Train, run_probe
@@ -136,6 +136,6 @@ def train_heads(
         momentum.mul_(0.9).add_((batch.t() @ probabilities.flatten(1)).view_as(weights), alpha=1 / batch_size)
         if decayed:
             momentum.addcmul_(weights, decays)
-        shape = schedules.cosine(1.0, 0.0, step / (epochs * steps_per_epoch))
+        shape = optim.cosine(1.0, 0.0, step / (epochs * steps_per_epoch))
         weights.addcmul_(momentum, rates, value=-shape)
     return weights.permute(2, 0, 1).contiguous()

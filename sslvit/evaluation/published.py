@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import rng, schedules
+from .. import optim, rng
 from ..data.augment import augment
 from ..data.crops import Crop, Views
 from ..data.loader import Layout, make_loader
@@ -105,7 +105,7 @@ def run(
     for step in range(steps):
         epoch, place = divmod(step, steps_per_epoch)
         at = epoch * steps_per_epoch if published.by_epoch else step
-        optimizer.param_groups[0]["lr"] = schedules.warmup_cosine(at, lr * total / 256, 0.0, warmup_steps, steps)
+        optimizer.param_groups[0]["lr"] = optim.warmup_cosine(at, lr * total / 256, 0.0, warmup_steps, steps)
         features, targets = _global_batch(batches, layout, frozen, views, pool, labels, split.specs[0])
         optimizer.zero_grad()
         loss = head.loss(features.to(accelerator.device), targets.to(accelerator.device))

@@ -54,10 +54,9 @@ def run(block: Any, x: Tensor, rows: slice | None = None) -> Tensor:
     if getattr(block, "takes_rows", False):
         return block(x, rows)
     compiled = getattr(block, "_compiled_call_impl", None) is not None
-    if not is_plain(block) or (rows is None and (compiled or block.attn.fused_attn)):
-        x = block(x)
-        return x if rows is None else x[:, rows]
-    return _run_rows(block, x, rows)
+    if rows is None and (compiled or getattr(getattr(block, "attn", None), "fused_attn", True)):
+        return block(x)
+    return _run_rows(block, x, rows) if is_plain(block) else block(x)[:, rows or slice(None)]
 
 
 def let_take_rows(block: Any) -> None:

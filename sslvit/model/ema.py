@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .. import schedules
+from .. import optim
 from ..distributed import local_shard
 
 
@@ -18,7 +18,7 @@ class EMA:
     steps: int
 
     def momentum(self, step: int) -> float:
-        return schedules.cosine(self.start, self.end, step / self.steps)
+        return optim.cosine(self.start, self.end, step / self.steps)
 
     @torch.no_grad()
     def update(self, teacher: nn.Module, student: nn.Module, step: int) -> None:

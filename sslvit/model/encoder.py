@@ -42,13 +42,10 @@ class Encoder(nn.Module):
         self.model, self.image_size, self.in_chans = model, image_size, in_chans
         self.architecture, self.model_args = architecture, model_args
         self.is_vit = _is_plain_vit(model)
+        # Channels of one token, or of the pooled features of a model that is not a ViT.
+        self.width: int = self.model.num_features if self.is_vit else self.model.head_hidden_size
         self.pool: Pool = self.pools()[0]
         replace_drop_paths(model)
-
-    @property
-    def width(self) -> int:
-        """Channels of one token, or of the pooled features of a model that is not a ViT."""
-        return self.model.num_features if self.is_vit else self.model.head_hidden_size
 
     def feature_dim(self, pool: Pool | None = None) -> int:
         pool = pool or self.pool

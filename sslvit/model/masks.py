@@ -18,7 +18,7 @@ def num_kept(num_patches: int, mask_ratio: float) -> int:
 
 def random_order(key: Tensor, num_patches: int) -> Tensor:
     """[B] int64 keys -> [B, N] int64, a random order of each image's patches."""
-    return rng.bits(rng.fold_in(key, "mask"), num_patches).argsort(dim=1)
+    return rng.permutation(rng.fold_in(key, "mask"), num_patches)
 
 
 def split(order: Tensor, kept: int) -> tuple[Tensor, Tensor]:

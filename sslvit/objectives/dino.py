@@ -15,12 +15,12 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from .. import data
+from .. import data, rng
 from ..arguments import first_line
 from ..data.crops import Crop, Views, crop_key
 from ..distributed import all_reduce_sum, world_size
 from ..errors import UserError, check_range, check_share
-from ..model import factory, masks
+from ..model import factory
 from ..model.ema import EMA
 from ..model.encoder import Encoder, Resampling
 from ..model.heads import PrototypeHead, koleo
@@ -169,15 +169,16 @@ def build(config: Config, model: factory.Config, data_config: data.Config, steps
         )
     if config.init == "mae":
         student.init_xavier_sincos("objective.init=mae")
-    _try_crops(views(config, data_config), teacher, model.name)
+    sizes = {crops[0].size for crops in views(config, data_config).values()}
+    if sizes != {size} or not student.is_vit:
+        _try_crops(sorted(sizes), teacher, model.name)
     return DINO(config, student, teacher, steps_per_epoch, steps)
 
 
 @torch.no_grad()
-def _try_crops(views: Views, encoder: Encoder, name: str) -> None:
-    """Try crops of every size on the model itself: families differ in what they take, and few say so."""
-    for crops in views.values():
-        h, w = crops[0].size
+def _try_crops(sizes: list[tuple[int, int]], encoder: Encoder, name: str) -> None:
+    """Try crops of these sizes on the model itself: families differ in what they take, and few say so."""
+    for h, w in sizes:
         try:
             encoder.eval().features(torch.zeros(1, encoder.in_chans, h, w))
         except Exception as error:
@@ -209,7 +210,7 @@ class Network(nn.Module):
             kept = None
             if keep < 1 and i == 0:
                 num_patches = math.prod(self.encoder.grid((crops.shape[-2], crops.shape[-1])))
-                kept = masks.random_order(key, num_patches)[:, : max(1, round(num_patches * keep))]
+                kept = rng.permutation(rng.fold_in(key, "mask"), num_patches)[:, : max(1, round(num_patches * keep))]
             features.append(self.encoder.features(crops, key=key, keep=kept, resampling=self.resampling).float())
         return torch.cat(features)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sslvit import rng, schedules
+from sslvit import optim, rng
 from sslvit.evaluation import linear, probes, protocol
 from sslvit.evaluation.features import Features
 
@@ -49,7 +49,7 @@ def test_a_head_equals_torchs_own_sgd():
     for step in range(12):
         epoch, place = divmod(step, 4)
         rows = rng.permutation(rng.fold_in(0, "probe", epoch), 64)[place * 16 : place * 16 + 16]
-        optimizer.param_groups[0]["lr"] = 0.3 * 16 / 1024 * schedules.cosine(1.0, 0.0, step / 12)
+        optimizer.param_groups[0]["lr"] = 0.3 * 16 / 1024 * optim.cosine(1.0, 0.0, step / 12)
         optimizer.zero_grad()
         F.cross_entropy(layer(x[rows]), labels[rows]).backward()
         optimizer.step()

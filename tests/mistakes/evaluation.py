@@ -302,8 +302,8 @@ PROBES = [
     Mistake(
         "the heads' learning rates do not fall",
         "evaluation/linear.py",
-        "schedules.cosine(1.0, 0.0, step",
-        "schedules.cosine(1.0, 1.0, step",
+        "optim.cosine(1.0, 0.0, step",
+        "optim.cosine(1.0, 1.0, step",
         HERE + "test_linear.py::test_a_head_equals_torchs_own_sgd",
     ),
     Mistake(

@@ -453,7 +453,7 @@ OPTIMIZER = [
     ),
     Mistake(
         "the warm-up is one step ahead",
-        "schedules.py",
+        "optim.py",
         "peak * step / max",
         "peak * (step + 1) / max",
         MAE,
@@ -461,8 +461,8 @@ OPTIMIZER = [
     Mistake(
         "weight decay falls instead of rising",
         "optim.py",
-        "schedules.cosine(start, end, step / self.total_steps)",
-        "schedules.cosine(end, start, step / self.total_steps)",
+        "cosine(start, end, step / self.total_steps)",
+        "cosine(end, start, step / self.total_steps)",
         MAE,
     ),
 ]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ... import optim, schedules
+from ... import optim
 from ...checkpoints import state
 from ...checkpoints.lock import create_and_acquire
 from ...data import Source
@@ -95,7 +95,7 @@ class Training:
     def lr(self, step: int) -> float:
         """The learning rate of the top layer."""
         warmup_steps = round(self.recipe.warmup_epochs * self.steps_per_epoch)
-        return schedules.warmup_cosine(step, self.peak_lr, self.recipe.min_lr, warmup_steps, self.steps)
+        return optim.warmup_cosine(step, self.peak_lr, self.recipe.min_lr, warmup_steps, self.steps)
 
     def run(self, folder: Path | None, stop: StopRequest | None, held_out: Examples | None, evaluate: Evaluate) -> None:
         """Train to the end, from the newest checkpoint in the folder. Raises UserError, and Stopped."""
