@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from .errors import UserError, did_you_mean
 
-OPEN = ("model.args", "model_args")  # keys whose value is a dictionary that timm checks
+OPEN = ("model.args", "model_args")  # keys whose value is a dictionary that model/factory.py checks
+YAML_BYTES = 1 << 18  # of one file of settings, which has some kB
 LARGEST = 2.0**63  # every number must be smaller; a seed need not
 
 
@@ -66,16 +67,24 @@ def value_of(config: DictConfig, key: str, text: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The plain values of a YAML file. No tag in it can make an object. Raises UserError."""
+    """The plain values of a YAML file: no tag makes an object, no `${...}` is resolved. Raises UserError."""
     if not path.is_file():
         beside = path.parent.glob("*.yaml") if path.parent.is_dir() else []
         raise UserError(f"There is no file {path}.{did_you_mean(str(path), map(str, beside))}")
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # whatever YAML's parser raises, and OmegaConf for interpolations
+        if path.stat().st_size > YAML_BYTES:
+            raise ValueError(f"it is larger than {YAML_BYTES:,} bytes, the limit of a file of settings")
+        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # whatever YAML's parser raises
         raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, not a {type(values).__name__}.")
+    for value in scalars(values):
+        if isinstance(value, str) and "${" in value:  # OmegaConf would read the environment or another key
+            raise UserError(
+                f"{path} has the text {value[:200]!r}, and a file cannot refer to other values or to the environment: "
+                "write the value itself, or give its key on the command line."
+            )
     return values
 
 
@@ -152,7 +161,7 @@ def scalars(value: Any) -> list[Any]:
     """All single values in lists and dictionaries within one another."""
     if isinstance(value, dict):
         value = list(value.values())
-    return [scalar for item in value for scalar in scalars(item)] if isinstance(value, list) else [value]
+    return [scalar for item in value for scalar in scalars(item)] if isinstance(value, (list, tuple)) else [value]
 
 
 def format_value(value: Any) -> str:

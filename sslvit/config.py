@@ -64,7 +64,7 @@ def load(arguments: list[str], command: str = "pretrain", own: Iterable[str] = (
     """The configuration of a command line: a recipe (*.yaml), images, key=value. Raises UserError.
     own: further keys that the command has."""
     recipe, values, given = _sort(arguments)
-    config = _defaults(*_method_and_preset(values, given))
+    config = _defaults(*_method_and_preset(recipe, values, given))
     keys = list(flatten(config))
     values = compatibility.modernise(values, str(recipe))
     check_keys(values, keys, str(recipe), "pretrain")
@@ -102,10 +102,15 @@ def _sort(arguments: list[str]) -> tuple[Path | None, dict[str, Any], list[tuple
     return (recipes[0], flatten(read_yaml(recipes[0])), given) if recipes else (None, {}, given)
 
 
-def _method_and_preset(values: dict[str, Any], given: list[tuple[str, str]]) -> tuple[str, str | None]:
-    """The method and the preset: of the recipe, or of the last key=value that names them."""
+def _method_and_preset(
+    recipe: Path | None, values: dict[str, Any], given: list[tuple[str, str]]
+) -> tuple[str, str | None]:
+    """The method and the preset: of the recipe, or of the last key=value that names them. Raises UserError."""
     named = values | {"objective.preset" if key == "preset" else key: text for key, text in given}
-    return str(named.get("method") or RunConfig.method), named.get("objective.preset")
+    method = str(named.get("method") or RunConfig.method)
+    if recipe and "method" not in dict(given):
+        objectives.check_bundled(method, recipe, "method")
+    return method, named.get("objective.preset")
 
 
 def _defaults(method: str, preset: str | None = None) -> DictConfig:
@@ -145,8 +150,7 @@ def differences(old: Path, new: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 def help_text(arguments: list[str]) -> str:
     """All keys with their defaults and meaning, of the method and preset that the command line or its recipe names."""
-    _, values, given = _sort(arguments)
-    method, preset = _method_and_preset(values, given)
+    method, preset = _method_and_preset(*_sort(arguments))
     lines = help_lines(OmegaConf.to_object(_defaults(method, preset)))
     chosen = f"method={method}" + (f" preset={preset}" if preset else "")
     title = f"Keys with their defaults for {chosen}; a key may be given by its last name alone:"

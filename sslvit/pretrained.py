@@ -11,17 +11,18 @@ from typing import Any, get_args
 import timm
 import torch
 from omegaconf import OmegaConf
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import compatibility, data, objectives, rng
-from .arguments import flatten, merge, read_yaml, scalars
+from .arguments import flatten, merge, read_yaml
 from .checkpoints import state
 from .distributed import say
 from .errors import UserError
 from .model import factory
 from .model.encoder import Encoder, Pool
 
+JSON_BYTES = 1 << 24  # of the config.json of an exported folder: it may name thousands of classes
 CHOICES = (
     "a run directory, one of its checkpoints, untrained:<run directory>, an exported folder, timm:<name>, "
     "random:<name> or pixels"
@@ -76,12 +77,14 @@ class Pretrained:
 
 
 def load(
-    name: str, image_size: int | tuple[int, int] | None = None, model_args: dict[str, Any] | None = None, seed: int = 0
-) -> Pretrained:
+    name: str, image_size: int | tuple[int, int] | None = None, model_args: dict[str, Any] | None = None, seed: int = 0,
+    allow_method: str = "",
+) -> Pretrained:  # fmt: skip
     """The encoder with this name. Raises UserError.
 
     image_size: pixels, for `timm:`, `random:` (None: the model's own) and `pixels` (None: 32).
-    model_args: more arguments of `timm.create_model`, for `timm:` and `random:`.
+    model_args: more arguments of the timm model, for `timm:` and `random:`.
+    allow_method: the module of a method of your own, which `untrained:` runs.
     """
     if not name:
         raise UserError(f"run= is missing: give {CHOICES}.")
@@ -92,7 +95,9 @@ def load(
             "leave them out."
         )
     if colon and kind == "untrained":
-        return _untrained(Path(rest).expanduser(), name)
+        return _untrained(Path(rest).expanduser(), name, allow_method)
+    if allow_method:
+        raise UserError(f"allow_method={allow_method} is for untrained:, and run={name} needs no method: leave it out.")
     if colon and kind in ("timm", "random"):
         return _from_timm(name, image_size, model_args or {}, seed)
     if name == "pixels":
@@ -145,14 +150,16 @@ def _from_run(run_dir: Path, checkpoint: Path | None = None) -> Pretrained:
         folder, record, (tensors,), complaints = state.latest(run_dir, state.MODEL)
         say(*complaints)
     data_config, model_config = _section(run_dir, "data", data.Config), _section(run_dir, "model", factory.Config)
-    built = factory.create(model_config, data.image_size(data_config), data_config.in_chans)
     try:
-        prefix, built.pool = str(record["encoder"]["prefix"]), record["encoder"]["pool"]
+        prefix, pool = str(record["encoder"]["prefix"]), record["encoder"]["pool"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder} does not name the weights of its encoder: it was not written by a run.") from error
-    if built.pool not in get_args(Pool):
-        raise UserError(f"{folder} has the pooling {built.pool}, which is none of {', '.join(get_args(Pool))}.")
+    if pool not in get_args(Pool):
+        raise UserError(f"{folder} has the pooling {pool}, which is none of {', '.join(get_args(Pool))}.")
     weights = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+    stored = sum(value.numel() for value in weights.values())
+    built = factory.create(model_config, data.image_size(data_config), data_config.in_chans, stored=stored)
+    built.pool = pool
     load_weights(built, weights, str(folder))
     mean, std = data.normalization(data_config)
     detail = {
@@ -184,12 +191,14 @@ def _section(run_dir: Path, key: str, schema: type) -> Any:
     return OmegaConf.to_object(merge(OmegaConf.structured(schema), values, str(where)))
 
 
-def _untrained(run_dir: Path, name: str) -> Pretrained:
+def _untrained(run_dir: Path, name: str, allow_method: str) -> Pretrained:
     """The encoder of a run before its first step: same seed, same initialisation."""
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"run={name}: {run_dir} has no config.yaml, so it is not a run directory.")
     stored = read_yaml(run_dir / "config.yaml")
     method, seed = str(stored.get("method")), stored.get("seed")
+    if method != allow_method:
+        objectives.check_bundled(method, run_dir / "config.yaml", "allow_method")
     if not isinstance(seed, int):
         raise UserError(f"{run_dir / 'config.yaml'} has no seed: it was not written by a run.")
     schemas = {"objective": objectives.find(method).Config, "model": factory.Config, "data": data.Config}
@@ -203,35 +212,43 @@ def _untrained(run_dir: Path, name: str) -> Pretrained:
 
 
 def _from_folder(path: Path, name: str) -> Pretrained:
-    """A folder that `sslvit export to=timm` or timm's save_for_hf has written."""
+    """A folder that `sslvit export to=timm` or timm's save_for_hf has written.
+
+    timm gets a name and plain arguments, and makes the model without weights: it never looks into the folder.
+    """
+    where, file = path / "config.json", path / "model.safetensors"
+    if not file.is_file():
+        raise UserError(f"run={name} has no model.safetensors, the only kind of weights that cannot hold code.")
     try:
-        stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        cfg, args = stored["pretrained_cfg"], stored.get("model_args", {})
-        _check_model_args(args, path)
-        model = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0)
+        if where.stat().st_size > JSON_BYTES:
+            raise ValueError(f"it is larger than {JSON_BYTES:,} bytes, the limit of a config.json")
+        stored = json.loads(where.read_text(encoding="utf-8"))
+        cfg, args = stored["pretrained_cfg"], dict(stored.get("model_args") or {})
+        for key in ("in_chans", "num_classes"):  # input_size has the channels, and the head is left out
+            args.pop(key, None)
         in_chans, h, w = cfg["input_size"]
-        built = Encoder(model, (h, w), in_chans, stored["architecture"], args)
-        if built.is_vit and model.global_pool == "avg":
+        weights = load_file(file)
+        numbers, fixed = sum(value.numel() for value in weights.values()), bool(cfg.get("fixed_input_size"))
+        built = factory.recreate(stored["architecture"], args, (h, w), in_chans, fixed, numbers, str(where))
+        if built.is_vit and built.model.global_pool == "avg":
             built.pool = "mean"
+        load_weights(built, weights, str(path))
         low, high = stored.get("value_range") or (None, None)
         value_range = None if low is None or high is None else (float(low), float(high))
-        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+        mean, std = data.normalization(
+            data.Config(in_chans=in_chans, mean=_floats(cfg["mean"]), std=_floats(cfg["std"]))
+        )
         return Pretrained(built.eval(), mean, std, name, {"folder": str(path)}, path, path / "eval", value_range)
+    except UserError:
+        raise
     except Exception as error:  # timm raises exceptions of any kind for a configuration that it has not written
         raise UserError(
             f"run={name} is no encoder that timm can load: {type(error).__name__}: {_first_line(error)}."
         ) from error
 
 
-def _check_model_args(args: dict[str, Any], path: Path) -> None:
-    """Raises ValueError for a number that is too large for the weights: with a depth of a billion timm never ends."""
-    if (path / "model.safetensors").is_file():
-        with safe_open(path / "model.safetensors", "pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - it is not a dictionary
-        most = max(1024, len(shapes), *(side for shape in shapes for side in shape))
-        for key, value in args.items():
-            if any(isinstance(number, (int, float)) and abs(number) > most for number in scalars(value)):
-                raise ValueError(f"model_args.{key}={value} is larger than anything in its weights")
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
 
 
 def _from_timm(name: str, image_size: int | tuple[int, int] | None, args: dict[str, Any], seed: int) -> Pretrained:

@@ -54,6 +54,7 @@ class EncoderConfig:
     workers: int | None = None  # processes that load images; null: by the number of cores
     precision: Precision = "auto"  # of the encoder; auto: bf16 where the hardware is fast at it, else float32
     seed: int = 0  # of the held-out part, of the heads, and of the weights of random:
+    allow_method: str = ""  # for untrained: of a method of your own: its module, whose code then runs
     out: str = ""  # file for the result; empty: <run>/eval/<name>.json, for untrained: <run>/eval/untrained/<name>.json
 
 
@@ -173,7 +174,7 @@ def load_frozen(config: EncoderConfig) -> Frozen:
     check_range("", config, 1, None, "batch_size", "image_size")
     check_range("", config, 0, None, "workers")
     records.check_out(config.out)
-    subject = pretrained.load(config.run, config.image_size, config.model_args, config.seed)
+    subject = pretrained.load(config.run, config.image_size, config.model_args, config.seed, config.allow_method)
     if subject.results and not config.out:
         records.make_folder(subject.results, pretrained.root_of(subject.results))
     encoder = subject.encoder

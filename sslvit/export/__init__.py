@@ -16,6 +16,7 @@ from ..errors import UserError
 class Config:
     run: str = ""  # a run directory, an exported folder, or timm:<name>
     to: Literal["timm"] = "timm"  # the form
+    allow_method: str = ""  # for untrained: of a method of your own: its module, whose code then runs
     out: str = ""  # the folder to write; empty: <run>/export/<form>
 
 
@@ -23,7 +24,7 @@ def run(config: Config) -> None:
     """Write and check the export. Raises UserError."""
     from . import timm_folder
 
-    subject = pretrained.load(config.run)
+    subject = pretrained.load(config.run, allow_method=config.allow_method)
     if isinstance(subject.encoder, pretrained.Pixels):
         raise UserError("run=pixels has nothing to export: give a run directory.")
     out = Path(config.out) if config.out else subject.folder and subject.folder / "export" / config.to

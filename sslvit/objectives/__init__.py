@@ -1,5 +1,6 @@
 """Pretraining objectives: one module a method, found by its name. A method of your own is one file in any folder on the
-Python path: `method=my_simmim`, or `method=my.simmim` for a module of a package.
+Python path: `method=my_simmim`, or `method=my.simmim` for a module of a package. Only the command line and Python can
+choose it: a recipe or the config.yaml of a run cannot.
 
 May import data, model and the pure helpers. Nothing outside of this folder knows a method's name or class.
 
@@ -45,6 +46,8 @@ whole method in 90 lines: tests/objectives/simmim.py.
 
 import importlib
 import pkgutil
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -52,8 +55,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import rng
+from ..distributed import say
 from ..errors import UserError, did_you_mean
 from ..model.encoder import Encoder
+from ..model.factory import Bounded
 
 
 class Objective(nn.Module):
@@ -104,9 +109,13 @@ def names() -> list[str]:
 
 
 def find(method: str) -> ModuleType:
-    """The module of a method of this folder, or of your own. Raises UserError."""
+    """The module of a method of this folder, or of your own: its code runs, and that is said. Raises UserError."""
+    name = f"{__name__}.{method}" if method in names() else method
+    new = name not in sys.modules
     try:
-        module = importlib.import_module(f"{__name__}.{method}" if method in names() else method)
+        module = importlib.import_module(name)
+        if new and name == method:
+            say(f"method={method} is the code in {module.__file__}.")
     except (ImportError, TypeError, ValueError) as error:  # the last two for names such as `.x` and `x.`
         raise UserError(
             f"method={method} cannot be imported ({error}).{did_you_mean(method, names())} Give one of "
@@ -118,10 +127,20 @@ def find(method: str) -> ModuleType:
     return module
 
 
+def check_bundled(method: str, where: Path, key: str) -> None:
+    """Raises UserError if the file `where` has a method that is not in this folder: who types `key` chooses code."""
+    if method not in names():
+        raise UserError(
+            f"{where} has method={method}, which is not one of {', '.join(names())}, and a file cannot choose code."
+            f"{did_you_mean(method, names())} If it is a module that you trust, type {key}={method} as well."
+        )
+
+
 def start(config: Any, steps_per_epoch: int, steps: int) -> Objective:
     """The objective of a RunConfig before the first step; its weights depend on the seed only. Raises UserError."""
     torch.manual_seed(int(rng.fold_in(config.seed, "weights")))
-    return find(config.method).build(config.objective, config.model, config.data, steps_per_epoch, steps)
+    with Bounded(f"The model of method={config.method}"):
+        return find(config.method).build(config.objective, config.model, config.data, steps_per_epoch, steps)
 
 
 def location(objective: Objective) -> dict[str, str]:

@@ -84,7 +84,7 @@ def submit(config: RunConfig, settings: Config) -> list[str]:
         # Inside a job, sbatch would take the variables of that job for options of the new one.
         outside = submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
         with outside, redirect_stderr(StringIO()):
-            job = executor.submit(Job(str((folder / "config.yaml").absolute()), settings.cpus))
+            job = executor.submit(Job(str((folder / "config.yaml").absolute()), settings.cpus, config.method))
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         for empty in (folder.parent, run_dir):
@@ -235,6 +235,7 @@ class Job:
 
     recipe: str  # a copy of the configuration: edits while the job waits do not matter
     cpus: int
+    method: str = ""  # of the configuration: a recipe cannot choose a module of your own
 
     def __call__(self) -> None:
         """Train. A mistake of the user ends the process with status 2: another start would repeat it."""
@@ -246,9 +247,10 @@ class Job:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.cpus)  # torch's default is all cores of the machine
-        sys.argv = ["sslvit", "pretrain", self.recipe]  # starts.jsonl records it
+        words = [self.recipe] + ([f"method={self.method}"] if self.method else [])
+        sys.argv = ["sslvit", "pretrain", *words]  # starts.jsonl records it
         try:
-            result = pretrain(configuration.load([self.recipe]))
+            result = pretrain(configuration.load(words))
         except UserError as error:
             print(printable(f"sslvit pretrain: {error}"), file=sys.stderr)
             sys.exit(2)
