@@ -7,17 +7,17 @@ A later layer wins. Every key is declared in a dataclass beside the code that re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from . import compatibility, objectives, optim
+from . import compatibility, objectives
 from .arguments import assignments, check_keys, flatten, full_key, help_lines, merge, read_yaml, value_of
 from .checkpoints.state import Config as SaveConfig
 from .data import Config as DataConfig
 from .data import kind_of
 from .data.loader import Layout, make_layout
-from .errors import UserError, check_range, did_you_mean
+from .errors import Limits, UserError, check_limits, did_you_mean
 from .evaluation.online import Config as EvalConfig
 from .hardware import Precision
 from .metrics import Config as LogConfig
@@ -48,6 +48,8 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    LIMITS: ClassVar[Limits] = [(0, None, "max_hours")]
 
 
 @dataclass(frozen=True)
@@ -161,16 +163,9 @@ def check(config: RunConfig) -> None:
     """Raises UserError for values that cannot be, before anything is opened."""
     if not config.data.train:
         raise UserError("data.train is missing: name the images to train on, as in `sslvit pretrain path/to/images`.")
-    check_range("", config, 0, None, "max_hours")
-    check_range("data.", config.data, 0, None, "workers")
-    check_range("data.", config.data, 1, None, "in_chans", "image_size")
-    check_range("data.", config.data, 0, 1, "bad_ratio")
-    check_range("log.", config.log, 1, None, "every_steps", "rank_every_steps", "max_nonfinite")
-    check_range("save.", config.save, 0, None, "every_minutes")
-    check_range("save.", config.save, 1, None, "every_steps", "keep_last", "keep_every")
-    check_range("eval.", config.eval, 0, None, "every_epochs")
-    check_range("eval.", config.eval, 1, None, "k")
-    optim.check(config.optim)
+    check_limits("", config)
+    for name in ("data", "log", "save", "eval", "optim"):
+        check_limits(f"{name}.", getattr(config, name))
     value_range = config.data.value_range
     if value_range is not None and not value_range[0] < value_range[1]:
         raise UserError(f"data.value_range={list(value_range)} must be [low,high] with low below high.")

@@ -2,9 +2,15 @@
 
 import difflib
 import importlib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from types import ModuleType
+from typing import Any
+
+ABOVE_0, BELOW_1 = math.nextafter(0.0, 1.0), math.nextafter(1.0, 0.0)  # limits for numbers that may not be 0 or 1
+# What numbers of a Config may be, as `LIMITS: ClassVar[Limits]` in it: (lowest, highest or None, key, key ...).
+Limits = list[tuple[Any, ...]]
 
 # Control characters, which move a terminal's cursor or end a line of a table; marks that turn the direction of text;
 # and surrogates, which stand for bytes that are not UTF-8 in the names of files.
@@ -44,17 +50,27 @@ def did_you_mean(name: str, choices: Iterable[str], full: Mapping[str, str] | No
     return f" Did you mean {full[near[0]] if full else near[0]}?" if near else ""
 
 
-def check_range(section: str, config: object, low: float, high: float | None, *names: str, above: bool = False) -> None:
-    """Raises UserError for a field of the configuration (or a number in its tuple) outside [low, high]; None passes.
-    above: there is no upper bound, and low itself is outside too."""
+def check_limits(section: str, config: Any) -> None:
+    """Raises UserError for a number of the configuration outside the LIMITS of its class."""
+    for low, high, *names in config.LIMITS:
+        check_range(section, config, low, high, *names)
+
+
+def check_range(section: str, config: object, low: float, high: float | None, *names: str) -> None:
+    """Raises UserError for a field of the configuration (or a number in its tuple) outside [low, high]; None passes."""
     for name in names:
         value = getattr(config, name)
         for number in value if isinstance(value, (tuple, list)) else (value,):
-            inside = number is None or (number > low if above else number >= low and (high is None or number <= high))
-            if not inside:
-                bounds = f"be {low:g} or above" if high is None else f"lie between {low:g} and {high:g}"
+            if number is not None and not low <= number <= (math.inf if high is None else high):
                 shown = list(value) if isinstance(value, (tuple, list)) else value
-                raise UserError(f"{section}{name}={shown} must {f'be above {low:g}' if above else bounds}.")
+                raise UserError(f"{section}{name}={shown} must {_bounds(low, high)}.")
+
+
+def _bounds(low: float, high: float | None) -> str:
+    if high is None:
+        return "be above 0" if low == ABOVE_0 else f"be {low:g} or above"
+    excluded = " and ".join(f"{round(bound):g}" for bound in (low, high) if bound in (ABOVE_0, BELOW_1))
+    return f"lie between {round(low, 9):g} and {round(high, 9):g}{f', {excluded} excluded' if excluded else ''}"
 
 
 def check_share(section: str, config: object, *names: str) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .distributed import all_reduce_sum, world_size
+from .errors import Limits
 
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped"  # steps of a line
@@ -27,6 +28,8 @@ class Config:
     rank_every_steps: int | None = 1000  # log the effective rank of 512 training images' features; null: never
     on_collapse: Literal["warn", "stop"] = "warn"  # when the numbers of a line say that the features have collapsed
     profile: bool = False  # write <run>/trace.json: what the processor does in three steps, for ui.perfetto.dev
+
+    LIMITS: ClassVar[Limits] = [(1, None, "every_steps", "rank_every_steps", "max_nonfinite")]
 
 
 class Window:

@@ -7,13 +7,13 @@ and is extended without replaying a scheduler.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from .distributed import all_reduce_sum, is_sharded, local_shard
-from .errors import UserError, check_range
+from .errors import ABOVE_0, BELOW_1, Limits
 
 FUSED = {"cuda", "cpu"}  # devices with AdamW as one kernel, which can also leave out a step by itself
 REFERENCE_BATCH = 256  # base_lr is the learning rate at this global batch size
@@ -32,6 +32,12 @@ class Config:
     eps: float = 1e-8  # of AdamW
     clip: float | None = None  # largest gradient norm; null: no clipping
     clip_mode: Literal["tensor", "global"] = "global"  # tensor: each parameter by itself, as DINO's code does
+
+    LIMITS: ClassVar[Limits] = [
+        (ABOVE_0, None, "base_lr", "eps", "clip"),
+        (0, None, "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end"),
+        (0, BELOW_1, "betas"),
+    ]
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -69,14 +75,6 @@ class Schedule:
     def weight_decay(self, step: int) -> float:
         start, end = self.config.weight_decay, self.config.weight_decay_end
         return start if end is None else cosine(start, end, step / self.total_steps)
-
-
-def check(config: Config) -> None:
-    """Raises UserError for values without a meaning."""
-    check_range("optim.", config, 0, None, "base_lr", "eps", "clip", above=True)
-    check_range("optim.", config, 0, None, "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end")
-    if not all(0 <= beta < 1 for beta in config.betas):
-        raise UserError(f"optim.betas={list(config.betas)} must lie in [0, 1).")
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sslvit import data, optim
-from sslvit.errors import UserError
+from sslvit.errors import UserError, check_limits
 from sslvit.model import factory
 from sslvit.objectives import dino, mae
 
@@ -66,7 +66,7 @@ def test_without_a_limit_nothing_is_clipped_and_missing_gradients_are_passed_ove
 @pytest.mark.parametrize("change", [{"base_lr": 0}, {"weight_decay": -1}, {"betas": (0.9, 1.0)}, {"clip": 0.0}])
 def test_values_without_meaning_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
-        optim.check(optim.Config(**change))
+        check_limits("optim.", optim.Config(**change))
 
 
 def test_mae_warms_up_from_exactly_zero_and_would_end_one_step_after_the_last():

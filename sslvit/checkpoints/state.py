@@ -13,7 +13,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..distributed import full_tensor, rank, shard_like
-from ..errors import UserError
+from ..errors import Limits, UserError
 from . import tensorfile
 
 FORMAT = 1
@@ -35,6 +35,8 @@ class Config:
     keep_last: int = 2  # so many are kept, older ones are deleted
     keep_every: int | None = None  # also write and keep those at multiples of so many steps
     keep_best: bool = False  # also keep the one with the best k-NN on eval.test, which is then used for choosing
+
+    LIMITS: ClassVar[Limits] = [(0, None, "every_minutes"), (1, None, "every_steps", "keep_last", "keep_every")]
 
 
 @dataclass

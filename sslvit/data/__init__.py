@@ -5,7 +5,9 @@ cache.py (images that stay in memory), resample.py.
 Imports the pure helpers only (rng, distributed, hardware, errors), nothing of models or methods.
 """
 
-from .config import Config, image_size, normalization, pair
+from .augment import normalization
+from .config import Config
+from .crops import image_size, pair
 from .sources import BadImage, Source, WrappedSource, kind_of, open_source, split_part
 
 __all__ = [

@@ -1,11 +1,9 @@
 """The data.* keys: where the images are, their size and channels, and how they are normalised."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from ..errors import UserError
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from ..errors import Limits
 
 Cache = bool | Literal["ram", "device"] | None
 
@@ -24,25 +22,4 @@ class Config:
     jpeg_scaling: bool = True  # decode JPEGs of 2 million pixels and more at 1/2, 1/4 or 1/8 if all crops are smaller
     bad_ratio: float = 0.01  # the run stops if a larger share of the images cannot be read
 
-
-def image_size(config: Config) -> tuple[int, int]:
-    """(h, w) in pixels."""
-    return pair(config.image_size)
-
-
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(h, w) of a size that may be given as one number."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, standard deviation), a number for each channel. Raises UserError if there are not in_chans of them."""
-    photo = config.in_chans == 3
-    mean = config.mean or (IMAGENET_MEAN if photo else (0.5,) * config.in_chans)
-    std = config.std or (IMAGENET_STD if photo else (0.25,) * config.in_chans)
-    for key, values in (("mean", mean), ("std", std)):
-        if len(values) != config.in_chans:
-            raise UserError(f"data.{key} has {len(values)} numbers for data.in_chans={config.in_chans}: give one each.")
-    if min(std) <= 0:
-        raise UserError(f"data.std={list(std)} must be above 0.")
-    return tuple(mean), tuple(std)
+    LIMITS: ClassVar[Limits] = [(0, None, "workers"), (1, None, "in_chans", "image_size"), (0, 1, "bad_ratio")]

@@ -4,6 +4,7 @@ features, which needs no labels."""
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from ..data import Source, open_source
 from ..data.augment import Normalize
 from ..data.cache import MemoryBudget, cached
 from ..distributed import gather_objects
-from ..errors import UserError
+from ..errors import Limits, UserError
 from ..hardware import first_on_each_machine
 from ..model.encoder import Encoder
 from .classes import align_classes
@@ -28,6 +29,8 @@ class Config:
     test: str = ""  # labelled images to classify, never trained on
     every_epochs: float | None = None  # null: before the first step and after the last only
     k: int = 20  # neighbours that vote
+
+    LIMITS: ClassVar[Limits] = [(0, None, "every_epochs"), (1, None, "k")]
 
 
 class KnnMonitor:

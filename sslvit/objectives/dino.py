@@ -9,7 +9,7 @@ teacher's distributions are added up first, so each student crop needs one. Loss
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.layers import trunc_normal_
@@ -19,7 +19,7 @@ from .. import data, rng
 from ..arguments import first_line
 from ..data.crops import Crop, Views, crop_key
 from ..distributed import all_reduce_sum, world_size
-from ..errors import UserError, check_range, check_share
+from ..errors import ABOVE_0, BELOW_1, Limits, UserError, check_limits, check_share
 from ..model import factory
 from ..model.ema import EMA
 from ..model.encoder import Encoder, Resampling
@@ -67,6 +67,17 @@ class Config:
     blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)  # first global, second global, local crops
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize_prob: float = 0.2  # probability to solarize the second global crop
+
+    LIMITS: ClassVar[Limits] = [
+        (1, None, "prototypes", "hidden_dim", "bottleneck_dim", "head_layers", "global_crop_size", "local_crop_size"),
+        (ABOVE_0, None, "student_temp", "teacher_temp", "teacher_temp_start"),
+        (0, None, "local_crops", "koleo_weight", "teacher_temp_warmup_epochs", "freeze_last_layer_epochs"),
+        (0, None, "jitter", "channel_jitter"),
+        (0, 1, "center_momentum", "momentum", "momentum_end", "flip_prob", "blur_prob", "vertical_flip_prob"),
+        (0, 1, "rotate_prob", "jitter_prob", "gray_prob", "solarize_prob"),
+        (ABOVE_0, 1, "student_keep"),
+        (0, BELOW_1, "drop_path"),
+    ]
 
 
 # The released code's defaults, with which ViT-S/16 reaches 69.3 % k-NN in 100 epochs (its README, "vanilla").
@@ -126,24 +137,10 @@ def views(config: Config, data_config: data.Config) -> Views:
     return crops
 
 
-LIMITS = [  # (lowest, highest, keys): every number of Config
-    (1, None, ("prototypes", "hidden_dim", "bottleneck_dim", "head_layers", "global_crop_size", "local_crop_size")),
-    (0, None, ("local_crops", "koleo_weight", "teacher_temp_warmup_epochs", "freeze_last_layer_epochs")),
-    (0, None, ("jitter", "channel_jitter")),
-    (0, 1, ("center_momentum", "momentum", "momentum_end", "student_keep", "drop_path", "flip_prob", "blur_prob")),
-    (0, 1, ("vertical_flip_prob", "rotate_prob", "jitter_prob", "gray_prob", "solarize_prob")),
-]
-
-
 def check(config: Config, epochs: float) -> None:
     """Raises UserError for values that cannot be used in a run of so many epochs."""
-    for low, high, keys in LIMITS:
-        check_range("objective.", config, low, high, *keys)
-    above = "student_temp", "teacher_temp", "teacher_temp_start", "student_keep"
-    check_range("objective.", config, 0, None, *above, above=True)
+    check_limits("objective.", config)
     check_share("objective.", config, "global_crop_scale", "local_crop_scale")
-    if config.drop_path == 1:
-        raise UserError("objective.drop_path=1.0 must be below 1: it would leave no block.")
     if not 0 < config.blur_sigma[0] <= config.blur_sigma[1]:
         raise UserError(f"objective.blur_sigma={list(config.blur_sigma)} must be two widths, 0 < low <= high.")
     if config.teacher_temp_warmup_epochs > epochs:

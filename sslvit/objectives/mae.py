@@ -8,7 +8,7 @@ ones predicted, and the decoder gets tokens in the order [kept, hidden], which d
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.models.vision_transformer import Block
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import data
 from ..data.crops import Crop, Views
-from ..errors import UserError, check_range, check_share
+from ..errors import ABOVE_0, BELOW_1, Limits, UserError, check_limits, check_share
 from ..model import blocks, factory, masks
 from ..model.encoder import Encoder, patchify, sincos, take, xavier
 from ..model.heads import koleo
@@ -38,6 +38,13 @@ class Config:
     flip_prob: float = 0.5  # left-right
     vertical_flip_prob: float = 0.0  # upside down
     rotate_prob: float = 0.0  # by 90, 180 or 270 degrees; 0.75 makes all four orientations equally likely
+
+    LIMITS: ClassVar[Limits] = [
+        (ABOVE_0, BELOW_1, "mask_ratio"),
+        (0, None, "koleo_weight"),
+        (1, None, "decoder_width", "decoder_heads", "decoder_depth"),
+        (0, 1, "flip_prob", "vertical_flip_prob", "rotate_prob"),
+    ]
 
 
 # The recipe of appendix A.1, table 8.
@@ -67,12 +74,8 @@ def views(config: Config, data_config: data.Config) -> Views:
 
 def build(config: Config, model: factory.Config, data_config: data.Config, steps_per_epoch: int, steps: int) -> "MAE":
     """Raises UserError for settings and models that cannot work."""
-    if not 0 < config.mask_ratio < 1:
-        raise UserError(f"objective.mask_ratio={config.mask_ratio} must lie between 0 and 1, both excluded.")
-    check_range("objective.", config, 0, None, "koleo_weight")
-    check_range("objective.", config, 1, None, "decoder_width", "decoder_heads", "decoder_depth")
+    check_limits("objective.", config)
     check_share("objective.", config, "crop_scale")
-    check_range("objective.", config, 0, 1, "flip_prob", "vertical_flip_prob", "rotate_prob")
     if config.decoder_width % config.decoder_heads or config.decoder_width % 4:
         raise UserError(
             f"objective.decoder_width={config.decoder_width} must be divisible by decoder_heads="

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import rng
 from ...errors import UserError
-from ..config import Config, image_size
+from ..config import Config
 from .source import Source
 
 PARTICLES, BURN_IN = 256, 16
@@ -39,7 +39,7 @@ def open_fractals(spec: str, config: Config) -> "Fractals":
             )
     if options["classes"] < 1:
         raise UserError(f"data: {spec} must have at least one class.")
-    count, size = options["count"] or COUNTS[split], options["size"] or max(image_size(config))
+    count, size = options["count"] or COUNTS[split], options["size"] or int(np.max(config.image_size))
     return Fractals(split, options["classes"], count, size, options["seed"], config.in_chans)
 
 
