@@ -27,7 +27,7 @@ ELSEWHERE = {
 # Limits of a model: a file of somebody else cannot take all memory, nor run for ever. RAISE multiplies them.
 RAISE = "SSLVIT_MODEL_LIMITS"
 MAX_PARAMETERS = 4 * 10**9
-MAX_TENSORS = 20_000  # a ViT of 256 blocks has 3,000
+MAX_TENSORS = 10_000  # a ViT of 256 blocks has 3,000
 MAX_PIXELS = 4096 * 4096  # of one image
 MAX_ARGUMENTS = {"depth": 256, "window": 64, "": 65536}  # the largest number in an argument with such a name
 
@@ -190,19 +190,20 @@ def _create_model(
     """timm's model, told the image size by the first way that its family takes; and args with that way."""
     base = name.split(".")[0]
     size: dict[str, Any] = {"img_size": list(image_size)}
+    shown = str(args)[:200]
     for sizing in (size | {"dynamic_img_size": True}, size | {"strict_img_size": False}, size, {}):
         try:
-            with Bounded(f"The model {name} with {args}", stored):
+            with Bounded(f"The model {name} with {shown}", stored):
                 full = name if extra["pretrained"] else base
                 model = timm.create_model(full, num_classes=0, **extra, **args, **sizing)
             return model, {**args, **sizing}
         except TypeError as error:
             if not any(key in str(error) for key in sizing):
-                raise UserError(f"timm cannot make {name} with {args}: {error}.") from error
+                raise UserError(f"timm cannot make {name} with {shown}: {error}.") from error
         except UserError:
             raise
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, ValueError) as error:
-            raise UserError(f"timm cannot make {name} for images of {image_size} with {args}: {error}.") from error
+            raise UserError(f"timm cannot make {name} for images of {image_size} with {shown}: {error}.") from error
     raise AssertionError("the last attempt has no sizing argument to blame")
 
 
