@@ -65,9 +65,22 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{stopped} Start the same command to go on (exit status {EXIT_REQUEUE}).")
         return EXIT_REQUEUE
+    except RuntimeError as error:
+        return _lost_process(command, error)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+
+
+def _lost_process(command: str, error: RuntimeError) -> int:
+    """Say that another process has ended, in any command; raise the error again if it is something else."""
+    from .distributed import explain_lost_process
+
+    explanation = explain_lost_process(error)
+    if explanation is None:
+        raise error
+    print(f"sslvit {command}: {explanation}", file=sys.stderr)
+    return 2
 
 
 def find(command: str) -> Command:

@@ -1,19 +1,29 @@
 """The only file that touches torch.distributed. Every function also works in one process that never started it."""
 
 import os
+import socket
+import threading
+import time
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import stopping
 from .errors import UserError, printable
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+BEAT = 2.0  # seconds between two signs of life
+# A process that gives no sign of life for so long is taken for stopped. It gives them while it works, however long.
+SILENT, SILENT_KEY = 600.0, "SSLVIT_SILENT_SECONDS"
+# A process waits so long for another one that lives. Evaluations may wait longer, see `hardware.start_accelerator`.
+WAIT, WAIT_KEY = 1800.0, "SSLVIT_WAIT_SECONDS"
 
 
 def active() -> bool:
@@ -107,16 +117,81 @@ def _share_result(work: Callable[[], T], all_cores: bool) -> T:
 
 
 def explain_lost_process(error: Exception) -> str | None:
-    """What to tell the user if `error` says that another process has ended (killed, out of memory); None if not.
+    """What to tell the user if `error` says that another process has ended (killed, out of memory) or does not come;
+    None if not.
 
     gloo raises such an error at once, NCCL when its watchdog looks. The launcher ends processes that still wait.
     """
     if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
         return None
+    if "timed out" in str(error).lower():
+        return (
+            f"Process {rank()} of {world_size()} has waited too long for another one, which lives but does not come. "
+            f"Start the same command again. In training, {WAIT_KEY}= waits longer than {WAIT:.0f}."
+        )
     return (
         f"Another of the {world_size()} processes has ended, so process {rank()} ends too. The message of that process "
         "or of the launcher says why. Start the same command again to go on from the last checkpoint."
     )
+
+
+@cache
+def watch_processes() -> None:
+    """Begin to watch the other processes: the first one watches all, and the others watch the first one.
+
+    A process that is stopped (SIGSTOP, a machine that hangs) keeps its connections. All others would wait for it until
+    torch's limit, and would not know for whom. All processes call this together. Raises UserError.
+    """
+    limit = stopping.limit(SILENT_KEY, SILENT)
+    peers: dict[int, socket.socket] = {}
+    listener = socket.create_server(("", 0), backlog=world_size()) if rank() == 0 else None
+    port, token = gather_objects((listener.getsockname()[1], os.urandom(16)) if listener else None)[0]
+    if rank() > 0:
+        try:
+            peers[0] = socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), timeout=10)
+            peers[0].sendall(token + rank().to_bytes(4, "big"))
+        except OSError as error:
+            print(f"Process {rank()} cannot watch process 0 ({error}): a stopped one is noticed late.", flush=True)
+            peers = {}
+    expected = sum(gather_objects(len(peers)))
+    if listener:
+        with listener:
+            while len(peers) < expected:
+                peer, _ = listener.accept()
+                peer.settimeout(10)
+                head = peer.recv(20, socket.MSG_WAITALL)
+                if head[:16] == token:  # else it is nobody of ours
+                    peers[int.from_bytes(head[16:], "big")] = peer
+    threading.Thread(target=_watch, args=(peers, limit, rank(), world_size()), daemon=True).start()
+
+
+def _watch(peers: dict[int, socket.socket], limit: float, own: int, processes: int) -> None:
+    silent = dict.fromkeys(peers, 0.0)  # seconds that this process has run: it may itself have been stopped
+    for peer in peers.values():
+        peer.setblocking(False)
+    while silent:
+        time.sleep(BEAT)
+        for other in list(silent):
+            heard: bytes | None = None
+            try:
+                peers[other].send(b".")
+                heard = peers[other].recv(4096)
+            except BlockingIOError:  # nothing has come, or it does not read
+                pass
+            except OSError:
+                heard = b""
+            if heard == b"" and own == 0:  # it has ended: if it should not have, its connections for tensors tell
+                del silent[other]
+                continue
+            silent[other] = 0 if heard else silent[other] + BEAT
+            if silent[other] >= limit:
+                message = (
+                    f"Process {other} of {processes} has not answered for {limit:.0f} s: it is stopped, or its machine "
+                    f"hangs. Process {own} ends. Start the same command again to go on from the last checkpoint. "
+                    f"{SILENT_KEY}= waits longer.\n"
+                )
+                os.write(2, message.encode())
+                os._exit(2)
 
 
 def barrier() -> None:

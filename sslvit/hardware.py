@@ -19,7 +19,8 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from .distributed import is_sharded
+from . import stopping
+from .distributed import WAIT, WAIT_KEY, is_sharded, watch_processes
 from .errors import UserError
 
 T = TypeVar("T")
@@ -29,8 +30,8 @@ Precision = Literal["auto", "float32", "bf16", "fp16"]
 def start_accelerator(wanted: Precision, long_waits: bool = False) -> Accelerator:
     """The device, the processes and the precision. Raises UserError.
 
-    long_waits: a process may wait a day for another one, as in evaluations whose heads the first process trains.
-    Otherwise torch's own limit ends a run in which a process hangs.
+    long_waits: a process may wait a day for another one that lives, as in evaluations whose heads the first process
+    trains. Otherwise half an hour.
     """
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
@@ -41,8 +42,9 @@ def start_accelerator(wanted: Precision, long_waits: bool = False) -> Accelerato
     # accelerate joins CPU processes that torchrun started only if it is told that there is nothing but CPUs.
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     cpu = asked or not torch.accelerator.is_available()
-    waiting = {"timeout": timedelta(days=1)} if long_waits else {}
-    precision = resolve_precision(wanted, PartialState(cpu=cpu, **waiting).device)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    longest = 24 * 3600 if long_waits or alone else stopping.limit(WAIT_KEY, WAIT)
+    precision = resolve_precision(wanted, PartialState(cpu=cpu, timeout=timedelta(seconds=longest)).device)
     AcceleratorState._reset_state()  # a second run in one process may have another precision
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)
     accelerator = Accelerator(
@@ -53,6 +55,8 @@ def start_accelerator(wanted: Precision, long_waits: bool = False) -> Accelerato
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were started and accelerate sees "
             f"{accelerator.num_processes}: start them with accelerate launch or torchrun."
         )
+    if accelerator.num_processes > 1:
+        watch_processes()
     return accelerator
 
 

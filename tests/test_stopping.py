@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,9 +11,11 @@ import time
 import psutil
 import pytest
 
-from sslvit import stopping
+from sslvit import distributed, stopping
+from sslvit.__main__ import main
 from sslvit.checkpoints import state
 from sslvit.data.workers import compute
+from sslvit.evaluation import features
 
 from . import processes
 from .conftest import words
@@ -152,6 +155,79 @@ def test_the_death_of_one_process_ends_the_others_with_a_message(tmp_path, image
     assert f"Another of the 2 processes has ended, so process {1 - victim} ends too" in printed
     assert "Traceback" not in printed
     state.latest(out, state.MODEL, state.OPTIMIZER)
+
+
+@pytest.mark.slow  # waits six seconds
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_stopped_is_named_and_the_others_end(tmp_path, images, victim):
+    out, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["pretrain", images, *words("mae", f"out={out}", "epochs=2000", "save.every_steps=2", "workers=1")]
+    several = [{**one, "SSLVIT_SILENT_SECONDS": "6"} for one in processes.environments(3)]
+    all_three = [processes.start([*arguments, "global_batch_size=9"], log, one) for one in several]
+    processes.wait_for_step(all_three[victim], out, 5)
+    os.kill(all_three[victim].pid, signal.SIGSTOP)
+    others = [process for process in all_three if process is not all_three[victim]]
+    loaders = [child for process in others for child in psutil.Process(process.pid).children()]
+    printed = [processes.finish(process, log, seconds=30, status=2) for process in others][-1]
+    all_three[victim].kill()
+    assert f"Process {victim} of 3 has not answered for 6 s: it is stopped, or its machine hangs" in printed
+    assert "Traceback" not in printed
+    assert not psutil.wait_procs(loaders, timeout=5)[1]
+    state.latest(out, state.MODEL, state.OPTIMIZER)
+
+
+def watch(own: int) -> int:
+    """The first process or the second, whose peer is alive and says nothing any more."""
+    distributed.BEAT = 0.05
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b".")
+    distributed._watch({1 - own: ours}, 0.3, own, 2)
+    theirs.close()
+    return 0
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_a_silent_process_is_named(tmp_path, own):
+    process = processes.begin(watch, own, output=tmp_path / "log")
+    printed = processes.finish(process, tmp_path / "log", status=2)
+    assert printed.startswith(f"Process {1 - own} of 2 has not answered for 0 s: it is stopped, or its machine hangs.")
+    assert "SSLVIT_SILENT_SECONDS= waits longer" in printed
+
+
+def test_the_first_process_goes_on_alone_when_others_have_ended(monkeypatch):
+    monkeypatch.setattr(distributed, "BEAT", 0.05)
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    distributed._watch({1: ours}, 0.3, 0, 2)  # or it would have ended this process
+
+
+def test_a_wait_for_a_process_that_does_not_come_is_another_sentence_than_one_that_has_ended():
+    late = distributed.explain_lost_process(RuntimeError("[gloo] Timed out waiting 1800000ms for recv operation"))
+    lost = distributed.explain_lost_process(RuntimeError("[gloo] Connection closed by peer"))
+    assert late is not None
+    assert "has waited too long for another one, which lives but does not come" in late
+    assert "SSLVIT_WAIT_SECONDS= waits longer than 1800" in late
+    assert lost is not None
+    assert "has ended" in lost
+    assert distributed.explain_lost_process(RuntimeError("something else")) is None
+
+
+def evaluate_and_die(arguments: list[str]) -> int:
+    """`sslvit`, whose second process is killed when it should compute features."""
+    if os.environ["RANK"] == "1":
+        features.share = lambda source: os.kill(os.getpid(), signal.SIGKILL)
+    return main(arguments)
+
+
+def test_the_death_of_one_process_ends_an_evaluation_with_a_message(tmp_path, colour_run, labelled):
+    log, sets = tmp_path / "log", [f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"]
+    arguments = ["knn", f"run={colour_run}", *sets, "cache=false", "workers=0", f"out={tmp_path / 'knn.json'}"]
+    both = [
+        processes.begin(evaluate_and_die, arguments, output=log, environment=one) for one in processes.environments(2)
+    ]
+    printed = processes.finish(both[0], log, seconds=60, status=2)
+    assert "sslvit knn: Another of the 2 processes has ended, so process 0 ends too" in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.slow  # starts a launcher
