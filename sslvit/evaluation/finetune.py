@@ -217,6 +217,7 @@ def train_and_test(
 
     def evaluate(examples: Examples) -> tuple[dict[str, Any], int]:
         outputs = forward_all(classifier, examples.source)
+        frozen.say_unreadable(examples.source, outputs.index, outputs.unreadable)
         predictions, truth = outputs.values * std + mean, examples.targets[outputs.index]
         scored = on_first_process(lambda: scores.measure(task, predictions, truth, targets.names, seed))
         return scored, outputs.unreadable

@@ -6,14 +6,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from .. import pretrained
 from ..checkpoints import textfile
 from ..data import Source, open_source
 from ..data.augment import Normalize
 from ..distributed import gather_objects, say
-from ..errors import UserError, check_range
+from ..errors import UserError, check_range, printable
 from ..hardware import (
     Precision,
     choose_attention,
@@ -25,6 +27,7 @@ from ..hardware import (
 from ..model.encoder import Encoder, Pool
 from ..pretrained import Pixels, Pretrained
 from . import records
+from .classes import labels_of
 from .feature_cache import extract_cached
 from .features import Features
 
@@ -68,6 +71,7 @@ class Frozen:
     accelerator: Accelerator
     precision: str
     note: str = ""  # what a reader of the result must know, printed and recorded with it
+    _said: set[str] = field(default_factory=set)
 
     @property
     def encoder(self) -> Encoder | Pixels:
@@ -124,10 +128,29 @@ class Frozen:
 
         cache: read those of an earlier evaluation of the same images, and keep these for the next one.
         """
-        return extract_cached(
+        found = extract_cached(
             self.cache_folder(cache), self.encoder, source, self.normalize, self.accelerator, pools,
             self.config.batch_size, self.config.workers, whole,
         )  # fmt: skip
+        self.say_unreadable(source, found[pools[0]].index, found[pools[0]].unreadable)
+        return found
+
+    def say_unreadable(self, source: Source, index: Tensor, unreadable: int) -> None:
+        """Say, once, how many images of a source cannot be read, and all images of which classes. All processes call
+        it, each with the numbers of the images that it has read."""
+        if not unreadable:
+            return
+        read, labels = torch.zeros(len(source), dtype=torch.bool), labels_of(source)
+        read[torch.cat(gather_objects(index))] = True
+        lost = sorted(set(labels[~read].tolist()) - set(labels[read].tolist()) - {-1})
+        names = ", ".join(source.classes[label] for label in lost[:5]) + " ..." * (len(lost) > 5)
+        sentence = (
+            f"{unreadable} of {len(source)} images cannot be read and are left out{f', all of {names}' * bool(lost)}: "
+            f"the first is {source.name(int(read.int().argmin()))}."
+        )
+        if sentence not in self._said:
+            self._said.add(sentence)
+            say(printable(sentence))
 
     def features(self, source: Source, cache: bool = False, subtract_mean: bool = False) -> Features:
         """Features of a source by the configured pooling. Raises UserError.

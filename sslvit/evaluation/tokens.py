@@ -72,7 +72,9 @@ def patch_tokens(frozen: Frozen, source: Source, folder: Path | None) -> Tokens:
     if not stored:
         raise UserError(f"None of the {len(source)} images can be read, the first is {source.name(0)}.")
     values = np.memmap(path, np.float16, "r", shape=shape)
-    return Tokens(values, torch.tensor(stored), len(source) - len(stored), temporary)
+    tokens = Tokens(values, torch.tensor(stored), len(source) - len(stored), temporary)
+    frozen.say_unreadable(source, tokens.index, tokens.unreadable)
+    return tokens
 
 
 def _stored(record: Path, path: Path, content: dict[str, Any], shape: tuple[int, int, int]) -> list[int] | None:

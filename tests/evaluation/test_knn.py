@@ -271,11 +271,24 @@ def test_features_are_kept_for_the_next_evaluation_of_the_same_weights_and_image
 def test_unreadable_images_are_left_out_and_counted(cli, labelled, colour_run, tmp_path):
     root = tmp_path / "sets"
     shutil.copytree(labelled, root)
-    (root / "test" / "class1" / "0.png").write_bytes(b"no image")
+    broken = root / "test" / "class1" / "0.png"
+    broken.write_bytes(b"no image")
     out = tmp_path / "result.json"
-    sets = [f"data.train={root / 'train'}", f"data.test={root / 'test'}"]
-    assert cli("knn", f"run={colour_run}", *sets, "k=[3]", f"out={out}")[0] == 0
+    words = [f"run={colour_run}", f"data.train={root / 'train'}", f"data.test={root / 'test'}", f"out={out}"]
+    assert f"1 of 18 images cannot be read and are left out: the first is {broken}." in cli("knn", *words, "k=[3]")[1]
     assert json.loads(out.read_text())["test"] == {"data": str(root / "test"), "images": 17, "unreadable": 1}
+    for path in (root / "test" / "class1").iterdir():
+        path.write_bytes(b"no image")
+    sentence = f"6 of 18 images cannot be read and are left out, all of class1: the first is {broken}."
+    few = ["epochs=1", "lr=[1]", "probe_batch_size=4", "holdout=0.3"]
+    for command, more in {
+        "knn": ["k=[3]"],
+        "retrieval": ["k=[1]"],
+        "robustness": [*few, "attacks=[]", "corruptions=[contrast]"],
+        "attentive": [*few, "weight_decay=[0]", "cache=false"],
+    }.items():
+        status, printed, error = cli(command, *words, *more)
+        assert (status, printed.count(sentence)) == (0, 1), error
 
 
 def test_the_untrained_encoder_is_measured_by_the_same_ruler(cli, labelled, tmp_path):
