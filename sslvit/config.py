@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from . import compatibility, objectives
 from .arguments import assignments, check_keys, flatten, full_key, help_lines, merge, read_yaml, value_of
+from .checkpoints import textfile
 from .checkpoints.state import Config as SaveConfig
 from .data import Config as DataConfig
 from .data import kind_of
@@ -139,7 +140,7 @@ def _with_one_duration(values: dict[str, Any]) -> dict[str, Any]:
 
 def save(config: RunConfig, path: Path) -> None:
     """Write what `load` reads back."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    textfile.write(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def differences(old: Path, new: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -73,7 +73,7 @@ class Window:
 
     def load(self, state: dict[str, Any]) -> None:
         self.steps = state.get("steps", 0)
-        self.sums = dict(state.get("sums", {}))
+        self.sums = {name: float(value) for name, value in state.get("sums", {}).items()}
 
     def close(self) -> dict[str, float]:
         """The means since the last call, and the number of skipped steps if there are any. Then it starts anew."""
@@ -92,17 +92,16 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
         """step: where the run begins or goes on; TensorBoard drops what a killed run wrote after it."""
-        self._file = (run_dir / METRICS).open("a", encoding="utf-8")
+        self.path = run_dir / METRICS
         self._board = Board(run_dir / "tensorboard", step) if tensorboard else None
 
     def write(self, record: dict[str, float | int]) -> None:
-        self._file.write(json.dumps({k: _round(v) for k, v in record.items()}) + "\n")
-        self._file.flush()
+        with self.path.open("a", encoding="utf-8") as file:  # by its name: the directory may have been moved or copied
+            file.write(json.dumps({k: _round(v) for k, v in record.items()}) + "\n")
         if self._board is not None:
             self._board.write(record)
 
     def close(self) -> None:
-        self._file.close()
         if self._board is not None:
             self._board.close()
 

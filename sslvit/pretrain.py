@@ -207,7 +207,7 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     # The run directory: a new run, or one that goes on.
     run_dir, run = Path(config.out), state.RunState()
     saved: dict[str, Any] = {}
-    lock = open_run(run_dir, config, str(device))
+    lock = saver.lock = open_run(run_dir, config, str(device))
     if state.steps_saved(run_dir):
         run, saved, complaints = state.restore(run_dir, objective, optimizer)
         check_images(saved, source, config.data.train)
@@ -236,7 +236,7 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     record |= {"images": images_record(source), "encoder": objectives.location(objective), "versions": versions()}
     return Training(
         config, plan, accelerator, objective, model, optimizer, schedule, batches, views, normalize, eval_encoder,
-        knn_monitor, rank_monitor, run, recorder, BadImages(run_dir, config.data, source), saver, record,
+        knn_monitor, rank_monitor, run, recorder, BadImages(run_dir, config.data, source, lock), saver, record,
     )  # fmt: skip
 
 

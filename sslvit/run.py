@@ -4,7 +4,6 @@ config.yaml (resolved), starts.jsonl (command, versions and hardware of every st
 checkpoints/, bad_images.txt, nonfinite.jsonl, eval/*.json.
 """
 
-import json
 import math
 import os
 import platform
@@ -14,16 +13,18 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+from uuid import uuid4
 
 from accelerate import Accelerator
 
 from . import config as configuration
 from . import data
-from .checkpoints.journal import BAD_IMAGES, NONFINITE, append
-from .checkpoints.lock import create_and_acquire
+from .checkpoints import journal, state
+from .checkpoints.journal import BAD_IMAGES, NONFINITE, STARTS, append
+from .checkpoints.lock import Lock, create_and_acquire
 from .checkpoints.saving import free_space, os_error_text
-from .checkpoints.state import RunState, steps_saved, sweep
+from .checkpoints.state import RunState, steps_saved
 from .config import Plan, RunConfig
 from .data import Source
 from .data.cache import Cached, OnDevice
@@ -45,10 +46,12 @@ MUTABLE_ON_RESUME = {
 }  # fmt: skip
 MUTABLE_SECTIONS = ("save.", "log.", "eval.")
 # What a run directory may hold before its first checkpoint: of a run killed at its start, or one in a queue (submit).
-BEFORE_FIRST_CHECKPOINT = {".lock", "starts.jsonl", "config.yaml.tmp", "submit"}
+BEFORE_FIRST_CHECKPOINT = {".lock", STARTS, "config.yaml.tmp", "submit", "checkpoints"}
+FILES = {"config.yaml", ".lock", "trace.json", STARTS, *journal.NAMES}  # that a run writes ...
+FOLDERS = {"checkpoints", "tensorboard"}  # ... in its directory
 
 
-def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
+def open_run(run_dir: Path, config: RunConfig, device: str) -> Lock | None:
     """Make the run directory, or check that it belongs to this run. Raises UserError before anything is written.
 
     Returns the lock of the directory on the first process, None on the others.
@@ -56,38 +59,50 @@ def open_run(run_dir: Path, config: RunConfig, device: str) -> IO[str] | None:
     check_directory(run_dir, config)
     barrier()  # all have checked before the first one writes
 
-    def prepare() -> None:
-        sweep(run_dir)
-        _write_start(run_dir, device)
-        fresh = run_dir / "config.yaml.tmp"
-        configuration.save(config, fresh)
-        os.replace(fresh, run_dir / "config.yaml")
+    def prepare(lock: Lock) -> None:
+        state.sweep(run_dir)
+        state.begin(run_dir)
+        lock.start = _write_start(run_dir, device)
+        configuration.save(config, run_dir / "config.yaml")
 
     return create_and_acquire(run_dir, "out", prepare=prepare)
 
 
 def check_directory(run_dir: Path, config: RunConfig) -> None:
     """Raises UserError unless the directory is free or holds a run with these settings. Writes nothing."""
-    stored = run_dir / "config.yaml"
-    if run_dir.exists() and not run_dir.is_dir():
+    if run_dir.exists():
+        _check_old(run_dir, config)
+
+
+def _check_old(run_dir: Path, config: RunConfig) -> None:
+    if not run_dir.is_dir():
         raise UserError(f"out={run_dir} is a file: give a directory.")
-    others = {path.name for path in run_dir.iterdir()} - BEFORE_FIRST_CHECKPOINT if run_dir.exists() else set()
-    if others and not (stored.exists() and (run_dir / "starts.jsonl").exists()):
+    names, saved = {path.name for path in run_dir.iterdir()}, steps_saved(run_dir)
+    others = {name for name in names - BEFORE_FIRST_CHECKPOINT if not name.startswith((".config.", ".starts."))}
+    if others and not saved and not {"config.yaml", STARTS} <= names:
         raise UserError(f"out={run_dir} holds files that are not of a run: give a new directory.")
+    _refuse_links(run_dir)
+    if saved:
+        _refuse_other_settings(run_dir, config)
+    else:
+        _refuse_lost_checkpoints(run_dir)
+
+
+def _write_start(run_dir: Path, device: str) -> bytes:
+    """Add the line of this start to starts.jsonl, and return it."""
+    run = uuid4().hex
     if steps_saved(run_dir):
-        _refuse_other_settings(run_dir, configuration.differences(stored, config))
-
-
-def _write_start(run_dir: Path, device: str) -> None:
+        run = journal.run_id(run_dir) or state.latest(run_dir)[1].get("run") or run
     start = {
+        "run": run,
         "time": time.strftime("%F %T%z"),
+        "process": os.getpid(),
         "command": shlex.join(sys.argv),
         "device": device,
         "host": f"{platform.machine()}, {os.cpu_count()} cores, {platform.platform()}",
         "versions": versions(),
     }
-    with (run_dir / "starts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    return journal.add_start(run_dir, start)
 
 
 def check_images(saved: dict[str, Any], source: Source, where: str) -> None:
@@ -98,8 +113,8 @@ def check_images(saved: dict[str, Any], source: Source, where: str) -> None:
     stored, now = saved.get("images"), images_record(source)
     if stored is not None and stored != now:
         raise UserError(
-            f"data.train={where} holds {now['count']} images, which are not the {stored['count']} images that this run "
-            "began with (number, names or order differ): give the same images, or another out= for a new run."
+            f"data.train={where} holds {now['count']} images, which are not the {stored.get('count')} images that "
+            "this run began with (number, names or order differ): give the same images, or another out= for a new run."
         )
 
 
@@ -107,7 +122,38 @@ def images_record(source: Source) -> dict[str, Any]:
     return {"count": len(source), "names": source.identity()}
 
 
-def _refuse_other_settings(run_dir: Path, differences: dict[str, tuple[Any, Any]]) -> None:
+def _refuse_links(run_dir: Path) -> None:
+    """Raises UserError for a link, a pipe or a device where a run writes: it could lead to any file of this user."""
+    for name in FILES | FOLDERS:
+        path, kind = run_dir / name, "folder" if name in FOLDERS else "file"
+        if path.is_symlink() or (path.exists() and not (path.is_dir() if name in FOLDERS else path.is_file())):
+            what = "a link" if path.is_symlink() else f"no {kind}"
+            raise UserError(
+                f"{path} is {what}. A run writes only into its directory and follows no links there: put the {kind} "
+                "itself there, or give another out=."
+            )
+
+
+def _refuse_lost_checkpoints(run_dir: Path) -> None:
+    """Raises UserError for a run that has lines, no checkpoint, and no word that it has never had one."""
+    lines = [name for name in journal.NAMES if (run_dir / name).exists() and (run_dir / name).stat().st_size]
+    if lines and not (run_dir / "checkpoints" / state.NONE_YET).exists():
+        raise UserError(
+            f"{run_dir} holds the {lines[0]} of a run, but its checkpoints are missing, and a start from step 0 would "
+            f"erase these lines. Restore {run_dir / 'checkpoints'} from a copy to continue the run. Or give another "
+            f"out= for a new run, or move {' and '.join(lines)} away to begin again here."
+        )
+
+
+def _refuse_other_settings(run_dir: Path, config: RunConfig) -> None:
+    stored = run_dir / "config.yaml"
+    if not (stored.exists() and stored.stat().st_size):
+        raise UserError(
+            f"{stored} is {'empty' if stored.exists() else 'missing'}, so the settings of the checkpoints beside it "
+            "are not known: restore it from a copy. If there is none, start the same command with another out=, stop "
+            "it, and copy the config.yaml that it has written there."
+        )
+    differences = configuration.differences(stored, config)
     differences = {
         key: values
         for key, values in differences.items()
@@ -146,11 +192,15 @@ def describe(
     ]
 
 
-def write_or_explain(run_dir: Path, work: Callable[[], None]) -> None:
+def write_or_explain(run_dir: Path, work: Callable[[], None], lock: Lock | None) -> None:
     """Call `work`, which writes into the run directory. Raises UserError if the directory cannot be written to."""
     try:
+        if lock:
+            lock.check()
         work()
     except OSError as error:
+        if lock:
+            lock.check()  # it says more
         saved = steps_saved(run_dir)
         begin = f"step {saved[-1]}" if saved else "the beginning"
         raise UserError(
@@ -164,7 +214,7 @@ class Recorder:
 
     def __init__(
         self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, source: Source,
-        lock: IO[str] | None, objective: Objective,
+        lock: Lock | None, objective: Objective,
     ) -> None:  # fmt: skip
         self.run_dir, self.every, self.plan, self.schedule = run_dir, config.log.every_steps, plan, schedule
         self.lock = lock  # held until close()
@@ -223,7 +273,10 @@ class Recorder:
             assert self.log is not None, "the first process has the log"
             self.log.write(record)
 
-        on_first_process(lambda: write_or_explain(self.run_dir, work), all_cores=False)
+        self._on_first_process(work)
+
+    def _on_first_process(self, work: Callable[[], None]) -> None:
+        on_first_process(lambda: write_or_explain(self.run_dir, work, self.lock), all_cores=False)
 
     def flush_skipped(self, run: RunState) -> None:
         """Write down the steps that were skipped since the last call. All processes call this.
@@ -232,8 +285,7 @@ class Recorder:
         """
         lines, warnings = self.skipped.poll(self.window, run)
         if lines:
-            work = partial(append, self.run_dir / NONFINITE, lines)
-            on_first_process(lambda: write_or_explain(self.run_dir, work), all_cores=False)
+            self._on_first_process(partial(append, self.run_dir / NONFINITE, lines))
         say(*warnings)
         self.skipped.stop_if_too_many(run)
 
@@ -251,8 +303,8 @@ class BadImages:
 
     AT_LEAST = 1000  # the share of bad images is reckoned of at least so many
 
-    def __init__(self, run_dir: Path, config: data.Config, source: Source) -> None:
-        self.path, self.limit, self.source = run_dir / BAD_IMAGES, config.bad_ratio, source
+    def __init__(self, run_dir: Path, config: data.Config, source: Source, lock: Lock | None = None) -> None:
+        self.path, self.limit, self.source, self.lock = run_dir / BAD_IMAGES, config.bad_ratio, source, lock
         self.known: set[str] = set()
         if self.path.exists():
             listed = self.path.read_text(encoding="utf-8", errors="backslashreplace")  # an editor may have changed it
@@ -273,7 +325,7 @@ class BadImages:
             self.new.append((name, reason))
 
     def _refuse(self, bad: list[tuple[int, str]]) -> None:
-        write_or_explain(self.path.parent, lambda: self._write(self.new))
+        self._write(self.new)
         index, reason = bad[-1]
         raise UserError(
             f"{len(bad)} images in a row cannot be read. The last is {self.source.name(index)}: {reason}. "
@@ -281,14 +333,15 @@ class BadImages:
         )
 
     def _write(self, entries: list[tuple[str, str]]) -> None:
-        append(self.path, [f"{name}\t{reason}\n" for name, reason in entries])
+        work = partial(append, self.path, [f"{name}\t{reason}\n" for name, reason in entries])
+        write_or_explain(self.path.parent, work, self.lock)
 
     def report(self, images_seen: int) -> list[str]:
         """Sentences about bad images since the last report. All processes call this. Raises UserError if too many."""
         fresh = sorted({name: reason for entries in gather_objects(self.new) for name, reason in entries}.items())
         self.new = []
         self.known |= {name for name, _ in fresh}
-        on_first_process(lambda: write_or_explain(self.path.parent, lambda: self._write(fresh)), all_cores=False)
+        on_first_process(lambda: self._write(fresh), all_cores=False)
         read = min(len(self.source), max(images_seen, self.AT_LEAST))
         if len(self.known) > self.limit * read:
             raise UserError(

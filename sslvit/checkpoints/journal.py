@@ -1,17 +1,19 @@
 """Files of a run that grow by lines. A run that resumes cuts them back to what they held at its checkpoint.
 
 A checkpoint records the length of each file. Lines that came after it are written again. So every line is there exactly
-once, whenever the run was killed.
+once, whenever the run was killed. starts.jsonl is never cut: each start adds a line, with the identity of the run.
 """
 
 import json
-import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..distributed import barrier, rank
 from ..metrics import METRICS
+from . import textfile
 
-BAD_IMAGES, NONFINITE = "bad_images.txt", "nonfinite.jsonl"
+STARTS, BAD_IMAGES, NONFINITE = "starts.jsonl", "bad_images.txt", "nonfinite.jsonl"
 NAMES = (METRICS, BAD_IMAGES, NONFINITE)
 
 
@@ -31,8 +33,27 @@ def sync(run_dir: Path) -> None:
     """Write the files to the disk, before the checkpoint that records their lengths."""
     for path in (run_dir / name for name in NAMES):
         if path.exists():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            textfile.sync(path)
+    textfile.sync(run_dir)
+
+
+def add_start(run_dir: Path, start: dict[str, Any]) -> bytes:
+    """Write the line of a start to starts.jsonl, and return it. Raises OSError."""
+    path, line = run_dir / STARTS, json.dumps(start).encode() + b"\n"
+    before = path.read_bytes() if path.exists() else b""
+    textfile.write(path, before + (b"" if before.endswith(b"\n") or not before else b"\n") + line)
+    return line
+
+
+def run_id(run_dir: Path) -> str | None:
+    """The identity of a run, which its checkpoints hold too. None: an older version has started it, or its starts.jsonl
+    is lost."""
+    found = None
+    with suppress(OSError):
+        for line in (run_dir / STARTS).read_bytes().splitlines():
+            with suppress(ValueError, TypeError, KeyError):
+                found = str(json.loads(line)["run"])
+    return found
 
 
 def rewind(run_dir: Path, kept: dict[str, int] | None, step: int) -> None:
@@ -43,31 +64,35 @@ def rewind(run_dir: Path, kept: dict[str, int] | None, step: int) -> None:
     """
     if rank() == 0:
         for path in (run_dir / name for name in NAMES):
-            if path.exists() and not (kept is not None and _cut(path, kept.get(path.name, 0))):
+            if path.exists() and not (kept is not None and _cut(path, kept.get(path.name, 0), step)):
                 _drop_later_lines(path, step)
     barrier()
 
 
-def _cut(path: Path, length: int) -> bool:
-    """False if no line ends at that length, because somebody has edited the file."""
+def _cut(path: Path, length: int, step: int) -> bool:
+    """False if no line ends at that length, or lines of earlier steps follow: then somebody has edited the file."""
+    if not 0 <= length <= path.stat().st_size:
+        return False
     with path.open("rb+") as file:
         file.seek(max(0, length - 1))
         if length and file.read(1) != b"\n":
+            return False
+        if any(_step(line, step) < step for line in file):
             return False
         file.truncate(length)
     return True
 
 
+def _step(line: bytes, default: float) -> float:
+    """The step of a line of a .jsonl file; the default if the line cannot be read."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return default
+
+
 def _drop_later_lines(path: Path, step: int) -> None:
-    if path.suffix != ".jsonl":
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that was being written when the run was killed
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(fresh, path)
+    if path.suffix == ".jsonl":
+        *whole, torn = path.read_bytes().split(b"\n")  # torn: a line that was being written when the run was killed
+        kept = [line for line in whole if _step(line, step) <= step] + [torn] * (_step(torn, step + 1) <= step)
+        textfile.write(path, b"".join(line + b"\n" for line in kept))

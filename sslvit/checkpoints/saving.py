@@ -18,6 +18,7 @@ from ..distributed import gather_objects, rank
 from ..errors import UserError
 from ..metrics import format_bytes
 from . import journal, state
+from .lock import Lock
 from .state import RunState
 
 
@@ -26,6 +27,7 @@ class Saver:
 
     def __init__(self, run_dir: Path, config: state.Config) -> None:
         self.run_dir, self.config = run_dir, config
+        self.lock: Lock | None = None  # of the run directory, on the first process
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._copy: state.Tensors | None = None
         self._pending: Future[None] | None = None
@@ -48,8 +50,10 @@ class Saver:
         self.check(wait=True)
         self._copy = state.snapshot(objective, optimizer, self._copy)
         if rank() == 0:
-            record = {**state.record(run, extra), "lengths": journal.lengths(self.run_dir)}
-            self._pending = self._thread.submit(self._write, self._copy, record, run.step, run.best_step)
+            own = {"run": journal.run_id(self.run_dir), "lengths": journal.lengths(self.run_dir)}
+            self._pending = self._thread.submit(
+                self._write, self._copy, state.record(run, extra | own), run.step, run.best_step
+            )
 
     def check(self, wait: bool = False) -> None:
         """Raises UserError on all processes if a checkpoint could not be written. All processes call this together.
@@ -68,10 +72,16 @@ class Saver:
                 raise UserError(text)
 
     def _write(self, tensors: state.Tensors, record: dict[str, Any], step: int, best: int | None) -> None:
+        config = self.config
         try:
+            if self.lock:
+                self.lock.check()
             journal.sync(self.run_dir)
             state.write(self.run_dir, tensors, record)
+            state.prune(self.run_dir, config.keep_last, step, config.keep_every, best if config.keep_best else None)
         except (OSError, SafetensorError) as error:
+            if self.lock:
+                self.lock.check()  # it says more
             past = [saved for saved in state.steps_saved(self.run_dir) if saved < step]
             good = f"The checkpoint of step {past[-1]} is whole" if past else "There is no older checkpoint"
             needed, free = sum(map(state.size, tensors)), free_space(self.run_dir)
@@ -80,8 +90,6 @@ class Saver:
                 f"{format_bytes(needed)} and {format_bytes(free)} are free. {good}: make room and start "
                 "the same command again."
             ) from error
-        config = self.config
-        state.prune(self.run_dir, config.keep_last, step, config.keep_every, best if config.keep_best else None)
 
     def __enter__(self) -> "Saver":
         return self
@@ -99,7 +107,7 @@ def os_error_text(error: Exception) -> str:
 
 def free_space(run_dir: Path) -> int:
     """Bytes that can still be written."""
-    return shutil.disk_usage(run_dir).free
+    return shutil.disk_usage(next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())).free
 
 
 def disk_space_warning(run_dir: Path, config: state.Config, objective: nn.Module, steps: int) -> str | None:

@@ -1,9 +1,9 @@
 """Checkpoints of a run: written under another name, synced, renamed, with checksums. A run resumes from the newest.
 
 A checkpoint is a folder `checkpoints/step_<n>` with model.safetensors (the whole objective: student, teacher, center),
-optimizer.safetensors (AdamW's moments by parameter name), state.json (counters) and sha256.txt. No random state is
-needed: every random draw is a function of its address (rng.py). Nothing is pickled, so a checkpoint from elsewhere
-cannot run code.
+optimizer.safetensors (AdamW's moments by parameter name), state.json (counters, and the identity of the run) and
+sha256.txt. No random state is needed: every random draw is a function of its address (rng.py). Nothing is pickled, so a
+checkpoint from elsewhere cannot run code.
 """
 
 import hashlib
@@ -11,7 +11,10 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,10 +25,18 @@ from torch import Tensor, nn
 
 from ..distributed import full_tensor, rank, shard_like
 from ..errors import Limits, UserError
-from . import tensorfile
+from . import journal, tensorfile, textfile
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "sha256.txt"
+NONE_YET = ".none_yet"  # is in `checkpoints` from the start of a run until its first checkpoint is on the disk
+LARGEST_NUMBER = 1e39  # in state.json; float32 ends before it
+LARGEST_TEXT = 2**24  # bytes of state.json or sha256.txt; those of a run have a few thousand
+KINDS: dict[str, Any] = {  # of what is in every state.json; older versions wrote less
+    **dict.fromkeys(("step", "images_seen", "skipped", "skipped_in_a_row"), int), "seconds": int | float,
+    **dict.fromkeys(("best_step", "best_knn", "knn_before", "knn_after", "knn_due"), int | float | None),
+    "window": dict, "lengths": dict | None, "images": dict | None, "run": str | None,
+}  # fmt: skip
 
 
 @dataclass
@@ -57,7 +68,16 @@ Tensors = tuple[dict[str, Tensor], dict[str, Tensor]]  # of the objective and of
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what was written."""
+    """A checkpoint that is not what this run has written."""
+
+
+def begin(run_dir: Path) -> None:
+    """Make the folder of the checkpoints, and say in it that there is none yet. Raises OSError, and UserError.
+
+    So a run that was killed before its first checkpoint can be told from one that has lost its checkpoints.
+    """
+    if not steps_saved(run_dir):
+        textfile.write(run_dir / "checkpoints" / NONE_YET, "There is no checkpoint yet.\n", root=run_dir)
 
 
 def snapshot(objective: nn.Module, optimizer: torch.optim.Optimizer, into: Tensors | None = None) -> Tensors:
@@ -77,10 +97,10 @@ def record(run_state: RunState, extra: dict[str, Any]) -> dict[str, Any]:
 def write(run_dir: Path, tensors: Tensors, record: dict[str, Any]) -> Path:
     """Write `checkpoints/step_<n>` so that it is there whole or not at all. Raises OSError or SafetensorError."""
     folder = run_dir / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
+    textfile.make_folder(folder, run_dir)
     final = folder_of(run_dir, record["step"])
     fresh = folder / f".writing_{record['step']:09d}"
-    shutil.rmtree(fresh, ignore_errors=True)
+    _erase(fresh)
     fresh.mkdir()
     try:
         for name, values in zip((MODEL, OPTIMIZER), tensors, strict=True):
@@ -90,15 +110,16 @@ def write(run_dir: Path, tensors: Tensors, record: dict[str, Any]) -> Path:
         sums = "".join(f"{_checksum(fresh / name)}  {name}\n" for name in names)  # what `sha256sum -c` reads
         (fresh / SUMS).write_text(sums, encoding="utf-8")
         for name in (*names, SUMS):
-            _sync(fresh / name)
-        _sync(fresh)
+            textfile.sync(fresh / name)
+        textfile.sync(fresh)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)  # on a full disk, half a checkpoint takes room that is needed
         raise
     if final.exists():  # a damaged checkpoint of the same step: otherwise the run would have resumed from it
         _remove(final)
     os.rename(fresh, final)
-    _sync(folder)
+    textfile.sync(folder)
+    (folder / NONE_YET).unlink(missing_ok=True)
     return final
 
 
@@ -110,9 +131,18 @@ def save(
 
 
 def steps_saved(run_dir: Path) -> list[int]:
-    """The steps of which there are checkpoints, oldest first."""
-    found = (run_dir / "checkpoints").glob("step_*")
-    return sorted(int(path.name[5:]) for path in found if path.name[5:].isdigit())
+    """The steps of which there are checkpoints, oldest first. Raises UserError if their folder cannot be read."""
+    folder = run_dir / "checkpoints"
+    try:
+        numbers = [name[5:] for name in os.listdir(folder) if name.startswith("step_")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(
+            f"The checkpoints in {folder} cannot be read ({error.strerror}): let this user read and write the folder."
+        ) from error
+    steps = [int(number) for number in numbers if number.isascii() and number.isdigit()]
+    return sorted(step for step in steps if folder_of(run_dir, step).name[5:] in numbers)
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -132,47 +162,92 @@ def prune(run_dir: Path, keep_last: int, step: int, every: int | None = None, be
 
 def sweep(run_dir: Path) -> None:
     """Delete what a killed run was writing or deleting. Call it only with the lock of the run."""
-    for name in (".writing_*", ".deleting_*"):
-        for path in (run_dir / "checkpoints").glob(name):
-            shutil.rmtree(path, ignore_errors=True)
+    texts = [f".{name}.[0-9]*" for name in ("config.yaml", journal.STARTS, *journal.NAMES)]  # see textfile.write
+    for pattern in ("checkpoints/.writing_*", "checkpoints/.deleting_*", f"checkpoints/.{NONE_YET}.*", *texts):
+        for path in run_dir.glob(pattern):
+            _erase(path)
+
+
+def _erase(path: Path) -> None:
+    """Delete a file, a link or a folder, as far as that is possible."""
+    with suppress(OSError):
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
     """Rename, then delete: a kill in between leaves no half of a checkpoint under its name."""
     going = folder.with_name(folder.name.replace("step_", ".deleting_"))
-    shutil.rmtree(going, ignore_errors=True)
+    _erase(going)
     os.rename(folder, going)
-    shutil.rmtree(going, ignore_errors=True)
+    _erase(going)
 
 
 def read(folder: Path, *names: str) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
     """state.json and the tensors of the named files, checked. Raises Damaged."""
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        listed = {name: checksum for checksum, name in (line.split("  ") for line in lines)}
+        for name in (SUMS, STATE, *names):
+            if not (folder / name).is_file():
+                raise Damaged(f"{name} is missing")
+        listed = {name: checksum for checksum, name in (line.split("  ") for line in _text(folder / SUMS).splitlines())}
         for name in (STATE, *names):
             if listed[name] != _checksum(folder / name):
                 raise Damaged(f"{name} is not what was written")
-        record = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        record = json.loads(_text(folder / STATE))
         if record["format"] != FORMAT:
             raise Damaged(f"its format is {record['format']}, and this version reads {FORMAT}")
+        _check_record(record, folder)
         return record, [load_file(folder / name) for name in names]
-    except FileNotFoundError as error:
-        raise Damaged(f"{Path(error.filename).name} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from error
 
 
-def latest(run_dir: Path, *names: str) -> tuple[Path, dict[str, Any], list[dict[str, Tensor]], list[str]]:
+def _text(path: Path) -> str:
+    if path.stat().st_size > LARGEST_TEXT:
+        raise Damaged(f"{path.name} is larger than {LARGEST_TEXT} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+def _check_record(record: dict[str, Any], folder: Path) -> None:
+    """Raises Damaged for a state.json of another step or run, or with values that no run writes."""
+    values = {name: record[name] for name in KINDS if name in record}
+    values |= {f"window.{name}": value for name, value in record.get("window", {}).get("sums", {}).items()}
+    values |= {f"lengths.{name}": value for name, value in (record.get("lengths") or {}).items()}
+    for name, value in values.items():
+        kind = KINDS.get(name) or (int if name.startswith("lengths.") else int | float)
+        if not isinstance(value, kind) or not all(abs(number) < LARGEST_NUMBER for number in _numbers(value)):
+            raise Damaged(f"{name} in {STATE} is {str(value)[:40]}")
+    if folder.name.startswith("step_") and folder.name != folder_of(folder, record["step"]).name:
+        raise Damaged(f"it is the checkpoint of step {record['step']} under another name")
+    owner = journal.run_id(folder.parent.parent)
+    if owner and (record.get("run") or owner) != owner:
+        raise Damaged("it belongs to another run")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers in a value of JSON."""
+    if isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)):
+        yield value
+
+
+def latest(
+    run_dir: Path, *names: str, check: Callable[..., None] | None = None
+) -> tuple[Path, dict[str, Any], list[dict[str, Tensor]], list[str]]:
     """The newest whole checkpoint: (folder, state.json, tensors of the named files, a sentence for each damaged one).
 
-    Raises UserError if there is none.
+    check: called with the tensors of each file; may raise Damaged. Raises UserError if there is no whole checkpoint.
     """
     complaints: list[str] = []
     for step in reversed(steps_saved(run_dir)):
         folder = folder_of(run_dir, step)
         try:
-            return folder, *read(folder, *names), complaints
+            record, tensors = read(folder, *names)
+            if check:
+                check(*tensors)
+            return folder, record, tensors, complaints
         except Damaged as error:
             complaints.append(f"The checkpoint {folder} is damaged ({error}). The one before it is taken.")
     if complaints:
@@ -187,11 +262,38 @@ def restore(
     run_dir: Path, objective: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[RunState, dict[str, Any], list[str]]:
     """Load the newest whole checkpoint into objective and optimizer: (run state, state.json, complaints)."""
-    _, record, (weights, moments), complaints = latest(run_dir, MODEL, OPTIMIZER)
+    check = partial(_check_tensors, objective, optimizer)
+    _, record, (weights, moments), complaints = latest(run_dir, MODEL, OPTIMIZER, check=check)
     own = objective.state_dict()
     objective.load_state_dict({name: shard_like(value, own.get(name)) for name, value in weights.items()})
     load_optimizer_tensors(objective, optimizer, moments)
     return RunState(**{name: record[name] for name in RunState.__annotations__ if name in record}), record, complaints
+
+
+def _check_tensors(
+    objective: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], moments: dict[str, Tensor]
+) -> None:
+    """Raises Damaged for a tensor of another name, shape or type than this objective and its AdamW have.
+
+    A trained parameter that has had no gradient yet has no moments.
+    """
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = {name: _form(p) for name, p in objective.named_parameters() if id(p) in trained}
+    begun = {path.rpartition("/")[0] for path in moments} & own.keys()
+    forms = {"exp_avg": own, "exp_avg_sq": own, "step": dict.fromkeys(own, "[] float32")}
+    expected = {f"{name}/{key}": form[name] for name in begun for key, form in forms.items()}
+    state = {name: _form(value) for name, value in objective.state_dict().items()}
+    for tensors, wanted in ((weights, state), (moments, expected)):
+        found = {name: _form(tensor) for name, tensor in tensors.items()}
+        for name in sorted(found.keys() | wanted.keys()):
+            if found.get(name) != wanted.get(name):
+                raise Damaged(f"{name} is {found.get(name, 'missing')} and must be {wanted.get(name, 'missing')}")
+    if not all(0 <= tensor.item() < LARGEST_NUMBER for name, tensor in moments.items() if name.endswith("/step")):
+        raise Damaged("a parameter's number of steps is negative or no number")
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -238,11 +340,3 @@ def _copy(tensors: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tens
 def _checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ... import optim
 from ...checkpoints import state
-from ...checkpoints.lock import create_and_acquire
+from ...checkpoints.lock import Lock, create_and_acquire
 from ...data import Source
 from ...data.augment import augment
 from ...data.crops import Crop
@@ -231,7 +231,7 @@ class Training:
         say(*complaints, f"Resuming {folder} at step {self.progress.step} of {self.steps}.")
 
 
-def open_folder(folder: Path) -> IO[str] | None:
+def open_folder(folder: Path) -> Lock | None:
     """Make the folder for checkpoints and take its lock, on the first process. Raises UserError on all of them."""
 
     def refuse() -> None:
