@@ -736,7 +736,7 @@ EXPORT = [
     Mistake(
         "an exported folder is pooled by its class token",
         "pretrained.py",
-        'if built.is_vit and model.global_pool == "avg"',
+        'if built.is_vit and built.model.global_pool == "avg"',
         "if False",
         TIMM + "test_timm_loads_it_elsewhere_with_equal_features",
     ),
