@@ -6,8 +6,6 @@ fill a step is not seen in that epoch. So a run continues at step s by starting 
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +18,7 @@ from ..errors import UserError
 from .cache import OnDevice
 from .crops import Views, cut, cut_at_once, reduction
 from .sources import BadImage, Source
-from .workers import Results
+from .workers import compute
 
 SUBSTITUTES = 50  # images tried in place of one that cannot be read, before the run gives up
 # Images up to which the order of an epoch is a list: it takes 0.4 s and 170 MB to make. The order of more images is
@@ -172,25 +170,4 @@ def make_loader(
     if isinstance(source, OnDevice):
         return map(CroppedOnDevice(source, views, seed, finish).__getitem__, order)
     work = Cropped(source, views, seed, finish, scaling).__getitem__
-    return _in_processes(work, order, workers, device) if workers else map(work, order)
-
-
-def _in_processes(
-    work: Callable[[tuple[int, Tensor]], Batch], order: Order, workers: int, device: torch.device
-) -> Iterator[Batch]:
-    batches = Results(work, order, workers)
-    return _pinned(batches) if device.type == "cuda" else batches
-
-
-def _pinned(batches: Results[tuple[int, Tensor], Batch]) -> Iterator[Batch]:
-    """The same batches in memory that a GPU copies from while it computes. A thread moves the next one there."""
-
-    def take() -> Batch | None:
-        batch = next(batches, None)
-        return batch and {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-    with ThreadPoolExecutor(1, "pinned batches") as thread, closing(batches):
-        following = thread.submit(take)
-        while batch := following.result():
-            following = thread.submit(take)
-            yield batch
+    return compute(work, order, workers, pin=device.type == "cuda")
