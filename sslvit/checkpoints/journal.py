@@ -4,6 +4,7 @@ A checkpoint records the length of each file. Lines that came after it are writt
 once, whenever the run was killed. starts.jsonl is never cut: each start adds a line, with the identity of the run.
 """
 
+import errno
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from . import textfile
 
 STARTS, BAD_IMAGES, NONFINITE = "starts.jsonl", "bad_images.txt", "nonfinite.jsonl"
 NAMES = (METRICS, BAD_IMAGES, NONFINITE)
+LARGEST_STARTS = 2**24  # bytes of starts.jsonl; a start takes a thousand
 
 
 def append(path: Path, lines: list[str]) -> None:
@@ -40,7 +42,7 @@ def sync(run_dir: Path) -> None:
 def add_start(run_dir: Path, start: dict[str, Any]) -> bytes:
     """Write the line of a start to starts.jsonl, and return it. Raises OSError."""
     path, line = run_dir / STARTS, json.dumps(start).encode() + b"\n"
-    before = path.read_bytes() if path.exists() else b""
+    before = _start_lines(run_dir) if path.exists() else b""
     textfile.write(path, before + (b"" if before.endswith(b"\n") or not before else b"\n") + line)
     return line
 
@@ -50,10 +52,16 @@ def run_id(run_dir: Path) -> str | None:
     is lost."""
     found = None
     with suppress(OSError):
-        for line in (run_dir / STARTS).read_bytes().splitlines():
+        for line in _start_lines(run_dir).splitlines():
             with suppress(ValueError, TypeError, KeyError):
                 found = str(json.loads(line)["run"])
     return found
+
+
+def _start_lines(run_dir: Path) -> bytes:
+    if (run_dir / STARTS).stat().st_size > LARGEST_STARTS:
+        raise OSError(errno.EFBIG, f"{run_dir / STARTS} is larger than {LARGEST_STARTS} bytes, move it away")
+    return (run_dir / STARTS).read_bytes()
 
 
 def rewind(run_dir: Path, kept: dict[str, int] | None, step: int) -> None:

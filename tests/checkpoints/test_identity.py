@@ -220,6 +220,14 @@ def test_the_identity_of_a_run_is_that_of_its_last_readable_start(tmp_path):
     assert journal.run_id(tmp_path) is None
 
 
+def test_starts_without_end_are_not_read(tmp_path):
+    with (tmp_path / journal.STARTS).open("wb") as file:
+        file.truncate(2**40)
+    assert journal.run_id(tmp_path) is None
+    with pytest.raises(OSError, match="is larger than 16777216 bytes, move it away"):
+        journal.add_start(tmp_path, {"run": "ours"})
+
+
 @pytest.fixture(scope="module")
 def finished(images, tmp_path_factory) -> tuple[Path, list[str]]:
     """A run of 8 steps with checkpoints of 4 and 8, and its command without out=."""

@@ -1,6 +1,10 @@
 """Checkpoints written beside the training, which of them are kept, and what happens when the disk is full."""
 
+import fcntl
 import json
+import os
+import shutil
+import struct
 import subprocess
 import threading
 import time
@@ -148,6 +152,51 @@ def test_a_disk_that_fills_up_while_lines_are_written(images, disk, tmp_path, te
     more = [*arguments, f"epochs={last}"]
     processes.finish(processes.start([*more, f"out={out}"], tmp_path / "log2"), tmp_path / "log2")
     assert [line["step"] for line in processes.lines(out)] == list(range(1, 4 * last + 1))
+
+
+SHUTDOWN, NO_LOG_FLUSH = 0x8004587D, 2  # ioctl of ext4: as if the power went, with what is not yet in its journal
+
+
+@pytest.fixture
+def ext4(tmp_path):
+    """A folder on an ext4 file system of its own, and a function that cuts its power and starts it again."""
+    image, folder = tmp_path / "ext4.img", tmp_path / "ext4"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(64 * 2**20)
+    for command in (["mkfs.ext4", "-q", image], ["mount", "-o", "loop", image, folder]):
+        if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("an ext4 file system of its own is not permitted here")
+
+    def cut() -> None:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.ioctl(descriptor, SHUTDOWN, struct.pack("I", NO_LOG_FLUSH))
+        os.close(descriptor)
+
+    def again() -> None:
+        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["mount", "-o", "loop", image, folder], check=True)
+
+    yield folder, cut, again
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("step", [5, 14])
+def test_a_run_goes_on_after_its_disk_was_cut_off(ext4, images, tmp_path, step):
+    """Before its first checkpoint, and after it: the settings and starts are whole, as the checkpoints are."""
+    folder, cut, again = ext4
+    command, log = ["pretrain", images, *words("mae", "epochs=10", "save.every_steps=6", "workers=0")], tmp_path / "log"
+    whole = processes.start([*command, f"out={tmp_path / 'whole'}"], log)
+    process = processes.start([*command, f"out={folder / 'run'}"], log)
+    processes.wait_for_step(process, folder / "run", step)
+    cut()
+    assert "Traceback" not in processes.finish(process, log, status=2)
+    processes.finish(whole, log)
+    again()
+    for name in ("config.yaml", "starts.jsonl"):
+        assert (folder / "run" / name).stat().st_size > 100
+    processes.finish(processes.start([*command, f"out={folder / 'run'}"], log), log)
+    assert_same_run(tmp_path / "whole", folder / "run")
 
 
 def test_a_list_of_bad_images_that_cannot_be_written_ends_the_run_in_one_sentence(disk):
