@@ -2,6 +2,7 @@
 exported folder, `timm:<name>`, `random:<name>`, or `pixels`."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,7 +237,7 @@ def _from_folder(path: Path, name: str) -> Pretrained:
         low, high = stored.get("value_range") or (None, None)
         value_range = None if low is None or high is None else (float(low), float(high))
         mean, std = data.normalization(
-            data.Config(in_chans=in_chans, mean=_floats(cfg["mean"]), std=_floats(cfg["std"]))
+            data.Config(in_chans=in_chans, mean=_floats(cfg, "mean"), std=_floats(cfg, "std"))
         )
         return Pretrained(built.eval(), mean, std, name, {"folder": str(path)}, path, path / "eval", value_range)
     except UserError:
@@ -247,8 +248,11 @@ def _from_folder(path: Path, name: str) -> Pretrained:
         ) from error
 
 
-def _floats(values: Any) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
+def _floats(cfg: dict[str, Any], key: str) -> tuple[float, ...]:
+    values = cfg[key]
+    if not isinstance(values, list) or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+        raise ValueError(f"{key}={values} must be a list of numbers")
+    return tuple(map(float, values))
 
 
 def _from_timm(name: str, image_size: int | tuple[int, int] | None, args: dict[str, Any], seed: int) -> Pretrained:

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import config as configuration
 from .. import data, objectives, optim, rng, sharding
+from ..checkpoints import textfile
 from ..config import Plan, RunConfig
 from ..data import BadImage, Source, WrappedSource
 from ..data.augment import Normalize, augment
@@ -254,7 +255,7 @@ def save(report: Report, path: Path) -> None:
     values = dataclasses.asdict(report) | {"dtype": str(report.dtype), "images_per_second": 1 / report.loop}
     values |= {"utilisation": report.utilisation, "versions": versions()}
     try:
-        path.expanduser().write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        textfile.write(path.expanduser(), json.dumps(values, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"report={path} cannot be written: {error.strerror}.") from error
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .. import config as configuration
 from .. import data, rng
+from ..checkpoints import textfile
 from ..config import RunConfig
 from ..data import BadImage, Source
 from ..data.crops import resize
@@ -422,7 +423,7 @@ def _share(count: int, whole: int) -> str:
 def save(found: Findings, path: Path) -> None:
     """Write the findings as JSON. Raises UserError."""
     try:
-        path.expanduser().write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n", encoding="utf-8")
+        textfile.write(path.expanduser(), json.dumps(dataclasses.asdict(found), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"report={path} cannot be written: {error.strerror}.") from error
     say(f"written to {path}")

@@ -66,22 +66,17 @@ def precious(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("place", "says"),
-    [
-        ("eval/knn.json", ""),
-        (
-            "eval/features",
-            "No features are kept for the next evaluation in {0} ({0} is a link, and links are not followed).",
-        ),
-        ("eval", "The result cannot be written to {0} ({0} is a link, and links are not followed)"),
-        ("a file eval/features", "No features are kept for the next evaluation in {0} ({0} is no folder)."),
-        ("a file eval", "The result cannot be written to {0} ({0} is no folder): give another place, out=<file>."),
-    ],
-)
-def test_links_and_files_in_the_place_of_results_are_not_followed(
-    cli, labelled, colour_run, tmp_path, precious, place, says
-):
+NOT_FOLLOWED = {  # what is in the place of results: the sentence about it
+    "eval/knn.json": "",
+    "eval/features": "No features are kept for the next evaluation in {0} ({0} is a link, and links are not followed).",
+    "eval": "The result cannot be written to {0} ({0} is a link, and links are not followed)",
+    "a file eval/features": "No features are kept for the next evaluation in {0} ({0} is no folder).",
+    "a file eval": "The result cannot be written to {0} ({0} is no folder): give another place, out=<file>.",
+}
+
+
+@pytest.mark.parametrize("place", NOT_FOLLOWED)
+def test_links_and_files_in_the_place_of_results_are_not_followed(cli, labelled, colour_run, tmp_path, precious, place):
     run, link = tmp_path / "run", tmp_path / "run" / place.removeprefix("a file ")
     shutil.copytree(colour_run, run, ignore=shutil.ignore_patterns("eval"))
     link.parent.mkdir(exist_ok=True)
@@ -91,7 +86,8 @@ def test_links_and_files_in_the_place_of_results_are_not_followed(
         link.symlink_to(precious / "file" if place.endswith("json") else precious)
     words = ["knn", f"run={run}", f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}", "workers=0"]
     status, printed, error = cli(*words)
-    assert (printed + error).count(says.format(link)) == 1 or not says
+    sentence = NOT_FOLLOWED[place].format(link)
+    assert (printed + error).count(sentence) == 1 or not sentence
     assert status == (2 if place.endswith("eval") else 0)
     if status:
         assert cli(*words, f"out={tmp_path / 'knn.json'}")[0] == 0

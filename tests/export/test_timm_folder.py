@@ -215,3 +215,26 @@ def test_an_export_follows_no_link_and_what_cannot_be_written_gets_a_sentence(cl
     assert cli("export", f"run={run}")[0] == 0
     assert [path.name for path in (run / "export").iterdir()] == ["timm"]
     assert [(path.name, path.read_text()) for path in home.iterdir()] == [("config.json", "mine")]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mean", ["a", "b", "c"]),
+        ("mean", "0.5"),
+        ("mean", [0.5]),
+        ("std", [0, 0, 0]),
+        ("std", [float("nan")] * 3),
+        ("mean", None),
+    ],
+)
+def test_impossible_numbers_for_the_pixels_of_an_export_get_a_sentence(
+    fails, colour_run, labelled, tmp_path, key, value
+):
+    subject = pretrained.load(str(colour_run))
+    config = timm_folder.timm_config(subject)
+    config["pretrained_cfg"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(subject.encoder.model.state_dict(), tmp_path / "model.safetensors")
+    error = fails("knn", f"run={tmp_path}", f"data.train={labelled / 'train'}", "workers=0")
+    assert f"{key}=" in error or f"data.{key} has 1 numbers" in error
