@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,9 +23,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sslvit import arguments, config, pretrained
+from sslvit.__main__ import main
 from sslvit.checkpoints import state
 from sslvit.data.sources.decode import BadImage, decode
 from sslvit.errors import UserError
+
+from . import hostile, processes
+from .conftest import words
 
 SECONDS = 20  # of one case, on a machine that does other things as well
 MEMORY = 1 << 30  # bytes that one case may take
@@ -299,3 +304,42 @@ def test_exported_folders_of_strangers(tmp_path, cases):
             pretrained.load(str(folder))
 
     each(CONFIGS, max(10, cases // 2), check)
+
+
+@pytest.fixture(scope="module")
+def bases(labelled, tmp_path_factory) -> dict[str, Path]:
+    """What the campaigns damage: a run of each method with a result, its export, and labelled images."""
+    folder = tmp_path_factory.mktemp("bases")
+    found = {"labelled": labelled, "export": folder / "export"}
+    sets = [f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}", "k=[3]"]
+    for method in ("mae", "dino"):
+        found[method] = folder / method
+        assert main(["pretrain", str(labelled / "train"), *words(method, *hostile.SHORT, f"out={found[method]}")]) == 0
+        assert main(["knn", f"run={found[method]}", *sets]) == 0
+    assert main(["export", f"run={found['mae']}", "to=timm", f"out={found['export']}"]) == 0
+    return found
+
+
+def attacked(names: list[str], cases: range, bases: dict[str, Path], tmp_path: Path) -> dict[str, int]:
+    """{outcome: cases} of hostile cases, in two processes at once. Nothing may go wrong."""
+    halves = []
+    for half in (0, 1):
+        report, log = tmp_path / f"report{half}.json", tmp_path / f"log{half}"
+        arguments = names, list(cases[half::2]), tmp_path / f"place{half}", bases, report
+        halves.append((processes.begin(hostile.attack, *arguments, output=log), report, log))
+    counts, wrong = Counter[str](), []
+    for process, report, log in halves:
+        processes.finish(process, log, seconds=hostile.SECONDS * len(cases))
+        found = json.loads(report.read_text())
+        counts += Counter(found["counts"])
+        wrong += found["wrong"]
+    print(f"{counts.total()} cases of {', '.join(names)}: {dict(counts)}")
+    assert not wrong, "\n\n".join("\n".join(map(str, case)) for case in wrong[:20])
+    return counts
+
+
+@pytest.mark.parametrize("cases", [range(6), pytest.param(range(1000, 2000), marks=pytest.mark.slow)])
+def test_runs_and_exports_of_strangers_whose_checksums_are_right_do_no_harm(bases, tmp_path, cases):
+    counts = attacked(["stranger"], cases, bases, tmp_path)
+    assert counts["refused"] > len(cases) / 4
+    assert counts["taken"] > 0  # much of what is damaged is not read by the command
