@@ -1,10 +1,12 @@
 """Folders and files that somebody else has made, drawn from a seed, and a process of its own for each to be read in.
 
-`attack` makes the cases of a campaign one after another. Nothing of a case may run code, reach the network, write outside
-of its folder, print a secret, end in a traceback, or need more time or memory than its limits.
+`attack` makes the cases of a campaign one after another. No case may run code, reach the network, write outside of its
+folder, print a secret, end in a traceback, or need more time or memory than its limits.
 """
 
+import http.server
 import importlib
+import io
 import json
 import math
 import os
@@ -13,14 +15,23 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import sys
+import tarfile
+import threading
 import time
 import traceback
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sslvit.__main__ import main
@@ -90,7 +101,7 @@ def contained(work: Callable[[], int], place: Place) -> tuple[str, str]:
             resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY,) * 2)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30,) * 2)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            sys.addaudithook(lambda event, _: _network(event))
+            sys.addaudithook(_network)
             status = work()
         except BaseException:
             traceback.print_exc()
@@ -125,25 +136,44 @@ def contained(work: Callable[[], int], place: Place) -> tuple[str, str]:
     return ", ".join(wrong), text
 
 
-def _network(event: str) -> None:
-    if event in ("socket.getaddrinfo", "socket.gethostbyname"):
+def _network(event: str, arguments: tuple) -> None:
+    if event == "socket.getaddrinfo" and not str(arguments[0]).startswith("127.0.0.1"):
         print("reaches the network", flush=True)
 
 
 def attack(names: list[str], seeds: list[int], folder: Path, bases: dict[str, Path], report: Path) -> int:
     """Run cases, and write {"counts": {outcome: n}, "wrong": [[seed, what, words, damage, output]]}."""
-    for name in ("checkpoints.timm_format", "evaluation.compare", "evaluation.finetune", "export.timm_folder"):
+    own = (
+        "checkpoints.timm_format",
+        "evaluation.compare",
+        "evaluation.finetune",
+        "export.timm_folder",
+        "tools.data_report",
+    )
+    for name in (
+        *own,
+        "evaluation.knn",
+        "pretrain",
+        "data.sources.download",
+        "data.sources.hdf5",
+        "data.sources.parquet",
+    ):
         importlib.import_module(f"sslvit.{name}")  # once for all cases
     interpreter, place = Interpreter(), Place(folder)
     interpreter.executable  # noqa: B018 - starts it, once for all cases
     sys.modules["sslvit.checkpoints.timm_format"].sys = interpreter
+    download = sys.modules["sslvit.data.sources.download"]
+    download.TIMEOUT = download.SLOW_SECONDS = 3.0
     counts: dict[str, int] = {}
     wrong = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.secret, place.address = place.outside / "secret.txt", f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     for seed in seeds:
         shutil.rmtree(place.case)
         place.case.mkdir()
         generator = random.Random(seed)
-        make = {"stranger": stranger}[generator.choice(names)]
+        make = {"stranger": stranger, "inputs": inputs}[generator.choice(names)]
         argv, damage = make(generator, place, bases)
         what, text = contained(lambda argv=argv: main([str(word) for word in argv]), place)
         outcome = what or ("taken" if not text.startswith("sslvit ") and "\nsslvit " not in text else "refused")
@@ -161,12 +191,13 @@ NUMBERS = [
     math.inf, -math.inf, math.nan, 10**6, 10**9, 10**12,
 ]  # fmt: skip
 TEXTS = [
-    "", "x", "auto", "null", "mae", "dino", "payload", "runs.theirs.payload", "runs/theirs/payload.py", "venv.__main__",
-    "antigravity", "..", "../../outside/folder", "/etc/passwd", "/dev/zero", "/dev/stdin", "~/secret.txt", "a\0b", "é" * 300,
-    "${oc.env:SSLVIT_SECRET}", "${oc.env:HOME}", "${seed}", "${out}", "${", "???", "\x1b[31mred\x1b[0m", "a\nb\tc", "1e400",
-    "hf-hub:timm/vit_tiny_patch16_224", "local-dir:/tmp", "https://example.com/x.pth", "http://127.0.0.1:9/x.zip",
-    "vit_giant_patch14_dinov2", "vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224", "cls", "mean", "token",
-    "fractals", "cifar10", "!!python/object/apply:os.system ['touch x']", "\u202e", "\ud800",
+    "", "x", "auto", "null", "mae", "dino", "payload", "runs.theirs.payload", "runs/theirs/payload.py",
+    "venv.__main__", "antigravity", "..", "../../outside/folder", "/etc/passwd", "/dev/zero", "/dev/stdin",
+    "~/secret.txt", "a\0b", "é" * 300, "${oc.env:SSLVIT_SECRET}", "${oc.env:HOME}", "${seed}", "${out}", "${", "???",
+    "\x1b[31mred\x1b[0m", "a\nb\tc", "1e400", "hf-hub:timm/vit_tiny_patch16_224", "local-dir:/tmp",
+    "https://example.com/x.pth", "http://127.0.0.1:9/x.zip", "vit_giant_patch14_dinov2", "vit_tiny_patch16_224",
+    "resnet18", "swin_tiny_patch4_window7_224", "cls", "mean", "token", "fractals", "cifar10",
+    "!!python/object/apply:os.system ['touch x']", "\u202e", "\ud800",
 ]  # fmt: skip
 
 
@@ -199,10 +230,11 @@ def put(r: random.Random, values: dict, key: list[str], new: object) -> None:
 
 
 MODEL_ARGS = [
-    "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "depth", "embed_dim", "img_size",
-    "patch_size", "num_heads", "mlp_ratio", "reg_tokens", "act_layer", "norm_layer", "mlp_layer", "block_fn", "embed_layer",
-    "weight_init", "fix_init", "num_classes", "global_pool", "class_token", "scriptable", "exportable", "features_only",
-    "kernel_size", "window_size", "in_chans", "drop_path_rate", "dynamic_img_size", "qkv_bias", "init_values", "no_embed_class",
+    "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "depth", "embed_dim",
+    "img_size", "patch_size", "num_heads", "mlp_ratio", "reg_tokens", "act_layer", "norm_layer", "mlp_layer",
+    "block_fn", "embed_layer", "weight_init", "fix_init", "num_classes", "global_pool", "class_token", "scriptable",
+    "exportable", "features_only", "kernel_size", "window_size", "in_chans", "drop_path_rate", "dynamic_img_size",
+    "qkv_bias", "init_values", "no_embed_class",
 ]  # fmt: skip
 
 
@@ -311,10 +343,11 @@ def change_tensors(r: random.Random, path: Path, place: Place) -> str:
 
 
 RUN_FILES = [
-    "config.yaml", "config.yaml.tmp", "starts.jsonl", "metrics.jsonl", ".lock", "bad_images.txt", "nonfinite.jsonl", "eval",
-    "tensorboard", "checkpoints", "eval/knn.json", "eval/features", "checkpoints/.writing_000000009", "eval/untrained",
-    "checkpoints/step_000000008", "checkpoints/step_000000008/state.json", "checkpoints/step_000000008/sha256.txt",
-    "eval/confusion.png", "eval/retrieval.html", "model.safetensors", "config.json", "README.md", "eval/knn.png",
+    "config.yaml", "config.yaml.tmp", "starts.jsonl", "metrics.jsonl", ".lock", "bad_images.txt", "nonfinite.jsonl",
+    "eval", "tensorboard", "checkpoints", "eval/knn.json", "eval/features", "checkpoints/.writing_000000009",
+    "eval/untrained", "checkpoints/step_000000008", "checkpoints/step_000000008/state.json",
+    "checkpoints/step_000000008/sha256.txt", "eval/confusion.png", "eval/retrieval.html", "model.safetensors",
+    "config.json", "README.md", "eval/knn.png",
 ]  # fmt: skip
 
 
@@ -442,3 +475,363 @@ def stranger(r: random.Random, place: Place, bases: dict[str, Path]) -> tuple[li
             resume,
         ]
     return r.choice(commands), "; ".join(done)
+
+
+def pixels(r: random.Random, h: int = 40, w: int = 36, c: int = 3) -> np.ndarray:
+    return np.random.default_rng(r.randrange(2**32)).integers(0, 256, (h, w, c), dtype=np.uint8)
+
+
+def encoded(r: random.Random, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels(r)).save(file, kind)
+    return file.getvalue()
+
+
+def mutated(r: random.Random, data: bytes) -> bytes:
+    """Some bytes changed, cut, repeated or gone; headers most of all."""
+    changed = bytearray(data)
+    for _ in range(r.choice([0, 1, 1, 3, 10])):
+        at = r.randrange(min(len(changed), r.choice([32, 200, 10**9])) or 1)
+        what = r.choice(["byte", "ones", "zeros", "cut", "repeat", "drop", "tail"])
+        if what == "byte":
+            changed[at : at + 1] = bytes([r.randrange(256)])
+        elif what in ("ones", "zeros"):
+            changed[at : at + r.choice([4, 8])] = (b"\xff" if what == "ones" else b"\0") * r.choice([4, 8])
+        elif what == "cut":
+            del changed[at:]
+        elif what == "repeat":
+            changed[at:at] = changed[at : at + 100]
+        elif what == "drop":
+            del changed[at : at + r.randrange(1, 20)]
+        elif len(changed) > 100:  # the directory of an archive
+            changed[-r.randrange(1, 100)] = r.randrange(256)
+    return bytes(changed)
+
+
+MEMBERS = [
+    "a/0.png", "../../outside/new.png", "/etc/passwd", "x" * 300 + ".png", "a\nb.png", "\x1b[31m.png", "é.png",
+    "a//b.png", "0.cls", "0.json", ".png", "a/", "con.png", "0.PNG", "0.npy", "0.tif", "0.svg", "\u202egnp.png",
+    "0.png/1.png",
+]  # fmt: skip
+
+
+def hostile_zip(r: random.Random, path: Path, place: Place) -> str:
+    with (
+        warnings.catch_warnings(),
+        zipfile.ZipFile(path, "w", r.choice([zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])) as file,
+    ):
+        warnings.simplefilter("ignore")  # the same name twice
+        for _ in range(r.choice([1, 4, 40])):
+            file.writestr(r.choice(MEMBERS), encoded(r) if r.random() < 0.7 else hostile_image(r)[0])
+        if r.random() < 0.3:  # two thousand times smaller than what it becomes
+            file.writestr(r.choice(["0.png", "0.cls", "0.npy", "0.tif"]), bytes(r.choice([10**6, 3 * 10**8])), 8)
+    data = path.read_bytes()
+    if r.random() < 0.5:  # sizes that are not so
+        at = data.rfind(b"PK\1\2")
+        field = r.choice([20, 24, 42, 28, 10, 8, 16])
+        value = r.choice([0xFFFFFFFF, 0xFFFFFFFE, 2**31, 0, 99]).to_bytes(4, "little")
+        data = data[: at + field] + value + data[at + field + 4 :]
+    path.write_bytes(mutated(r, data) if r.random() < 0.5 else data)
+    return "zip"
+
+
+def hostile_tar(r: random.Random, path: Path, place: Place) -> str:
+    with tarfile.open(path, "w", format=r.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])) as file:
+        for _ in range(r.choice([1, 4, 40])):
+            about, data = tarfile.TarInfo(r.choice(MEMBERS)), encoded(r)
+            about.size = len(data)
+            if r.random() < 0.3:
+                about.type = r.choice(
+                    [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE]
+                )
+                about.linkname = r.choice(
+                    [str(place.outside / "secret.txt"), "../../outside/secret.txt", "0.png", "/dev/zero"]
+                )
+            elif r.random() < 0.2:
+                about.pax_headers = {"size": str(r.choice([10**18, -1])), "path": "x" * 10**5, "GNU.sparse.major": "1"}
+            file.addfile(about, io.BytesIO(data))
+    data = bytearray(path.read_bytes())
+    if r.random() < 0.4:  # the size in the header of the first member
+        data[124:136] = r.choice([b"77777777777\0", b"\x80" + b"\xff" * 11, b"-0000000001\0", b"abc\0".ljust(12)])
+        data[148:156] = b" " * 8
+        data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(mutated(r, data) if r.random() < 0.5 else data)
+    return "tar"
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def hostile_image(r: random.Random) -> tuple[bytes, str]:
+    """(contents, ending)."""
+    kind = r.choice(["png", "jpeg", "tiff", "gif", "bmp", "webp", "npy", "mutated", "mutated", "mutated", "ppm"])
+    side = r.choice([20_000, 60_000, 2**31 - 1])
+    if kind == "png":
+        depth = r.choice([8, 16])
+        header = struct.pack(">IIBBBBB", side, r.choice([side, 1, 20_000]), depth, r.choice([0, 2, 6]), 0, 0, 0)
+        body = chunk(b"IDAT", zlib.compress(bytes(10**7)))
+        text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8))) if r.random() < 0.3 else b""
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + text + body + chunk(b"IEND", b""), ".png"
+    if kind == "jpeg":
+        data = bytearray(encoded(r, "JPEG"))
+        at = data.find(b"\xff\xc0")
+        data[at + 5 : at + 9] = struct.pack(">HH", *r.choice([(65500, 65500), (0, 65500), (65500, 16), (20000, 20000)]))
+        return bytes(data), ".jpg"
+    if kind == "tiff":
+        file = io.BytesIO()
+        Image.fromarray(pixels(r)[..., 0].astype(np.uint16)).save(file, "TIFF")
+        data = bytearray(file.getvalue())
+        for tag in (256, 257, 278):
+            at = data.find(struct.pack("<HH", tag, 4)) + 1 or data.find(struct.pack("<HH", tag, 3)) + 1
+            if at and r.random() < 0.8:
+                data[at + 1 : at + 11] = struct.pack("<HII", 4, 1, r.choice([60_000, 2**31, 0]))
+        return bytes(data), ".tif"
+    if kind == "gif":
+        return b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes([0xF0, 0, 0]) + bytes(6) + b"," + bytes(
+            9
+        ) + b"\2\0;", ".gif"
+    if kind == "bmp":
+        return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 100, 0, 0, 54, 40, side, -side, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(
+            50
+        ), ".bmp"
+    if kind == "ppm":
+        return b"P6 %d %d 65535\n" % (side, side) + bytes(100), ".ppm"
+    if kind == "npy":
+        return hostile_npy(r), ".npy"
+    name = r.choice(["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"])
+    return mutated(r, encoded(r, name if kind == "mutated" else "WEBP")), f".{name.lower()}"
+
+
+def hostile_npy(r: random.Random) -> bytes:
+    shape = r.choice(
+        ["(10, 40, 36, 3)", "(1, 99999, 99999)", "(99999999999, 2, 2)", "(-1, 2, 2)", "(2,)", "()", "(True,)", "(1e9,)"]
+    )
+    kind = r.choice(["|u1", "<f8", "|O", "<U9", "<c16", "|V8", "[('a', '<f8')]", "<m8", "x"])
+    kind = kind if kind[0] == "[" else repr(kind)
+    text = f"{{'descr': {kind}, 'fortran_order': {r.random() < 0.2}, 'shape': {shape}, }}"
+    text = r.choice([text, text, text, "[" * 2000, "{'descr': 1}", "__import__('os').system('x')"])
+    return (
+        b"\x93NUMPY\1\0" + struct.pack("<H", len(text) + 1) + text.encode() + b"\n" + bytes(r.choice([0, 100, 50_000]))
+    )
+
+
+def hostile_array(r: random.Random, path: Path, place: Place) -> str:
+    objects = np.empty(3, dtype=object)
+    objects[:] = [Trap(place.marker)] * 3
+    if path.suffix == ".npy":
+        np.save(path, objects, allow_pickle=True) if r.random() < 0.2 else path.write_bytes(hostile_npy(r))
+        return "npy"
+    zeros = np.broadcast_to(np.zeros((), np.uint8), (r.choice([4, 4, 200_000]), 40, 36, 3))
+    choices = [
+        {"images": zeros},
+        {"images": objects},
+        {"images": pixels(r)[None], "labels": objects},
+        {"x": np.zeros(3)},
+        {},
+    ]
+    np.savez_compressed(path, **r.choice(choices))
+    if r.random() < 0.5:
+        path.write_bytes(mutated(r, path.read_bytes()))
+    return "npz"
+
+
+def hostile_hdf5(r: random.Random, path: Path, place: Place) -> str:
+    import h5py
+
+    what = r.choice(
+        ["virtual", "external", "link", "loop", "huge", "packed", "chunks", "kinds", "bytes", "bytes", "itself"]
+    )
+    with h5py.File(path, "w") as file:
+        if what in ("virtual", "itself"):
+            layout = h5py.VirtualLayout((10, 40, 36), np.uint8)
+            layout[:] = h5py.VirtualSource(
+                "." if what == "itself" else str(place.outside / "secret.txt"), "images", (10, 40, 36)
+            )
+            file.create_virtual_dataset("images", layout)
+        elif what == "external":
+            name = str(r.choice(["/etc/passwd", place.outside / "secret.txt", "/dev/zero"]))
+            file.create_dataset("images", (3, 4, 4), np.uint8, external=[(name, 0, 48)])
+        elif what == "link":
+            file["images"] = r.choice([h5py.ExternalLink(str(place.outside / "x.h5"), "y"), h5py.SoftLink("/nowhere")])
+        elif what == "loop":
+            file["a"] = h5py.SoftLink("/b")
+            file["b"] = h5py.SoftLink("/a")
+            file.create_group("c")["d"] = file["/"]
+        elif what == "huge":
+            file.create_dataset(
+                "images", (r.choice([1, 10**9]), 40_000, 40_000), np.float64, chunks=(1, 10, 10), compression="gzip"
+            )
+        elif what == "packed":
+            data = file.create_dataset(
+                "images", (2, 20_000, 20_000), np.uint8, chunks=(1, 20_000, 20_000), compression="gzip"
+            )
+            data[0] = 0
+        elif what == "chunks":
+            file.create_dataset("images", (4, 8, 8), np.uint8, chunks=(4, 8, 8), maxshape=(None, None, None))
+            file.create_dataset("labels", data=np.arange(4) - 2**62)
+        elif what == "kinds":
+            data = r.choice(
+                [np.zeros((3, 4)), np.array([b"x", b"yy"]), np.zeros((2, 4, 4), complex), np.zeros((2, 4, 4), "i8") - 5]
+            )
+            file.create_dataset("images", data=data)
+        else:
+            file.create_dataset("images", data=np.stack([pixels(r) for _ in range(8)]))
+            file.create_dataset("labels", data=np.arange(8) % 2)
+    if what == "bytes":
+        path.write_bytes(mutated(r, path.read_bytes()))
+    return f"hdf5: {what}"
+
+
+def hostile_table(r: random.Random, path: Path, place: Place) -> str:
+    (place.case / "0.png").write_bytes(encoded(r))
+    os.mkfifo(place.case / "pipe.png")
+    (place.case / "link.png").symlink_to(place.outside / "secret.txt")
+    names = [
+        "0.png", "pipe.png", "link.png", "/dev/zero", "/dev/stdin", "/proc/self/environ", "../outside/secret.txt",
+        ".", "", "x" * 5000, "a\0b", "http://127.0.0.1:9/x.png", "\x1b]0;x\7.png", '"0.png', "0.png\t0.png", "*.png",
+        "~", "[a", "é",
+    ]  # fmt: skip
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        cells = [
+            r.choice([None, b"", encoded(r), b"x" * 100, hostile_image(r)[0][: 10**6]]) for _ in range(r.choice([1, 9]))
+        ]
+        table = {"image": pyarrow.array(cells, pyarrow.binary()), "label": [r.choice([-1, 2**62, 0]) for _ in cells]}
+        pyarrow.parquet.write_table(pyarrow.table(table if r.random() < 0.8 else {"x": [1]}), path)
+        path.write_bytes(mutated(r, path.read_bytes()) if r.random() < 0.7 else path.read_bytes())
+        return "parquet"
+    separator = {".csv": ",", ".tsv": "\t"}.get(path.suffix, "\n")
+    labels = [""] if path.suffix == ".txt" else [separator + label for label in ("1", "x", "1e999", "", "nan")]
+    rows = ["path" + separator + "label"] if r.random() < 0.5 and path.suffix != ".txt" else []
+    rows += [r.choice(names) + r.choice(labels) for _ in range(r.choice([1, 5, 5000]))]
+    data = "\n".join(rows).encode("utf-8", "surrogatepass")
+    path.write_bytes(
+        r.choice([data, data, mutated(r, data), b"\xff\xfe" + data, b"a," * 10**6, data.replace(b"\n", b"\r")])
+    )
+    return path.suffix
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers in a way that the name of the file chooses."""
+
+    protocol_version = "HTTP/1.0"
+
+    def do_GET(self) -> None:
+        seed, what = self.path.strip("/").split(".")[0].split("-", 1)
+        data = encoded(random.Random(int(seed)))
+        if what == "raw":
+            self._send(mutated(random.Random(int(seed)), b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n123456789"))
+        elif what == "slowheader":
+            self._slowly(b"HTTP/1.0 200 OK\r\nX: " + b"y" * 10**6)
+        elif what == "headers":
+            self._send(b"HTTP/1.0 200 OK\r\n" + b"X: y\r\n" * 10**5 + b"\r\n" + data)
+        else:
+            with suppress(OSError):
+                self._answer(seed, what, data)
+
+    def _answer(self, seed: str, what: str, data: bytes) -> None:
+        self.send_response({"moved": 302, "gone": 404, "odd": 999, "partial": 206}.get(what, 200))
+        if what == "moved":
+            targets = [
+                f"file://{self.server.secret}",
+                self.path,
+                "http://[::1/x.zip",
+                "ftp://127.0.0.1:9/x",
+                "/%00.zip",
+                "//",
+            ]
+            self.send_header("Location", random.Random(int(seed)).choice(targets))
+        lengths = {"longer": len(data) + 9, "huge": 10**18, "negative": -5, "text": "x", "shorter": 10}
+        if what in lengths:
+            self.send_header("Content-Length", str(lengths[what]))
+        if what == "packed":
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        if what == "slow":
+            self._slowly(data * 100)
+        if what == "endless":
+            while self._send(bytes(2**20)):
+                pass
+        self._send(data)
+
+    def _send(self, data: bytes) -> bool:
+        try:
+            return bool(self.wfile.write(data))
+        except OSError:
+            return False
+
+    def _slowly(self, data: bytes) -> None:
+        for i in range(len(data)):
+            if not self._send(data[i : i + 1]):
+                break
+            time.sleep(0.5)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+ANSWERS = [
+    "raw", "slowheader", "headers", "moved", "moved", "gone", "odd", "partial", "longer", "huge", "negative", "text",
+    "shorter", "packed", "slow", "endless", "good",
+]  # fmt: skip
+
+
+def hostile_url(r: random.Random, address: str) -> str:
+    odd = [
+        "http://[::1/a.zip",
+        f"{address}/%00.zip",
+        f"{address}/{'x' * 300}.zip",
+        "http://127.0.0.1:99999/a.zip",
+        "http:///a.zip",
+    ]
+    if r.random() < 0.2:
+        return r.choice(odd)
+    ending = r.choice([".zip", ".tar", ".npy", ".h5", ".parquet", ".npz"])
+    return f"{address}/{r.randrange(10**6)}-{r.choice(ANSWERS)}{ending}"
+
+
+def inputs(r: random.Random, place: Place, bases: dict[str, Path]) -> tuple[list, str]:
+    """(the words of a command, what kind of images it is given)."""
+    makers = {
+        ".zip": hostile_zip, ".tar": hostile_tar, ".npy": hostile_array, ".npz": hostile_array, ".h5": hostile_hdf5,
+        ".parquet": hostile_table, ".csv": hostile_table, ".txt": hostile_table, ".tsv": hostile_table,
+    }  # fmt: skip
+    kind = r.choice([*makers, ".zip", ".h5", ".npz", "folder", "folder", "folder", "url", "url"])
+    if kind == "folder":
+        given, damage = place.case / "images", "folder"
+        given.mkdir()
+        for i in range(r.choice([1, 3, 12])):
+            data, ending = hostile_image(r) if r.random() < 0.7 else (encoded(r), ".png")
+            name = f"{i}{r.choice(['', chr(10), chr(27) + '[31m', 'é', chr(0xDCFF), ' '])}{ending}"
+            (given / name).write_bytes(data)
+            damage += f" {ending}"
+        if r.random() < 0.3:
+            os.mkfifo(given / "pipe.png")
+            (given / "loop").symlink_to(given)
+            (given / "zero.png").symlink_to("/dev/zero")
+    elif kind == "url":
+        given = hostile_url(r, place.address)
+        damage = given
+    else:
+        given = place.case / f"x{kind}"
+        damage = makers[kind](r, given, place)
+    small = [*words("mae", "steps=3", "warmup_epochs=0", "global_batch_size=1", "precision=float32"), "bad_ratio=1"]
+    more = [f"workers={r.choice([0, 0, 1])}", f"download_dir={place.case / 'download'}"]
+    labelled = bases["labelled"]
+    commands = [
+        ["pretrain", given, *small, *more, f"out={place.case / 'run'}"],
+        ["data", given, *small, *more, f"out={place.case / 'run'}", "sample=20"],
+        [
+            "knn",
+            "run=random:test_vit",
+            f"data.train={given}",
+            f"data.test={labelled / 'test'}",
+            *more,
+            "k=[1]",
+            f"out={place.case / 'o'}",
+        ],
+    ]
+    return r.choice(commands), damage
