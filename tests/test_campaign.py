@@ -16,7 +16,7 @@ import torch
 
 from sslvit.checkpoints import state
 
-from . import processes
+from . import mounts, processes
 from .checkpoints.test_state import saved, trained
 from .conftest import words
 from .processes import assert_same_run
@@ -159,3 +159,47 @@ def test_five_hundred_damaged_checkpoints_are_refused_and_the_older_one_is_taken
     print(f"{met.total() - met['unchanged']} damaged checkpoints: {dict(sorted(met.items()))}")
     assert met.total() - met["unchanged"] >= 400
     assert len(met) == 20  # each kind in each file
+
+
+@pytest.fixture(scope="module")
+def can_mount(tmp_path_factory) -> int:
+    """0: not here. 1: a tmpfs. 2: also ext4 on a loop device."""
+    folder = tmp_path_factory.mktemp("mount")
+    process = processes.begin(mounts.allowed, folder, output=folder.parent / "mount_log")
+    process.join(60)
+    return process.exitcode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True], ids=["64 MB", "full"])
+def test_a_small_or_full_dev_shm_changes_nothing(can_mount, images, tmp_path, full):
+    """Four batches of 36 images of 448 x 448 pixels, which two loader processes have ready, are 87 MB."""
+    if can_mount < 1:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+    sizes = [
+        "image_size=448",
+        "model.args.patch_size=56",
+        "global_batch_size=36",
+        "epochs=6",
+        "workers=2",
+        "cache=false",
+    ]
+    arguments = ["pretrain", str(images), *words("mae", *sizes, "warmup_epochs=0")]
+    processes.finish(processes.start([*arguments, f"out={tmp_path / 'whole'}"], tmp_path / "log"), tmp_path / "log")
+    work = "64m", full, [*arguments, f"out={tmp_path / 'small'}"]
+    process = processes.begin(mounts.with_little_shm, *work, output=tmp_path / "log")
+    processes.finish(process, tmp_path / "log", seconds=300)
+    assert_same_run(tmp_path / "whole", tmp_path / "small")
+
+
+@pytest.mark.slow  # two minutes
+def test_runs_on_a_disk_whose_power_is_cut_go_on_from_a_whole_checkpoint(can_mount, whole, tmp_path):
+    if can_mount < 2:
+        pytest.skip("this machine lets nobody mount ext4 on a loop device")
+    for case in range(20):
+        arguments, expected, seconds = whole(*VARIANTS[case % 4])
+        folder, log = tmp_path / f"cut{case}", tmp_path / f"log{case}"
+        words_of_case = [str(word) for word in arguments]
+        process = processes.begin(mounts.power_cut, case, folder, words_of_case, seconds, expected, output=log)
+        processes.finish(process, log, seconds=300)
+        print(log.read_text())
