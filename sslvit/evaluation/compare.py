@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..distributed import say
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..pretrained import results_folder
 from . import Column, commands
 from .records import check_out, table, unpack_bits, write
@@ -93,7 +93,7 @@ def compare(runs: list[str], config: Config) -> dict[str, Any]:
             )
     notes = [note for file in files for note in _departures(records, file, dict(columns)[file])]
     notes += [f"{run}, {file}: {note}" for run, own in records.items() for file, record in own.items()
-              for note in (*record.get("notes", ()), record.get("note")) if note]  # fmt: skip
+              for note in _notes(record)]  # fmt: skip
     say(*notes)
     numbers = {run: {name: cell.number for name, cell in own.items()} for run, own in cells.items()}
     report = {"results": numbers, "differences": differences, "notes": notes}
@@ -114,11 +114,20 @@ def _read(name: str, columns: list[tuple[str, Column]]) -> Records:
             try:
                 records[file] = json.loads(path.read_text(encoding="utf-8"))
                 found = [cell for of, column in columns if of == file for cell in _cells(records[file], file, column)]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                for cell in found:  # what else is read later
+                    unpack_bits(cell.right or "0:")
+                    _protocol(cell.record, cell.column)
+                    _notes(cell.record)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 found = []
             if not found:
                 raise UserError(f"{path} is not a result that this version can read: evaluate again.")
     return records
+
+
+def _notes(record: dict[str, Any]) -> list[str]:
+    """What a reader of the result must know."""
+    return [printable(str(note)) for note in (*record.get("notes", ()), record.get("note")) if note]
 
 
 def _cells(record: dict[str, Any], file: str, column: Column) -> Iterator[Cell]:

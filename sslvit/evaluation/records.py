@@ -50,7 +50,7 @@ def check_out(path: str) -> None:
     if file.exists():
         try:
             ours = {"results", "evaluation"} & set(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             ours = set()
         if not ours:
             raise UserError(f"out={path} exists and holds no result of sslvit: give another name.")
@@ -65,8 +65,10 @@ def pack_bits(right: Tensor) -> str:
 
 
 def unpack_bits(text: str) -> np.ndarray:
-    """What `pack_bits` was given: [N] bool."""
+    """What `pack_bits` was given: [N] bool. Raises ValueError."""
     count, digits = text.split(":")
+    if len(digits) != 2 * -(-int(count) // 8):
+        raise ValueError(f"{len(digits)} digits do not hold {count} bits")
     return np.unpackbits(np.frombuffer(bytes.fromhex(digits), dtype=np.uint8), count=int(count)).astype(bool)
 
 

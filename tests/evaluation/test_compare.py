@@ -118,3 +118,19 @@ def test_real_results_of_a_run_and_of_its_beginning(cli, fails, labelled, colour
     assert "is not a result that this version can read" in fails("compare", run)
     assert "compare needs runs" in fails("compare")
     assert "Did you mean seed?" in fails("compare", run, "sed=1")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "[" * 200_000, {"settings": "x"}, {"notes": 5}, {"results": {"top1": 1.0, "right": 5}},
+        {"results": {"top1": 1.0, "right": "16:zzzz"}}, {"results": {"top1": 1.0, "right": "999999999999:00"}},
+    ],
+    ids=lambda changed: str(changed)[:40],
+)  # fmt: skip
+def test_a_result_that_somebody_else_wrote_is_read_or_refused(fails, tmp_path, changed):
+    write(tmp_path / "a", "linear", record([True] * 16))
+    write(tmp_path / "b", "linear", record([True] * 16) | (changed if isinstance(changed, dict) else {}))
+    if isinstance(changed, str):
+        (tmp_path / "b" / "eval" / "linear.json").write_text(changed)
+    assert "is not a result that this version can read" in fails("compare", tmp_path / "a", tmp_path / "b")
