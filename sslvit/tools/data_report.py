@@ -52,6 +52,7 @@ MIN_CENTERED = 50  # images; their mean thumbnail is subtracted: scans of one or
 FLAT = 2.0  # standard deviation of a thumbnail, in levels of 255; below it an image shows nothing
 EXAMPLES = 3  # of each finding that are printed
 SAY_EVERY = 10.0  # seconds
+BLOCK = 2**20  # pixels of a large image that are measured at a time
 CHUNK = 32  # images that a process examines before it answers
 MODES = {
     "1": "1-bit gray", "L": "gray", "LA": "gray with alpha", "P": "palette", "PA": "palette with alpha",
@@ -152,10 +153,14 @@ class Examination:
             image, file = source.read(place), None
         digest = hashlib.sha256(f"{tuple(image.shape)}".encode())
         digest.update(image.contiguous().numpy().data)
-        values = image.flatten(1).double()
+        parts = image.split(max(1, BLOCK // image.shape[2]), dim=1)  # of a few rows: float64 takes eight times as much
+        mean, mean_square = (
+            sum((part.double() ** power).sum(dim=(1, 2)) for part in parts) / image[0].numel() for power in (1, 2)
+        )
+        gray = torch.cat([part.float().mean(dim=0, keepdim=True) for part in parts], dim=1)
         return ImageStats(
-            index, tuple(image.shape), file, image.dtype != torch.uint8, digest.digest(), values.mean(dim=1).numpy(),
-            values.square().mean(dim=1).numpy(), float(image.max()), thumbnail(image.float()),
+            index, tuple(image.shape), file, image.dtype != torch.uint8, digest.digest(), mean.numpy(),
+            mean_square.numpy(), float(image.max()), thumbnail(gray),
         )  # fmt: skip
 
 

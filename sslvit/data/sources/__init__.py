@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..config import Config
+from .limits import regular
 from .source import BadImage, Source, WrappedSource
 from .syntax import is_pattern, split_part
 
@@ -22,6 +23,7 @@ def open_source(spec: str, config: Config) -> Source:
     kind = kind_of(spec)
     if kind is None:
         raise UserError(_unknown(spec))
+    regular(Path(split_part(spec)[0]).expanduser())
     module, function = KINDS[kind].split(":")
     source: Source = getattr(import_module(f".{module}", __package__), function)(spec, config)
     return source

@@ -24,7 +24,6 @@ from ...errors import UserError
 from ..config import Config
 from .files import (
     EXTENSIONS,
-    MAX_BYTES,
     SCIENTIFIC,
     SOME_EXTENSIONS,
     Encoded,
@@ -34,6 +33,7 @@ from .files import (
     stamp,
     unfinished,
 )
+from .limits import HOW, MAX_BYTES, size_text, unpacked_limit
 from .names import Names, numbered, top_folders
 from .source import BadImage
 
@@ -118,7 +118,9 @@ class Archive(Encoded):
     def _bytes(self, row: np.ndarray, limit: int) -> bytes:
         number, place, packed, size, checksum, method = row.tolist()
         if max(packed, size) > limit:
-            raise BadImage(f"it has {max(packed, size) / 2**20:,.0f} MiB, which is no image")
+            raise BadImage(f"it has {size_text(max(packed, size))}, which is no image: {HOW}")
+        if size > unpacked_limit(packed):
+            raise BadImage(f"its {size_text(packed)} would become {size_text(size)}: make the zip without compression")
         try:
             if checksum < 0:  # in a tar nothing is packed
                 return self.ranges.read(number, place, packed)
@@ -317,7 +319,7 @@ def _label(ending: str, data: bytes) -> str | None:
         return text
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     value = next((record[key] for key in LABEL_KEYS if key in record), None) if isinstance(record, dict) else None
     return str(value) if isinstance(value, (int, str)) else None

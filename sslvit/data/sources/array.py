@@ -1,6 +1,7 @@
 """A .npy file of images, mapped into memory, or an array of a .npz: [N, H, W] or [N, H, W, C] of uint8, uint16 or
 floats."""
 
+import math
 import zipfile
 import zlib
 from pathlib import Path
@@ -9,10 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from ...errors import UserError
+from ...hardware import free_memory
 from ..config import Config
 from .files import fingerprint_of
+from .limits import LABELS, MAX_RATIO, regular, size_text, unpacked_limit
 from .names import numbered
-from .pixels import MAX_PIXELS, from_array
+from .pixels import from_array, refuse_bomb
 from .source import BadImage, Source
 from .syntax import split_part
 
@@ -28,7 +31,7 @@ class Array(Source):
         else:
             beside = path.with_suffix(".labels.npy")
             self.pixels, labels, where = _mapped(path), _mapped(beside) if beside.exists() else None, str(beside)
-        check_shape(self.pixels.shape, config.in_chans, str(path))
+        check_shape(self.pixels.shape, self.pixels.dtype, config.in_chans, str(path))
         self.classes, self.labels = classes_of(labels, len(self), where)
 
     def __len__(self) -> int:
@@ -67,27 +70,52 @@ def _packed(path: Path, name: str) -> tuple[np.ndarray, np.ndarray | None, str]:
                     f"{path.name}:{(names or ['name'])[0]}."
                 )
             beside = name.replace("images", "labels")
-            labels = file[beside] if beside != name and beside in names else None
-            return file[name], labels, f"{path}:{beside}"
+            beside = beside if beside != name and beside in names else ""
+            for member in file.zip.infolist():
+                if member.filename.removesuffix(".npy") in (name, beside):
+                    _check_packed(f"{path}:{member.filename}", member)
+            return file[name], file[beside] if beside else None, f"{path}:{beside}"
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
-        raise UserError(f"data: {path} cannot be read as arrays: {str(error).splitlines()[0]}.") from error
+    except (
+        OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError, RuntimeError,
+        AttributeError,
+    ) as error:  # AttributeError: it is no zip  # fmt: skip
+        raise UserError(f"data: {path} cannot be read as arrays: {BadImage(error)}.") from error
+
+
+def _check_packed(where: str, member: zipfile.ZipInfo) -> None:
+    """Raises UserError for an array that would take too much memory when it is unpacked."""
+    size, free = member.file_size, free_memory()
+    if size > unpacked_limit(member.compress_size, LABELS):
+        raise UserError(
+            f"data: {where} would become {size_text(size)} from {size_text(member.compress_size)}, more than "
+            f"{MAX_RATIO} times as much: save it as a .npy file, which is read in place."
+        )
+    if size > free:
+        raise UserError(
+            f"data: {where} takes {size_text(size)} and {size_text(free)} of memory are free: save it as a .npy file, "
+            "which is read in place."
+        )
 
 
 def _mapped(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r")
+        return np.lib.format.open_memmap(regular(path), mode="r")
+    except UserError:
+        raise
     except (OSError, ValueError, EOFError, OverflowError, MemoryError) as error:  # too short, or an absurd header
-        raise UserError(f"data: {path} cannot be read as an array: {str(error).splitlines()[0]}.") from error
+        raise UserError(f"data: {path} cannot be read as an array: {BadImage(error)}.") from error
 
 
-def check_shape(shape: tuple[int, ...], in_chans: int, where: str) -> None:
+def check_shape(shape: tuple[int, ...], dtype: np.dtype, in_chans: int, where: str) -> None:
     """Raises UserError for an array that does not hold images of in_chans channels."""
     if len(shape) not in (3, 4) or 0 in shape:
         raise UserError(f"data: {where} has the shape {list(shape)}: images are [N, H, W] or [N, H, W, C].")
-    if shape[1] * shape[2] > MAX_PIXELS:
-        raise UserError(f"data: {where} has the shape {list(shape)}: an image has at most {MAX_PIXELS:,} pixels.")
+    try:
+        refuse_bomb(shape[2], shape[1], math.prod(shape[3:]), dtype.itemsize)
+    except BadImage as error:
+        raise UserError(f"data: {where} has the shape {list(shape)}: an image is too large, {error}.") from error
     try:
         from_array(np.broadcast_to(np.uint8(0), shape[1:]), in_chans)
     except BadImage as error:
@@ -106,5 +134,8 @@ def classes_of(values: np.ndarray | None, count: int, where: str) -> tuple[list[
     if values.shape != (count,) or values.dtype.kind not in "iubSUO":
         raise UserError(f"data: {where} must hold one whole number for each of the {count} images.")
     if values.dtype.kind in "iub":
-        return numbered(["" if value < 0 else str(int(value)) for value in values])
+        numbers, inverse = np.unique(values.astype(np.int64), return_inverse=True)
+        first = int(np.searchsorted(numbers, 0))  # the numbers before it are negative
+        found = [str(number) for number in numbers[first:].tolist()]
+        return found, np.maximum(inverse.astype(np.int64) - first, -1) if found else None
     return numbered([value.decode() if isinstance(value, bytes) else str(value) for value in values])

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from ...errors import UserError
 from .dicom import decode_dicom
-from .pixels import MAX_PIXELS, MODES, from_array, from_pil, refuse_bomb
+from .limits import HOW, MAX_PIXELS
+from .pixels import MODES, from_array, from_pil, refuse_bomb
 from .source import BadImage, Reduction, ValueRange
 from .tiff import decode_tiff, is_deep
 
 JPEG, PNG, NPY, DICOM = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY", b"DICM"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+SCAN, MAX_SCANS = b"\xff\xda", 200  # what begins a scan of a JPEG; progressive ones have 10 or so
 JPEG_MODES = {1: "GRAY", 3: "RGB"}  # simplejpeg's, by number of channels
 MIN_SCALED = 2_000_000  # pixels; smaller JPEGs are always read at their own scale
 
@@ -61,7 +63,7 @@ def decode_smaller(
     except UserError as error:  # a missing package
         raise BadImage(error) from error
     except Image.DecompressionBombError as error:
-        raise BadImage(f"it has more than {MAX_PIXELS / 1e6:.0f} million pixels") from error
+        raise BadImage(f"it has more than {MAX_PIXELS / 1e6:.0f} million pixels: {HOW}") from error
     except Exception as error:  # decoders raise OSError, RuntimeError, SyntaxError, struct.error and others
         raise BadImage(error) from error
 
@@ -75,6 +77,8 @@ def _jpeg(data: bytes, in_chans: int, reduction: Reduction | None) -> tuple[Tens
     """
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     refuse_bomb(width, height)
+    if width * height >= MIN_SCALED and data.count(SCAN) > MAX_SCANS:
+        raise BadImage(f"it has more than {MAX_SCANS} scans, each of which takes the time of an image")
     if colours in ("CMYK", "YCCK"):
         raise ValueError("simplejpeg and PIL round these colours differently")
     scale = reduction(height, width) if reduction and width * height >= MIN_SCALED else 1
@@ -108,7 +112,7 @@ def _deep_png(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
 
     def unpacked(layout: str) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
-            refuse_bomb(*image.size, 2 * channels)
+            refuse_bomb(*image.size, channels, 2)
             tile: Any = image.tile[0]  # a plain tuple in older versions of PIL
             tile = tile._replace(args=layout) if hasattr(tile, "_replace") else (*tile[:3], layout)
             image.tile = [tile]
@@ -117,8 +121,10 @@ def _deep_png(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
     if channels == 2:  # four bytes a pixel, as those of colour with alpha
         pairs = unpacked("RGBA")
         return from_array(pairs[:, :, 0::2].astype(np.uint16) << 8 | pairs[:, :, 1::2], in_chans, value_range)
-    upper, lower = (unpacked(f"{MODES[channels]};16{order}") for order in "BL")
-    return from_array(upper.astype(np.uint16) << 8 | lower, in_chans, value_range)
+    values = unpacked(f"{MODES[channels]};16B").astype(np.uint16)
+    values <<= 8
+    values |= unpacked(f"{MODES[channels]};16L")
+    return from_array(values, in_chans, value_range)
 
 
 def _npy(data: bytes) -> np.ndarray:

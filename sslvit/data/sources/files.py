@@ -13,6 +13,7 @@ from torch import Tensor
 from ...errors import UserError, require
 from ..config import Config
 from .decode import decode, decode_smaller
+from .limits import HOW, MAX_BYTES, size_text
 from .names import Names
 from .pixels import MODES
 from .source import BadImage, Reduction, Source
@@ -25,7 +26,6 @@ SCIENTIFIC = frozenset([".dcm", ".dicom", ".npy"])  # looked for where there is 
 DEEP = frozenset([".tif", ".tiff", *SCIENTIFIC])  # those that can have more than four channels
 SOME_EXTENSIONS = ".jpg, .png, .webp, .tif, .bmp and the like"
 SAMPLE, BLOCK = 64, 2**16  # blocks that a fingerprint reads, and their bytes
-MAX_BYTES = 2**31  # of one encoded image; a larger file is no image, and reading it would fill the memory
 
 
 class Encoded(Source):
@@ -81,11 +81,11 @@ def read_file(path: str) -> bytes:
         if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for ever
             raise BadImage("it is a folder" if stat.S_ISDIR(about.st_mode) else "it is a device, not a file")
         if about.st_size > MAX_BYTES:
-            raise BadImage(f"the file has {about.st_size / 2**30:.0f} GiB, which is no image")
+            raise BadImage(f"the file has {size_text(about.st_size)}, which is no image: {HOW}")
         with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise BadImage(error.strerror or type(error).__name__) from error
+            return file.read(about.st_size)
+    except (OSError, ValueError, MemoryError) as error:  # ValueError: a zero byte in a name of a list
+        raise BadImage(getattr(error, "strerror", None) or error) from error
 
 
 def unfinished(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """A dataset of an HDF5 file: `file.h5` or `file.h5:group/name`, [N, H, W] or [N, H, W, C], or [N] encoded images."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from ..config import Config
 from .array import check_shape, classes_of
 from .decode import decode
 from .files import fingerprint_of
+from .limits import HOW, MAX_BYTES, size_text, unpacked_limit
+from .limits import LABELS as LABEL_BYTES
 from .pixels import from_array
 from .source import BadImage, Source
 from .syntax import split_part
@@ -31,21 +34,21 @@ class Hdf5(Source):
             self._start(name)
         except UserError:
             raise
-        except (OSError, RuntimeError, KeyError, ValueError) as error:  # HDF5 raises any of these
-            raise UserError(f"data: {path} cannot be read as HDF5: {str(error).splitlines()[0]}.") from error
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:  # HDF5 raises these
+            raise UserError(f"data: {path} cannot be read as HDF5: {BadImage(error)}.") from error
 
     def _start(self, name: str) -> None:
         with self.path.open("rb") as stream, _h5py().File(stream, "r") as file:
             self.dataset = name or _guess(file, self.path)
             if self.dataset not in file or not isinstance(file[self.dataset], _h5py().Dataset):
                 raise UserError(f"data: {self.path} has no dataset {name}; it has {', '.join(_names(file))}.")
-            found = file[self.dataset]
+            found = _own(file[self.dataset], file, self.path)
             self.shape, self.kind = found.shape, str(found.dtype)
             self.encoded = len(self.shape) == 1 and found.dtype.kind in "OS"  # bytes of image files
             if not self.encoded:
-                check_shape(self.shape, self.in_chans, f"{self.path}:{self.dataset}")
+                check_shape(self.shape, found.dtype, self.in_chans, f"{self.path}:{self.dataset}")
             beside = next((key for key in LABELS if isinstance(found.parent.get(key), _h5py().Dataset)), None)
-            labels = found.parent[beside][()] if beside else None
+            labels = _labels(_own(found.parent[beside], file, self.path), len(self)) if beside else None
             self.classes, self.labels = classes_of(labels, len(self), f"{self.path}:{beside}")
 
     def __len__(self) -> int:
@@ -67,7 +70,7 @@ class Hdf5(Source):
                 # its position.
                 self._open = os.getpid(), _h5py().File(self.path.open("rb"), "r")[self.dataset]
             values = self._open[1][index]
-        except (OSError, RuntimeError, ValueError, KeyError) as error:  # a damaged chunk, a file that is gone
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as error:  # a damaged chunk ...
             raise BadImage(error) from error
         if self.encoded:
             return decode(bytes(values), self.in_chans, self.value_range)
@@ -81,6 +84,32 @@ def open_hdf5(spec: str, config: Config) -> Hdf5:
 
 def _h5py() -> Any:
     return require("h5py", "hdf5", "HDF5")
+
+
+def _own(dataset: Any, file: Any, path: Path) -> Any:
+    """The dataset. Raises UserError if its values are not in this file, or would fill the memory when one is read."""
+    where = f"data: {path}:{dataset.name}"
+    if dataset.is_virtual or dataset.external or dataset.file.id != file.id:
+        raise UserError(f"{where} lies in other files, which is refused: copy its values into one file.")
+    if not dataset.id.get_storage_size():
+        raise UserError(f"{where} holds nothing: {list(dataset.shape)} values were announced and never written.")
+    needed = dataset.dtype.itemsize * math.prod(dataset.chunks or (1,))  # HDF5 unpacks a whole chunk to read from it
+    if needed > MAX_BYTES:
+        raise UserError(
+            f"{where} has chunks of {size_text(needed)}, more than {size_text(MAX_BYTES)}: write it with one image in "
+            f"each chunk, or {HOW}."
+        )
+    return dataset
+
+
+def _labels(dataset: Any, count: int) -> np.ndarray:
+    """The values, or none of them if they do not fit so many images. Raises UserError."""
+    if dataset.shape not in ((count,), (count, 1)):
+        return np.empty(0)
+    if dataset.nbytes > unpacked_limit(dataset.id.get_storage_size(), LABEL_BYTES):
+        raise UserError(f"data: {dataset.name} would become {size_text(dataset.nbytes)} of labels: write them anew.")
+    values: np.ndarray = dataset[()]
+    return values
 
 
 def _names(file: Any) -> list[str]:

@@ -52,7 +52,7 @@ def numbered(texts: list[str]) -> tuple[list[str], np.ndarray | None]:
     classes = sorted({text for text in texts if text})
     if not classes:
         return [], None
-    if all(text.isascii() and text.isdigit() and text == str(int(text)) for text in classes):
+    if all(text.isascii() and text.isdigit() and len(text) < 20 and text == str(int(text)) for text in classes):
         classes.sort(key=int)
     number = {name: i for i, name in enumerate(classes)} | {"": -1}
     return classes, np.array([number[text] for text in texts], dtype=np.int64)

@@ -12,6 +12,7 @@ from ...errors import UserError
 from ..config import Config
 from . import open_source
 from .files import Files, fingerprint_of
+from .limits import regular
 from .names import Names, top_folders
 from .pixels import from_array
 from .source import BadImage, Source
@@ -61,7 +62,7 @@ class Pages(Source):
             if number not in self.open:
                 if len(self.open) >= OPEN_FILES:
                     self.open.pop(next(iter(self.open))).close()
-                self.open[number] = tifffile().TiffFile(self.root / self.names[number])
+                self.open[number] = tifffile().TiffFile(regular(self.root / self.names[number]))
             values = page_array(self.open[number].pages[page])
             return from_array(values, self.in_chans, self.value_range)
         except BadImage:
@@ -86,7 +87,7 @@ def _pages(path: str) -> list[int]:
     """Numbers of the pages that are images. A file that cannot be opened counts as one page: reading it says why."""
     reader = tifffile()
     try:
-        with reader.TiffFile(path) as file:
+        with reader.TiffFile(regular(path)) as file:
             return [number for number, page in enumerate(file.pages) if not page.is_reduced]
     except Exception:  # tifffile raises many kinds
         return [0]

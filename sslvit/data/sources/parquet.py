@@ -18,13 +18,14 @@ from ...distributed import say
 from ...errors import UserError, require
 from ..config import Config
 from .archive import Ranges
-from .files import MAX_BYTES, Encoded, check_channels, fingerprint_of, stamp, unfinished
+from .files import Encoded, check_channels, fingerprint_of, stamp, unfinished
+from .limits import HOW, MAX_BYTES, size_text, unpacked_limit
 from .names import Names, numbered
 from .source import BadImage
 
 IMAGES = ("image", "img", "jpg", "png", "bytes", "image_bytes", "content")  # names of columns, the first that is there
 LABELS = ("label", "labels", "cls", "class", "target", "fine_label", "category")
-ROWS = 64  # unpacked at once
+ROWS, AT_ONCE = 64, 2**31  # rows and bytes that are unpacked at once, at most
 SAY_EVERY = 10.0  # seconds
 
 
@@ -58,7 +59,7 @@ class Parquet(Encoded):
     def bytes_of(self, index: int) -> bytes:
         place, size = self.places[index].tolist()
         if size > MAX_BYTES:
-            raise BadImage(f"it has {size / 2**30:.0f} GiB, which is no image")
+            raise BadImage(f"it has {size_text(size)}, which is no image: {HOW}")
         try:
             return self.ranges.read(self._file(index), place, size)
         except OSError as error:
@@ -111,8 +112,11 @@ def _write(file: Any, path: str, folder: Path) -> None:
     classes = _class_names(schema, label)
     names: list[str] = []
     texts, places, at, last = [], [], 0, time.monotonic()
+    groups = [file.metadata.row_group(number).total_byte_size for number in range(file.metadata.num_row_groups)]
+    rows = max(1, min(ROWS, AT_ONCE // max([1, *groups])))  # a cell may be as large as all that is in its group
+    limit = unpacked_limit(os.path.getsize(path), AT_ONCE)
     with (folder / "images").open("wb") as out:
-        for batch in file.iter_batches(ROWS, columns=[name for name in (image, label) if name]):
+        for batch in file.iter_batches(rows, columns=[name for name in (image, label) if name]):
             cells = batch.column(image).to_pylist()
             values = batch.column(label).to_pylist() if label else [None] * len(cells)
             for cell, value in zip(cells, values, strict=True):
@@ -123,6 +127,11 @@ def _write(file: Any, path: str, folder: Path) -> None:
                 places.append((at, len(data)))
                 out.write(data)
                 at += len(data)
+            if at > limit:
+                raise UserError(
+                    f"data: {path} has {size_text(os.path.getsize(path))} and would become more than "
+                    f"{size_text(limit)}: its images are the same ones many times. Write each once."
+                )
             if time.monotonic() - last > SAY_EVERY:
                 last = time.monotonic()
                 say(f"unpacking {path}: {len(names):,} of {count:,} images, {at / 2**30:.1f} GiB")

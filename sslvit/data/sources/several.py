@@ -13,6 +13,7 @@ from ..config import Config
 from . import ENDINGS, kind_of, open_source
 from .archive import Archive
 from .files import EXTENSIONS, SOME_EXTENSIONS, Files, check_channels, endings_of
+from .limits import regular
 from .names import Names, top_folders
 from .source import Reduction, Source
 from .syntax import items, matching
@@ -83,7 +84,7 @@ def open_list(spec: str, config: Config) -> Source:
 
 def open_paths(paths: list[str], config: Config) -> Source:
     """Paths one after another. Archives are one source, however many they are, and so are parquet files."""
-    kinds = {kind_of(path) for path in paths}
+    kinds = {kind_of(str(regular(path))) for path in paths}
     if kinds == {"archive"}:
         return Archive(paths, config)
     if kinds == {"parquet"}:

@@ -61,8 +61,10 @@ def expanded(spec: str) -> list[str]:
         parts = match[1].split(",")
     else:
         raise UserError(f"data: {spec}: braces hold numbers as in {{000..012}} or names as in {{a,b}}.")
-    before, after = spec[: match.start()], spec[match.end() :]
-    return [f"{before}{part}{rest}" for part in parts for rest in expanded(after)]
+    before, rests = spec[: match.start()], expanded(spec[match.end() :])
+    if len(parts) * len(rests) > MAX_NAMES:
+        raise UserError(f"data: {spec} stands for {len(parts) * len(rests)} names: that is no list of files.")
+    return [f"{before}{part}{rest}" for part in parts for rest in rests]
 
 
 def is_pattern(spec: str) -> bool:

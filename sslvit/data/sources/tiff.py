@@ -2,6 +2,9 @@
 
 import io
 import logging
+import lzma
+import zlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -11,8 +14,15 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from ...errors import require
+from .limits import SMALL, size_text
 from .pixels import from_array, refuse_bomb
 from .source import BadImage, ValueRange
+
+MOST = 10_000  # times larger than packed, at most; deflate reaches 1030 and LZMA 7000
+# {compression: a decompressor of Python}
+UNPACKED: dict[int, Callable[[], Any]] = {
+    **dict.fromkeys((8, 32946, 50013), zlib.decompressobj), 34925: lzma.LZMADecompressor
+}  # fmt: skip
 
 
 def tifffile() -> ModuleType:
@@ -49,7 +59,8 @@ def decode_tiff(data: bytes, in_chans: int, value_range: ValueRange) -> Tensor:
 
 def page_array(page: Any) -> np.ndarray:
     """[H, W] or [H, W, C] pixels of a page. Raises BadImage."""
-    values = check_page(page).asarray()
+    _refuse_packed_bomb(check_page(page))
+    values = page.asarray()
     if page.axes == "SYX":  # each channel in a plane of its own
         values = values.transpose(1, 2, 0)
     if values.ndim not in (2, 3) or page.axes not in ("YX", "YXS", "SYX"):
@@ -59,8 +70,23 @@ def page_array(page: Any) -> np.ndarray:
     return values
 
 
+def _refuse_packed_bomb(page: Any) -> None:
+    """Raises BadImage for a strip or tile that becomes far larger than it should: tifffile without imagecodecs unpacks
+    whatever there is."""
+    unpacked = UNPACKED.get(int(page.compression))
+    rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+    limit = 2 * int(rows) * int(columns) * page.samplesperpixel * page.dtype.itemsize + SMALL
+    for place, size in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if unpacked and MOST * size > limit:
+            page.parent.filehandle.seek(place)
+            if len(unpacked().decompress(page.parent.filehandle.read(size), limit + 1)) > limit:
+                raise BadImage(f"a part of {size_text(size)} becomes more than {size_text(limit)}")
+
+
 def check_page(page: Any) -> Any:
     """The page; raises BadImage if its header asks for more memory than an image needs."""
+    if page.is_tiled:  # a tile is unpacked whole
+        refuse_bomb(int(page.tilewidth), int(page.tilelength), page.samplesperpixel, page.dtype.itemsize)
     width, height = int(page.imagewidth), int(page.imagelength)
-    refuse_bomb(width, height, max(1, page.size // max(1, width * height)) * page.dtype.itemsize)
+    refuse_bomb(width, height, max(1, page.size // max(1, width * height)), page.dtype.itemsize)
     return page

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sslvit.data.sources import decode as decode_module
 from sslvit.data.sources.decode import BadImage, decode
-from sslvit.data.sources.pixels import MAX_PIXELS
+from sslvit.data.sources.limits import MAX_PIXELS
 
 COARSE = np.random.default_rng(0).integers(40, 216, (4, 5, 3), dtype=np.uint8)
 PIXELS = np.array(Image.fromarray(COARSE).resize((30, 20), Image.Resampling.BILINEAR))
