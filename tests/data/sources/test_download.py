@@ -1,14 +1,18 @@
 """Against a real HTTP server in a thread of this process."""
 
+import contextlib
 import http.server
 import os
+import shutil
 import threading
+import time
 from functools import partial
 
 import pytest
 import torch
 
 from sslvit.data import Config, open_source
+from sslvit.data.sources import download
 from sslvit.errors import UserError
 from tests.conftest import write_images
 from tests.data.sources.test_archive import png, write_tar
@@ -28,6 +32,42 @@ class Server(http.server.SimpleHTTPRequestHandler):
         elif "endless" in self.path:  # more than any disk has
             self.send_response(200)
             self.send_header("Content-Length", str(2**60))
+            self.end_headers()
+        elif "unknown" in self.path:  # does not say how much it sends, and never stops
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(2**20))
+        elif "slow" in self.path:  # a byte now and then
+            self.send_response(200)
+            self.send_header("Content-Length", "5000000")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+        elif "headers" in self.path:  # headers that come byte by byte
+            with contextlib.suppress(OSError):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+        elif "stalled" in self.path:
+            self.send_response(200)
+            self.send_header("Content-Length", "5000000")
+            self.end_headers()
+            time.sleep(3)
+            self.close_connection = True
+        elif "circle" in self.path or "elsewhere" in self.path:
+            self.send_response(302)
+            self.send_header("Location", self.path if "circle" in self.path else "ftp://127.0.0.1/x.tar")
+            self.end_headers()
+        elif "%00" in self.path:
+            self.send_error(404)
+        elif "nonsense" in self.path:
+            self.send_response(200)
+            self.send_header("Content-Length", "many")
             self.end_headers()
         else:
             super().do_GET()
@@ -89,6 +129,54 @@ def test_a_failure_is_one_sentence_and_leaves_nothing(server, tmp_path, name, ex
     assert "\n" not in str(error.value)
     assert str(error.value).count("data: ") == 1
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("unknown.tar", r"has more than 0\.01 GiB: raise SSLVIT_MAX_DOWNLOAD_GIB"),
+        ("slow.tar", r"comes too slowly, \d+ bytes in \d seconds\. Fetch it with another program"),
+        ("headers.tar", "cannot be fetched: nothing has come in 1 seconds"),
+        ("stalled.tar", "cannot be fetched: .*(timed out|nothing has come)"),
+        ("circle.tar", "the server answers 302 The HTTP server returned a redirect error"),
+        ("elsewhere.tar", "cannot be fetched: .*ftp"),
+        ("nonsense.tar", "cannot be fetched: invalid literal"),
+    ],
+)
+def test_a_hostile_server_reaches_a_limit_and_leaves_nothing(server, tmp_path, monkeypatch, name, expected):
+    for limit, value in (("TIMEOUT", 0.5), ("SLOW_SECONDS", 0.3), ("MAX_GIB", 0.01)):
+        monkeypatch.setattr(download, limit, value)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=expected) as error:
+        open_source(f"{server[0]}/{name}", Config(download_dir=str(tmp_path / "cache")))
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - began < 20
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_a_download_stops_before_the_disk_is_full_or_the_time_is_over(server, tmp_path, monkeypatch):
+    config = Config(download_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "RESERVE", shutil.disk_usage(tmp_path).free)
+    with pytest.raises(UserError, match=r"GiB left, of which .* stay free: make room or set data\.download_dir"):
+        open_source(f"{server[0]}/unknown.tar", config)
+    monkeypatch.setattr(download, "RESERVE", 0)
+    monkeypatch.setattr(download, "MAX_HOURS", 0)
+    with pytest.raises(UserError, match=r"has not come in 0 hours, only .*: raise SSLVIT_MAX_DOWNLOAD_HOURS"):
+        open_source(f"{server[0]}/unknown.tar", config)
+
+
+def test_addresses_of_any_form(server, tmp_path):
+    """Names with a zero byte, of 300 characters, and no address at all: formerly tracebacks."""
+    address, folder = server
+    config = Config(download_dir=str(tmp_path / "cache"))
+    for name in ("a%00b.tar", "n" * 300 + ".tar", "%1b%0a.tar"):
+        with pytest.raises(UserError, match="the server answers 40"):
+            open_source(f"{address}/{name}", config)
+    write_tar(folder / f"{'n' * 200}.tar", {"0.png": png(3)})
+    assert len(open_source(f"{address}/{'n' * 200}.tar", config)) == 1
+    for spec in ("http://[::1/a.zip", "http://a b/x.tar", "http://:x/a.tar", "http:///a.tar"):
+        with pytest.raises(UserError, match=r"is no address|cannot be fetched"):
+            open_source(spec, config)
 
 
 def test_a_server_that_is_not_there_is_one_sentence(tmp_path):
