@@ -238,8 +238,15 @@ MODEL_ARGS = [
 ]  # fmt: skip
 
 
+def is_own(path: Path) -> bool:
+    """Whether it is a plain file or folder and no damage before has put a link in its way."""
+    return path.resolve() == path.absolute() and (path.is_file() or path.is_dir())
+
+
 def change_config(r: random.Random, path: Path, place: Place) -> str:
     """Settings of a run."""
+    if not is_own(path):
+        return "nothing"
     values = yaml.safe_load(path.read_text())
     keys = [key.split(".") for key in flatten(values)] + [["model", "args", name] for name in MODEL_ARGS]
     keys += [["method"], ["seed"], ["model", "name"], ["model", "args"], ["objective"], ["data"], ["model"], ["nobody"]]
@@ -267,10 +274,9 @@ def change_config(r: random.Random, path: Path, place: Place) -> str:
 
 def change_json(r: random.Random, path: Path) -> str:
     """state.json of a checkpoint, config.json of an export, or a result."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
+    if not is_own(path):
         return "nothing"
+    values = json.loads(path.read_text())
     if r.random() < 0.08:
         path.write_text(
             r.choice(["", "[]", "3", "null", "{", "[" * 100_000, '{"a":' * 5000, "NaN", '"x"', "\xff"]), "latin-1"
@@ -299,6 +305,8 @@ def change_json(r: random.Random, path: Path) -> str:
 
 def change_tensors(r: random.Random, path: Path, place: Place) -> str:
     """Weights or moments."""
+    if not is_own(path):
+        return "nothing"
     what = r.choice(
         ["shape", "dtype", "name", "missing", "more", "nan", "empty", "pickle", "bytes", "header", "scalar", "big"]
     )
@@ -353,7 +361,7 @@ RUN_FILES = [
 
 def change_names(r: random.Random, folder: Path, place: Place) -> str:
     """A link, a pipe, a folder or another file in the place of one."""
-    path = folder / r.choice([name for name in RUN_FILES if (folder / name).parent.is_dir()])
+    path = folder / r.choice([name for name in RUN_FILES if is_own((folder / name).parent)])
     what = r.choice(["link", "link", "link", "pipe", "folder", "text", "bytes", "gone", "zero"])
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -385,7 +393,7 @@ def change_steps(r: random.Random, run: Path, place: Place) -> str:
     new = "step_" + r.choice(
         ["5", "²", "000000020", "000000000", "-00000001", "٣", "9" * 30, "000000008 ", "1e9", "", "0_8"]
     )
-    if not found or (folder / new).exists():
+    if not found or (folder / new).exists() or not is_own(folder) or not is_own(found[-1]):
         return "nothing"
     shutil.copytree(found[-1], folder / new, symlinks=True)
     if r.random() < 0.5:
@@ -398,7 +406,7 @@ def more_files(r: random.Random, folder: Path, place: Place) -> str:
         ["pytorch_model.bin", "model.pth", "optimizer.pt", "eval/features/x.npy", "payload.py", "conftest.py"]
     )
     path = folder / name
-    if not path.parent.is_dir() or path.exists():
+    if not is_own(path.parent) or path.exists():
         return "nothing"
     if path.suffix == ".py":
         path.write_text(f"from pathlib import Path\nPath({str(place.marker)!r}).touch()\n")
@@ -412,9 +420,9 @@ def more_files(r: random.Random, folder: Path, place: Place) -> str:
 def checksums(run: Path) -> None:
     """Those of all checkpoints, as their contents are now."""
     for folder in (run / "checkpoints").glob("step_*"):
-        if folder.is_dir() and not folder.is_symlink() and (folder / state.SUMS).is_file():
-            names = [n for n in (state.MODEL, state.OPTIMIZER, state.STATE) if (folder / n).is_file()]
-            if not any((folder / n).is_symlink() for n in (*names, state.SUMS)):
+        if is_own(folder / state.SUMS):
+            names = [n for n in (state.MODEL, state.OPTIMIZER, state.STATE) if is_own(folder / n)]
+            if names:
                 (folder / state.SUMS).write_text("".join(f"{state._checksum(folder / n)}  {n}\n" for n in names))
 
 
@@ -720,7 +728,8 @@ class Server(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"
 
     def do_GET(self) -> None:
-        seed, what = self.path.strip("/").split(".")[0].split("-", 1)
+        seed, _, what = self.path.strip("/").split(".")[0].partition("-")
+        seed = seed if seed.isdecimal() else "0"
         data = encoded(random.Random(int(seed)))
         if what == "raw":
             self._send(mutated(random.Random(int(seed)), b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n123456789"))

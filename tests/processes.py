@@ -83,8 +83,8 @@ def environments(world_size: int) -> list[dict[str, str]]:
 
 
 def start_several(argv: list[str], output: Path, world_size: int) -> list[BaseProcess]:
-    """Begin `sslvit <argv>` on several processes, as torchrun would start them."""
-    return [start(argv, output, environment) for environment in environments(world_size)]
+    """Begin `sslvit <argv>` on several processes, as torchrun would start them; one is started without it."""
+    return [start(argv, output, environment) for environment in (environments(world_size) if world_size > 1 else [{}])]
 
 
 def launch(argv: list[str], output: Path, world_size: int, seconds: float = 120, status: int = 0) -> str:

@@ -22,20 +22,21 @@ from .conftest import words
 from .processes import assert_same_run
 
 VARIANTS = [("dino", True), ("mae", False), ("mae", True), ("dino", False)]  # (method, with k-NN during the run)
+SPREAD = [("mae", True, 2, 1), ("dino", False, 1, 2), ("dino", True, 0, 2)]  # and loader processes, processes
 
 
 @pytest.fixture(scope="module")
 def whole(images, labelled, tmp_path_factory):
-    """(method, with k-NN) -> (words, the run that nobody interrupts, seconds that it takes)."""
+    """(method, with k-NN ...) -> (words, the run that nobody interrupts, seconds that it takes)."""
 
     @cache
-    def run(method: str, knn: bool) -> tuple[list, Path, float]:
+    def run(method: str, knn: bool, workers: int = 0, world_size: int = 1) -> tuple[list, Path, float]:
         folder = tmp_path_factory.mktemp(f"{method}{knn}")
-        length = ["epochs=3", "save.every_steps=3", "log.every_steps=2", "workers=0", "keep_last=2"]
+        length = ["epochs=3", "save.every_steps=3", "log.every_steps=2", f"workers={workers}", "keep_last=2"]
         sets = [f"eval.train={labelled / 'train'}", f"eval.test={labelled / 'test'}", "every_epochs=0.5", "eval.k=5"]
         arguments = ["pretrain", images, *words(method, *length, *(sets if knn else []))]
         began = time.monotonic()
-        processes.finish(processes.start([*arguments, f"out={folder / 'whole'}"], folder / "log"), folder / "log")
+        processes.launch([*arguments, f"out={folder / 'whole'}"], folder / "log", world_size)
         return arguments, folder / "whole", time.monotonic() - began
 
     processes.finish(processes.start(["help"], tmp_path_factory.mktemp("warm") / "log"), Path("/dev/null"))
@@ -70,15 +71,21 @@ def wait_for_save(process, out: Path, before: set[Path], until: float) -> set[Pa
     return set()
 
 
-def killed(case: int, variant: tuple[str, bool], whole, tmp_path: Path) -> Counter:
+def killed(case: int, variant: tuple, whole, tmp_path: Path) -> Counter:
     """One run of the campaign: killed once to three times, finished, compared; returns what the kills met."""
     generator = random.Random(case)
     arguments, expected, seconds = whole(*variant)
-    out, met = tmp_path / f"run{case}", Counter()
+    out, met, world_size = tmp_path / f"run{case}", Counter(), variant[3] if len(variant) > 2 else 1
     for _ in range(generator.choice([1, 1, 2, 3])):
-        process = processes.start([*arguments, f"out={out}"], tmp_path / "log")
-        met[kill_once(process, out, seconds, generator.random() < 0.4, generator)] += 1
-    processes.finish(processes.start([*arguments, f"out={out}"], tmp_path / "log"), tmp_path / "log")
+        started = processes.start_several([*arguments, f"out={out}"], tmp_path / "log", world_size)
+        victim, *others = generator.sample(started, world_size)
+        met[kill_once(victim, out, seconds, generator.random() < 0.4, generator)] += 1
+        for other in others:  # a launcher kills it too; without one it must end by itself
+            if generator.random() < 0.5:
+                other.kill()
+            other.join(120)
+            assert other.exitcode is not None, "a process waits for one that was killed"
+    processes.launch([*arguments, f"out={out}"], tmp_path / "log", world_size)
     assert_same_run(expected, out)
     assert not list((out / "checkpoints").glob(".*")), "left behind by a kill"
     assert state.steps_saved(out) == state.steps_saved(expected)
@@ -103,6 +110,13 @@ def test_two_hundred_runs_killed_at_any_instant_end_as_if_they_had_not_been(whol
     assert different == {}
     assert met["saving"] >= 40
     assert met["saving"] + met["other"] >= 150  # the rest had ended: a machine that others use is now fast, now slow
+
+
+@pytest.mark.slow
+def test_runs_with_loader_processes_and_on_two_processes_end_so_too(whole, tmp_path):
+    met = sum((killed(case, SPREAD[case % 3], whole, tmp_path) for case in range(2000, 2036)), Counter())
+    print(f"{met.total()} kills of 36 runs: {dict(met)}; no run differs")
+    assert met["saving"] + met["other"] >= 30
 
 
 def damage(path: Path, generator: random.Random) -> str:
