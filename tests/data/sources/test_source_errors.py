@@ -97,7 +97,9 @@ def test_arrays_that_are_no_images(tmp_path, shape, dtype, expected):
 def test_damaged_arrays(tmp_path):
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 999, 999)})
-    for data in (b"", b"no array", stream.getvalue(), b"\x93NUMPY\x01\x00\xff\xff{"):
+    shape_of_true = b"\x93NUMPY\1\0\x40\0" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (True,), }".ljust(64)
+    unfinished = b"\x93NUMPY\1\0\2\0[\n"
+    for data in (b"", b"no array", stream.getvalue(), b"\x93NUMPY\x01\x00\xff\xff{", shape_of_true, unfinished):
         (tmp_path / "x.npy").write_bytes(data)
         assert "cannot be read as an array" in refused(tmp_path / "x.npy")
     np.save(tmp_path / "o.npy", np.array([{"a": 1}] * 3))
