@@ -45,8 +45,8 @@ def create(
 ) -> Encoder:  # fmt: skip
     """The encoder of a configuration, initialised as timm does, or with the weights that timm fetches. Raises
     UserError. stored: how many numbers the weights have that will be loaded, which limits its size."""
-    for key, value in config.args.items():
-        _check_key(key, value)
+    if wrong := [key for key, value in config.args.items() if key in ELSEWHERE or value is None]:
+        raise UserError(_why_refused(wrong[0], config.args[wrong[0]]))
     _check_name(config.name)
     check_arguments(config.name, config.args, "model.args")
     _check_size("An image size", image_size)
@@ -106,15 +106,8 @@ def _model_arguments(name: str) -> set[str]:
     """The arguments of the model classes in the file of timm that has this model, without those for other uses."""
     classes = vars(sys.modules[timm.models.model_entrypoint(name.split(".")[0]).__module__]).values()
     modules = [one for one in classes if isinstance(one, type) and issubclass(one, nn.Module)]
-    found = {argument for one in modules for argument in inspect.signature(one).parameters}
-    return found - {
-        "args",
-        "kwargs",
-        "device",
-        "dtype",
-        "num_classes",
-        *inspect.signature(timm.create_model).parameters,
-    }
+    others = {"args", "kwargs", "device", "dtype", "num_classes", *inspect.signature(timm.create_model).parameters}
+    return {argument for one in modules for argument in inspect.signature(one).parameters} - others
 
 
 class Bounded(TorchFunctionMode):
@@ -167,12 +160,12 @@ def _check_size(what: str, image_size: tuple[int, int]) -> None:
         raise UserError(f"{what} of {h}x{w} does not have 1 to {_limit(MAX_PIXELS):,.0f} pixels: {_how_to_raise()}.")
 
 
-def _check_key(key: str, value: Any) -> None:
+def _why_refused(key: str, value: Any) -> str:
+    """Of an argument that is a key elsewhere, or has no value: timm would pass over it in silence."""
     if key in ELSEWHERE:
-        raise UserError(f"model.args has {key}={value}: set {ELSEWHERE[key]} instead.")
-    if value is None:  # timm would pass over it in silence
-        hint = f"; write {{{key.replace(':', ': ', 1)}}} with a space after the colon" if ":" in key else ""
-        raise UserError(f"model.args has {key} without a value{hint}.")
+        return f"model.args has {key}={value}: set {ELSEWHERE[key]} instead."
+    hint = f"; write {{{key.replace(':', ': ', 1)}}} with a space after the colon" if ":" in key else ""
+    return f"model.args has {key} without a value{hint}."
 
 
 def _recompute_blocks(model: Any, name: str, drop_path: float) -> None:

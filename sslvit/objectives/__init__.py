@@ -109,12 +109,16 @@ def names() -> list[str]:
 
 
 def find(method: str) -> ModuleType:
-    """The module of a method of this folder, or of your own: its code runs, and that is said. Raises UserError."""
-    name = f"{__name__}.{method}" if method in names() else method
-    new = name not in sys.modules
+    """The module of a method of this folder, or of your own. Raises UserError."""
+    return importlib.import_module(f"{__name__}.{method}") if method in names() else _find_own(method)
+
+
+def _find_own(method: str) -> ModuleType:
+    """A module of your own: its code runs, and that is said. Raises UserError."""
+    new = method not in sys.modules
     try:
-        module = importlib.import_module(name)
-        if new and name == method:
+        module = importlib.import_module(method)
+        if new:
             say(f"method={method} is the code in {module.__file__}.")
     except (ImportError, TypeError, ValueError) as error:  # the last two for names such as `.x` and `x.`
         raise UserError(
