@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import stopping
 from .errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -136,13 +135,12 @@ def explain_lost_process(error: Exception) -> str | None:
 
 
 @cache
-def watch_processes() -> None:
+def watch_processes(limit: float) -> None:
     """Begin to watch the other processes: the first one watches all, and the others watch the first one.
 
     A process that is stopped (SIGSTOP, a machine that hangs) keeps its connections. All others would wait for it until
-    torch's limit, and would not know for whom. All processes call this together. Raises UserError.
+    torch's limit, and would not know for whom. All processes call this together. limit: seconds without a sign of life.
     """
-    limit = stopping.limit(SILENT_KEY, SILENT)
     peers: dict[int, socket.socket] = {}
     listener = socket.create_server(("", 0), backlog=world_size()) if rank() == 0 else None
     port, token = gather_objects((listener.getsockname()[1], os.urandom(16)) if listener else None)[0]

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from . import stopping
-from .distributed import WAIT, WAIT_KEY, is_sharded, watch_processes
+from .distributed import SILENT, SILENT_KEY, WAIT, WAIT_KEY, is_sharded, watch_processes
 from .errors import UserError
 
 T = TypeVar("T")
@@ -50,14 +50,18 @@ def start_accelerator(wanted: Precision, long_waits: bool = False) -> Accelerato
     accelerator = Accelerator(
         cpu=cpu, mixed_precision={"float32": "no"}.get(precision, precision), kwargs_handlers=[ddp]
     )
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+    if not alone:
+        _join_processes(accelerator)
+    return accelerator
+
+
+def _join_processes(accelerator: Accelerator) -> None:
+    if accelerator.num_processes != int(os.environ["WORLD_SIZE"]):
         raise UserError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes were started and accelerate sees "
             f"{accelerator.num_processes}: start them with accelerate launch or torchrun."
         )
-    if accelerator.num_processes > 1:
-        watch_processes()
-    return accelerator
+    watch_processes(stopping.limit(SILENT_KEY, SILENT))
 
 
 def first_on_each_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:

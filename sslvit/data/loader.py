@@ -170,4 +170,4 @@ def make_loader(
     if isinstance(source, OnDevice):
         return map(CroppedOnDevice(source, views, seed, finish).__getitem__, order)
     work = Cropped(source, views, seed, finish, scaling).__getitem__
-    return compute(work, order, workers, pin=device.type == "cuda")
+    return compute(work, order, workers, pin=device.type == "cuda") if workers else map(work, order)
