@@ -19,6 +19,7 @@ from ..model.encoder import Encoder
 from . import tensorfile, textfile
 
 FILES = ("config.json", "model.safetensors")
+SECONDS = 1800  # that loading may take; it takes some
 TOLERANCE = 1e-5  # of what the model gives, relative to its largest value
 
 
@@ -112,7 +113,10 @@ def check(folder: Path, images: Tensor, expected: Tensor, architecture: str) -> 
     inputs, outputs = folder / ".images.safetensors", folder / ".features.safetensors"
     save_file({"images": images}, inputs)
     command = [sys.executable, "-c", LOAD, str(folder.resolve()), str(inputs.resolve()), str(outputs.resolve())]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=SECONDS)
+    except subprocess.TimeoutExpired as late:
+        raise UserError(f"timm has not loaded {architecture} in {SECONDS} s: nothing was written.") from late
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(f"timm {timm.__version__} does not load {architecture} as it was exported: {reason[:300]}")
