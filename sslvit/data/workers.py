@@ -5,7 +5,11 @@ a result goes through a pipe instead. It waits for ever for a process that hangs
 is a traceback, wherever the main process is at that moment.
 """
 
+import ctypes
+import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, Protocol, TypeVar
@@ -21,6 +25,8 @@ from .. import stopping
 from ..errors import UserError
 
 WAIT, WAIT_KEY = 900.0, "SSLVIT_LOADER_SECONDS"  # a run ends if it gets no result for so long
+LIBC = ctypes.CDLL(None)  # opened before any fork
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -140,8 +146,14 @@ def _as_it_is(result: Any) -> Any:
 
 
 def _begin(worker: int) -> None:
-    """What a loader process does first."""
+    """What a loader process does first. On Linux the system kills it when its parent ends, even while it hangs; torch
+    has it look every five seconds, between two results."""
     stopping.ignore_in_worker()
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        parent = multiprocessing.parent_process()
+        if parent and parent.pid != os.getppid():  # it has ended already
+            os._exit(1)
 
 
 def _reduced(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:

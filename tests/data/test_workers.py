@@ -1,7 +1,9 @@
 import ctypes
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -147,6 +149,31 @@ def test_a_limit_that_is_no_number_is_a_sentence(monkeypatch):
     monkeypatch.setenv("SSLVIT_LOADER_SECONDS", "ten")
     with pytest.raises(UserError, match="SSLVIT_LOADER_SECONDS=ten must lie between 1 and"):
         compute(square, range(3), 2)
+
+
+def hang_with(output: str) -> int:
+    """A process whose loader processes hang."""
+    results = compute(stop, range(4), 2)
+    Path(output).write_text(" ".join(map(str, children())))
+    signal.pause()
+    next(results)
+    return 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills processes with their parent")
+def test_loader_processes_end_with_a_trainer_that_is_killed_even_if_they_hang(tmp_path):
+    process = processes.begin(hang_with, str(tmp_path / "pids"), output=tmp_path / "log")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pids").exists() or len((tmp_path / "pids").read_text().split()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
+    while any(psutil.Process(pid).status() != psutil.STATUS_STOPPED for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join(10)
+    assert gone(pids)
 
 
 def in_full_shm(arguments: list[str]) -> int:
