@@ -53,7 +53,7 @@ def compute(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int,
     ForkingPickler.register(Tensor, _reduced)
     loader: DataLoader[Result | Failure] = DataLoader(
         Work(work),
-        sampler=tasks,  # type: ignore[arg-type] # any iterable will do
+        sampler=tasks,  # any iterable will do
         batch_size=None, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin, worker_init_fn=_begin,
         timeout=1,  # second, after which `_take` looks whether to go on
         multiprocessing_context="fork",  # workers share the index of the source and its cache, and never touch CUDA
