@@ -20,6 +20,7 @@ from .crops import Views, cut, cut_at_once, reduction
 from .sources import BadImage, Source
 from .workers import compute
 
+MOST_DECODED = 2**28  # bytes of decoded images that a loader process holds before it cuts them
 SUBSTITUTES = 50  # images tried in place of one that cannot be read, before the run gives up
 # Images up to which the order of an epoch is a list: it takes 0.4 s and 170 MB to make. The order of more images is
 # computed batch by batch.
@@ -108,6 +109,8 @@ class Cropped:
         key = rng.fold_in(rng.fold_in(self.seed, "image", epoch), index)
         images: list[SizedImage] = []
         bad: list[tuple[int, str]] = []
+        parts: list[dict[str, Tensor]] = []
+        first = held = 0  # the first image that is not cut yet, and bytes of the images from there on
         for b, k in enumerate(key):
             image = self._read(int(index[b]), k, bad)
             if image is None:
@@ -116,7 +119,11 @@ class Cropped:
             if image is None:
                 return {"bad": bad, "failed": True}
             images.append(image)
-        batch = {"key": key, "index": index, "bad": bad, **self._cut(images, index, key)}
+            held += image[0].nbytes
+            if held > MOST_DECODED or b == len(key) - 1:  # a batch of scans would fill the memory
+                parts.append(self._cut(images, index[first : b + 1], key[first : b + 1]))
+                images, first, held = [], b + 1, 0
+        batch = {"key": key, "index": index, "bad": bad, **_joined(parts)}
         return self.finish(batch) if self.finish else batch
 
     def _cut(self, images: list[SizedImage], index: Tensor, key: Tensor) -> dict[str, Tensor]:
@@ -140,6 +147,19 @@ class Cropped:
             if image is not None:
                 return image, draw % len(self.source)
         return None, -1
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """[V, b, C, h, w] crops of the first images of a batch, of the next ones ... -> those of all, [V, B, C, h, w]."""
+    if len(parts) == 1:
+        return parts[0]
+    batch = {}
+    for name, crops in parts[0].items():
+        last = crops[0].is_contiguous(memory_format=torch.channels_last)  # as `cut` leaves them, but cat may not
+        joined = torch.cat([part[name][v] for v in range(len(crops)) for part in parts])
+        joined = joined.contiguous(memory_format=torch.channels_last) if last else joined
+        batch[name] = joined.unflatten(0, (len(crops), -1))
+    return batch
 
 
 class CroppedOnDevice(Cropped):

@@ -93,6 +93,18 @@ def test_batches_do_not_depend_on_the_number_of_workers_or_the_start(images, wor
     assert len(plain) == 6
 
 
+def test_a_batch_of_large_images_is_cut_in_parts_to_the_same_crops(images, monkeypatch):
+    """Else a batch of scans, or of small files that become large images, would fill the memory."""
+    source = open_source(str(images), Config())
+    views = {"image": [Crop((16, 16), (0.2, 1.0))] * 2, "local": [Crop((8, 8), (0.1, 0.3))] * 3}
+    whole = loader.Cropped(source, views, 0)[0, torch.arange(7)]
+    monkeypatch.setattr(loader, "MOST_DECODED", 2 * source.read(0).nbytes - 1)
+    parts = loader.Cropped(source, views, 0)[0, torch.arange(7)]
+    for name in ("key", "index", *views):
+        assert torch.equal(whole[name], parts[name])
+        assert whole[name].stride() == parts[name].stride()
+
+
 def test_an_image_is_cropped_anew_in_every_epoch():
     source = Broken(set())
     keys = torch.cat([batch["key"] for batch in make_loader(source, VIEWS, Layout(8), 0, (0, 12), 0, CPU)])
