@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import stopping
+from ..arguments import first_line
 from ..errors import UserError
 
 WAIT, WAIT_KEY = 900.0, "SSLVIT_LOADER_SECONDS"  # a run ends if it gets no result for so long
@@ -89,7 +90,7 @@ def _take(running: Any, limit: float) -> Iterator[Any]:
                 return
             except RuntimeError as error:
                 if "timed out" not in str(error):
-                    raise UserError(_how_it_ended(running)) from error
+                    raise UserError(_how_it_ended(running, error)) from error
                 waited += 1
                 stopping.leave_wait(waited)
                 if waited >= limit:
@@ -107,14 +108,16 @@ def _take(running: Any, limit: float) -> Iterator[Any]:
             process.kill()
 
 
-def _how_it_ended(running: Any) -> str:
+def _how_it_ended(running: Any, error: RuntimeError) -> str:
     codes = [process.exitcode for process in running._workers if process.exitcode]
+    if not codes:
+        return f"The loader processes cannot go on: {first_line(error)}."
     if -signal.SIGKILL in codes:
         return (
             "A loader process was killed (SIGKILL), as the system does when memory runs out: lower workers=, and start "
             "the same command again."
         )
-    how = signal.Signals(-codes[0]).name if codes and codes[0] < 0 else f"status {(codes or [0])[0]}"
+    how = signal.Signals(-codes[0]).name if codes[0] < 0 else f"status {codes[0]}"
     return (
         f"A loader process has crashed ({how}): start the same command again. If it crashes again, an image or its "
         "decoder is the cause."
