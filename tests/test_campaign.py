@@ -32,7 +32,9 @@ def whole(images, labelled, tmp_path_factory):
     @cache
     def run(method: str, knn: bool, workers: int = 0, world_size: int = 1) -> tuple[list, Path, float]:
         folder = tmp_path_factory.mktemp(f"{method}{knn}")
-        length = ["epochs=3", "save.every_steps=3", "log.every_steps=2", f"workers={workers}", "keep_last=2"]
+        # On several processes, a line over steps on both sides of a checkpoint is rounded in another order.
+        lines = 2 if world_size == 1 else 3
+        length = ["epochs=3", "save.every_steps=3", f"log.every_steps={lines}", f"workers={workers}", "keep_last=2"]
         sets = [f"eval.train={labelled / 'train'}", f"eval.test={labelled / 'test'}", "every_epochs=0.5", "eval.k=5"]
         arguments = ["pretrain", images, *words(method, *length, *(sets if knn else []))]
         began = time.monotonic()
