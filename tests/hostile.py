@@ -62,7 +62,7 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.case, self.outside, self.here = (folder, *(folder / n for n in ("case", "outside", "here")))
-        self.marker = folder / MARKER
+        self.marker, self.peak = folder / MARKER, 0  # peak: bytes in memory of the largest process
         for path in (self.outside / "folder", self.here / "runs" / "theirs", self.case):
             path.mkdir(parents=True)
         (self.outside / "secret.txt").write_text(SECRET)
@@ -110,11 +110,11 @@ def contained(work: Callable[[], int], place: Place) -> tuple[str, str]:
             sys.stderr.flush()
             os._exit(status)
     until = time.monotonic() + SECONDS
-    while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < until:
+    while not (ended := os.wait4(pid, os.WNOHANG))[0] and time.monotonic() < until:
         time.sleep(0.005)
     if not ended[0]:
         os.killpg(pid, signal.SIGKILL)
-        ended = os.waitpid(pid, 0)
+        ended = os.wait4(pid, 0)
     code, text = os.waitstatus_to_exitcode(ended[1]), log.read_text(errors="replace")
     wrong = []
     if time.monotonic() >= until:
@@ -124,6 +124,9 @@ def contained(work: Callable[[], int], place: Place) -> tuple[str, str]:
     if place.marker.exists():
         wrong.append("runs code")
         place.marker.unlink()
+    place.peak = max(place.peak, ended[2].ru_maxrss << 10)
+    if "enough memory" in text or "memory of the machine" in text:
+        wrong.append("needs more memory")
     if "reaches the network" in text:
         wrong.append("reaches the network")
     if SECRET in text:
@@ -142,7 +145,7 @@ def _network(event: str, arguments: tuple) -> None:
 
 
 def attack(names: list[str], seeds: list[int], folder: Path, bases: dict[str, Path], report: Path) -> int:
-    """Run cases, and write {"counts": {outcome: n}, "wrong": [[seed, what, words, damage, output]]}."""
+    """Run cases, and write {"counts": {outcome: n}, "peak": bytes, "wrong": [[seed, what, words, damage, output]]}."""
     own = (
         "checkpoints.timm_format",
         "evaluation.compare",
@@ -180,7 +183,7 @@ def attack(names: list[str], seeds: list[int], folder: Path, bases: dict[str, Pa
         counts[outcome.split(":")[0]] = counts.get(outcome.split(":")[0], 0) + 1
         if what:
             wrong.append([seed, what, " ".join(map(str, argv)), damage, text[-3000:]])
-        report.write_text(json.dumps({"counts": counts, "wrong": wrong}))
+        report.write_text(json.dumps({"counts": counts, "peak": place.peak, "wrong": wrong}))
     interpreter.close()
     return 0
 

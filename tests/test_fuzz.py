@@ -327,13 +327,14 @@ def attacked(names: list[str], cases: range, bases: dict[str, Path], tmp_path: P
         report, log = tmp_path / f"report{half}.json", tmp_path / f"log{half}"
         arguments = names, list(cases[half::2]), tmp_path / f"place{half}", bases, report
         halves.append((processes.begin(hostile.attack, *arguments, output=log), report, log))
-    counts, wrong = Counter[str](), []
+    counts, wrong, peaks = Counter[str](), [], []
     for process, report, log in halves:
         processes.finish(process, log, seconds=hostile.SECONDS * len(cases))
         found = json.loads(report.read_text())
         counts += Counter(found["counts"])
         wrong += found["wrong"]
-    print(f"{counts.total()} cases of {', '.join(names)}: {dict(counts)}")
+        peaks.append(found["peak"])
+    print(f"{counts.total()} cases of {', '.join(names)}: {dict(counts)}, {max(peaks) / 2**30:.1f} GiB at most")
     assert not wrong, "\n\n".join("\n".join(map(str, case)) for case in wrong[:20])
     return counts
 
