@@ -423,10 +423,10 @@ def more_files(r: random.Random, folder: Path, place: Place) -> str:
 def checksums(run: Path) -> None:
     """Those of all checkpoints, as their contents are now."""
     for folder in (run / "checkpoints").glob("step_*"):
-        if is_own(folder / state.SUMS):
-            names = [n for n in (state.MODEL, state.OPTIMIZER, state.STATE) if is_own(folder / n)]
-            if names:
-                (folder / state.SUMS).write_text("".join(f"{state._checksum(folder / n)}  {n}\n" for n in names))
+        names = (state.SUMS, state.MODEL, state.OPTIMIZER, state.STATE)
+        sums, *names = [n if is_own(folder / n) and (folder / n).is_file() else "" for n in names]
+        if sums and (names := [n for n in names if n]):
+            (folder / state.SUMS).write_text("".join(f"{state._checksum(folder / n)}  {n}\n" for n in names))
 
 
 def stranger(r: random.Random, place: Place, bases: dict[str, Path]) -> tuple[list, str]:

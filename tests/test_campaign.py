@@ -186,8 +186,8 @@ def can_mount(tmp_path_factory) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("full", [False, True], ids=["64 MB", "full"])
-def test_a_small_or_full_dev_shm_changes_nothing(can_mount, images, tmp_path, full):
+@pytest.mark.parametrize("size", ["64m", "1m"])
+def test_a_small_dev_shm_changes_nothing(can_mount, images, tmp_path, size):
     """Four batches of 36 images of 448 x 448 pixels, which two loader processes have ready, are 87 MB."""
     if can_mount < 1:
         pytest.skip("this machine lets nobody mount a tmpfs")
@@ -201,10 +201,24 @@ def test_a_small_or_full_dev_shm_changes_nothing(can_mount, images, tmp_path, fu
     ]
     arguments = ["pretrain", str(images), *words("mae", *sizes, "warmup_epochs=0")]
     processes.finish(processes.start([*arguments, f"out={tmp_path / 'whole'}"], tmp_path / "log"), tmp_path / "log")
-    work = "64m", full, [*arguments, f"out={tmp_path / 'small'}"]
+    work = size, False, [*arguments, f"out={tmp_path / 'small'}"]
     process = processes.begin(mounts.with_little_shm, *work, output=tmp_path / "log")
     processes.finish(process, tmp_path / "log", seconds=300)
     assert_same_run(tmp_path / "whole", tmp_path / "small")
+
+
+@pytest.mark.slow
+def test_loader_processes_that_a_full_dev_shm_does_not_let_start_are_a_sentence(can_mount, images, tmp_path):
+    if can_mount < 1:
+        pytest.skip("this machine lets nobody mount a tmpfs")
+    for workers, status in ((2, 2), (0, 0)):
+        arguments = ["pretrain", str(images), *words("mae", f"workers={workers}", f"out={tmp_path / 'run'}")]
+        log = tmp_path / f"log{workers}"
+        process = processes.begin(mounts.with_little_shm, "1m", True, arguments, output=log)
+        printed = processes.finish(process, log, status=status)
+        assert "Traceback" not in printed
+        sentence = "2 loader processes cannot be started (No space left on device): lower workers=, or set workers=0."
+        assert (sentence in printed) == (status == 2)
 
 
 @pytest.mark.slow  # two minutes

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from .. import stopping
 from ..arguments import first_line
@@ -62,6 +63,7 @@ def compute(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int,
     try:
         running = iter(loader)
     except OSError as error:
+        _MultiProcessingDataLoaderIter._shutdown = True  # of all that do not begin: torch's __del__ asks for it
         raise UserError(
             f"{workers} loader processes cannot be started ({error.strerror}): lower workers=, or set workers=0."
         ) from error
