@@ -179,7 +179,7 @@ def first_line(error: Exception) -> str:
     """The first line of an error's text, with the key that OmegaConf names below it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key:")), "")
-    text = lines[0].rstrip(".").replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value")  # unfilled, of tuples
+    text = re.sub(r"Value '.*' of type '(\$VALUE_TYPE|ListConfig)'", "a value", lines[0].rstrip("."))  # of tuples
     return f"{key}: {text}" if key and key not in text else text
 
 

@@ -143,6 +143,7 @@ def damaged(case: int, tmp_path: Path) -> str:
     """One damaged checkpoint: it must not be taken, and the one before stays as it was; returns the kind of damage."""
     generator = random.Random(case)
     run_dir = tmp_path / f"damaged{case}"
+    run_dir.mkdir()
     saved(run_dir, 2, 3)
     good, bad = (state.folder_of(run_dir, step) for step in (2, 3))
     before = {path: path.read_bytes() for path in (*good.iterdir(), *bad.iterdir())}

@@ -5,6 +5,7 @@ a result goes through a pipe instead. It waits for ever for a process that hangs
 is a traceback, wherever the main process is at that moment.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from .. import stopping
 from ..arguments import first_line
 from ..errors import UserError
 
+SMALL = 2**14  # bytes of a tensor that is sent as bytes. Tasks are smaller: none is fetched from the main process later
 WAIT, WAIT_KEY = 900.0, "SSLVIT_LOADER_SECONDS"  # a run ends if it gets no result for so long
 LIBC = ctypes.CDLL(None)  # opened before any fork
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
@@ -162,14 +164,14 @@ def _begin(worker: int) -> None:
 
 
 def _reduced(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-    """How a tensor of a task or a result is sent: in shared memory, or as bytes where there is no room."""
-    try:
-        return reduce_tensor(tensor.detach().share_memory_())
-    except RuntimeError:
-        order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)  # crops lie pixel by pixel, and stay so
-        dense = tensor.detach().permute(order).contiguous()
-        places = sorted(range(tensor.ndim), key=order.__getitem__)
-        return _rebuilt, (dense.flatten().view(torch.uint8).numpy(), dense.dtype, dense.shape, places)
+    """How a tensor of a task or a result is sent: in shared memory, or as bytes if it is small or finds no room."""
+    with contextlib.suppress(RuntimeError):
+        if tensor.nbytes > SMALL:
+            return reduce_tensor(tensor.detach().share_memory_())
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)  # crops lie pixel by pixel, and stay so
+    dense = tensor.detach().permute(order).contiguous()
+    places = sorted(range(tensor.ndim), key=order.__getitem__)
+    return _rebuilt, (dense.flatten().view(torch.uint8).numpy(), dense.dtype, dense.shape, places)
 
 
 def _rebuilt(raw: NDArray[np.uint8], dtype: torch.dtype, shape: torch.Size, places: list[int]) -> Tensor:
