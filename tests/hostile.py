@@ -241,6 +241,15 @@ MODEL_ARGS = [
 ]  # fmt: skip
 
 
+DANGEROUS = [
+    ["method"],
+    ["model", "name"],
+    ["model", "args", "checkpoint_path"],
+    ["model", "args", "depth"],
+    ["data", "image_size"],
+]
+
+
 def is_own(path: Path) -> bool:
     """Whether it is a plain file or folder and no damage before has put a link in its way."""
     return path.resolve() == path.absolute() and (path.is_file() or path.is_dir())
@@ -255,11 +264,11 @@ def change_config(r: random.Random, path: Path, place: Place) -> str:
     keys += [["method"], ["seed"], ["model", "name"], ["model", "args"], ["objective"], ["data"], ["model"], ["nobody"]]
     changes = []
     for _ in range(r.choice([1, 1, 2, 4])):
-        key, new = r.choice(keys), value(r)
+        key, new = r.choice(keys if r.random() < 0.6 else DANGEROUS), value(r)
         if key[-1] in ("checkpoint_path", "file", "cache_dir"):
             new = str(r.choice([place.case / "pickle.pth", place.outside / "model.safetensors", place.outside]))
-        if key == ["method"] and r.random() < 0.5:
-            new = r.choice(["payload", "runs.theirs.payload", "venv.__main__", "this", "antigravity", "objectives.mae"])
+        if key == ["method"]:
+            new = r.choice(["payload", "payload", "runs.theirs.payload", "venv.__main__", "objectives.mae", "dino"])
         put(r, values, key, new)
         changes.append(f"{'.'.join(key)}={new!r}"[:100])
     text = yaml.safe_dump(values) if r.random() < 0.9 else json.dumps(values)
@@ -465,7 +474,7 @@ def stranger(r: random.Random, place: Place, bases: dict[str, Path]) -> tuple[li
             ]
         try:
             done.append(str(r.choice(kinds)()))
-        except (OSError, ValueError, RuntimeError, yaml.YAMLError, AttributeError, TypeError) as error:
+        except Exception as error:
             done.append(f"(the second damage does not go on the first: {type(error).__name__})")
     checksums(folder)
     labelled, out = bases["labelled"], place.case / "out"
@@ -485,6 +494,8 @@ def stranger(r: random.Random, place: Place, bases: dict[str, Path]) -> tuple[li
             resume,
             resume,
         ]
+        if "config.yaml:" in "; ".join(done) and r.random() < 0.4:  # this command reads the most of it
+            commands = commands[4:5]
     return r.choice(commands), "; ".join(done)
 
 
