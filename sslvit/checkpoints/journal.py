@@ -53,15 +53,18 @@ def run_id(run_dir: Path) -> str | None:
     found = None
     with suppress(OSError):
         for line in _start_lines(run_dir).splitlines():
-            with suppress(ValueError, TypeError, KeyError):
+            with suppress(ValueError, TypeError, KeyError, RecursionError):
                 found = str(json.loads(line)["run"])
     return found
 
 
 def _start_lines(run_dir: Path) -> bytes:
-    if (run_dir / STARTS).stat().st_size > LARGEST_STARTS:
-        raise OSError(errno.EFBIG, f"{run_dir / STARTS} is larger than {LARGEST_STARTS} bytes, move it away")
-    return (run_dir / STARTS).read_bytes()
+    path = run_dir / STARTS
+    if path.stat().st_size > LARGEST_STARTS:
+        raise OSError(errno.EFBIG, f"{path} is larger than {LARGEST_STARTS} bytes, move it away")
+    if not path.is_file():  # a pipe would wait for its writer
+        raise OSError(errno.EINVAL, f"{path} is no regular file")
+    return path.read_bytes()
 
 
 def rewind(run_dir: Path, kept: dict[str, int] | None, step: int) -> None:

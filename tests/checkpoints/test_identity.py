@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -217,6 +218,14 @@ def test_the_identity_of_a_run_is_that_of_its_last_readable_start(tmp_path):
     assert journal.run_id(tmp_path) == "ours"
     assert path.read_bytes().endswith(b'\n{"ti\n' + line)
     textfile.write(path, b"")
+    assert journal.run_id(tmp_path) is None
+
+
+def test_starts_that_are_a_pipe_or_nested_without_end_are_passed_over(tmp_path):
+    (tmp_path / journal.STARTS).write_text('{"run": "ours"}\n' + "[" * 100_000 + "\n")
+    assert journal.run_id(tmp_path) == "ours"
+    (tmp_path / journal.STARTS).unlink()
+    os.mkfifo(tmp_path / journal.STARTS)
     assert journal.run_id(tmp_path) is None
 
 
