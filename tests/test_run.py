@@ -311,7 +311,7 @@ def test_knn_during_the_run_is_logged_and_reported(cli, labelled, tmp_path):
     "launcher",
     [
         ["-m", "accelerate.commands.launch", "--cpu"],
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        pytest.param(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], marks=pytest.mark.slow),
     ],
 )
 def test_the_launchers_start_it(images, tmp_path, launcher):

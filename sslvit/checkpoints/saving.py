@@ -74,14 +74,13 @@ class Saver:
     def _write(self, tensors: state.Tensors, record: dict[str, Any], step: int, best: int | None) -> None:
         config = self.config
         try:
-            if self.lock:
-                self.lock.check()
+            self._check()
             journal.sync(self.run_dir)
-            state.write(self.run_dir, tensors, record)
-            state.prune(self.run_dir, config.keep_last, step, config.keep_every, best if config.keep_best else None)
+            state.write(self.run_dir, tensors, record, self._check)
+            best = best if config.keep_best else None
+            state.prune(self.run_dir, config.keep_last, step, config.keep_every, best, self._check)
         except (OSError, SafetensorError) as error:
-            if self.lock:
-                self.lock.check()  # it says more
+            self._check()  # it says more
             past = [saved for saved in state.steps_saved(self.run_dir) if saved < step]
             good = f"The checkpoint of step {past[-1]} is whole" if past else "There is no older checkpoint"
             needed, free = sum(map(state.size, tensors)), free_space(self.run_dir)
@@ -90,6 +89,10 @@ class Saver:
                 f"{format_bytes(needed)} and {format_bytes(free)} are free. {good}: make room and start "
                 "the same command again."
             ) from error
+
+    def _check(self) -> None:
+        if self.lock:
+            self.lock.check()
 
     def __enter__(self) -> "Saver":
         return self

@@ -94,8 +94,17 @@ def record(run_state: RunState, extra: dict[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, **asdict(run_state), **extra, "written": time.strftime("%F %T%z")}
 
 
-def write(run_dir: Path, tensors: Tensors, record: dict[str, Any]) -> Path:
-    """Write `checkpoints/step_<n>` so that it is there whole or not at all. Raises OSError or SafetensorError."""
+def _unchecked() -> None:
+    """Nobody else can have come to this place."""
+
+
+def write(
+    run_dir: Path, tensors: Tensors, record: dict[str, Any], check: Callable[[], None] = _unchecked
+) -> Path:
+    """Write `checkpoints/step_<n>` so that it is there whole or not at all. Raises OSError or SafetensorError.
+
+    check: called before a deletion; raises UserError if `run_dir` is now the place of another run (see lock.Lock).
+    """
     folder = run_dir / "checkpoints"
     textfile.make_folder(folder, run_dir)
     final = folder_of(run_dir, record["step"])
@@ -116,6 +125,7 @@ def write(run_dir: Path, tensors: Tensors, record: dict[str, Any]) -> Path:
         shutil.rmtree(fresh, ignore_errors=True)  # on a full disk, half a checkpoint takes room that is needed
         raise
     if final.exists():  # a damaged checkpoint of the same step: otherwise the run would have resumed from it
+        check()
         _remove(final)
     os.rename(fresh, final)
     textfile.sync(folder)
@@ -149,14 +159,22 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:09d}"
 
 
-def prune(run_dir: Path, keep_last: int, step: int, every: int | None = None, best: int | None = None) -> None:
+def prune(
+    run_dir: Path,
+    keep_last: int,
+    step: int,
+    every: int | None = None,
+    best: int | None = None,
+    check: Callable[[], None] = _unchecked,
+) -> None:
     """Delete old checkpoints. Kept are the last `keep_last`, multiples of `every`, and that of step `best`.
 
     Checkpoints of later steps are damaged, since the run did not resume from them. They do not count, and stay until
-    the run has passed them.
+    the run has passed them. check: as in `write`.
     """
     for old in [saved for saved in steps_saved(run_dir) if saved <= step][: -max(1, keep_last)]:
         if old != best and not (every and old % every == 0):
+            check()
             _remove(folder_of(run_dir, old))
 
 
