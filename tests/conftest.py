@@ -42,15 +42,16 @@ def words(method: str, *more: str) -> list[str]:
     return [*TINY, *fixed, *more]
 
 
-@pytest.fixture(scope="session")
-def official():
-    """{name: (settings, tensors)} of the published code's numbers."""
+def read_official(name: str) -> tuple[dict, dict]:
+    """(settings, tensors) of the published code's numbers."""
     from safetensors.torch import load_file
 
-    def read(name: str) -> tuple[dict, dict]:
-        return json.loads((OFFICIAL / f"{name}.json").read_text()), load_file(OFFICIAL / f"{name}.safetensors")
+    return json.loads((OFFICIAL / f"{name}.json").read_text()), load_file(OFFICIAL / f"{name}.safetensors")
 
-    return read
+
+@pytest.fixture(scope="session")
+def official():
+    return read_official
 
 
 def write_images(folder: Path, count: int, size: tuple[int, int] = (40, 36), seed: int = 0) -> Path:

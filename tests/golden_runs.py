@@ -79,12 +79,12 @@ def numbers(run_dir: Path) -> dict:
     return {"lines": processes.learned(run_dir), "final": final}
 
 
-def run(name: str, folder: Path) -> dict:
-    """The numbers of a run in this process, with one thread."""
+def run(name: str, folder: Path, *more: str) -> dict:
+    """The numbers of a run in this process, with one thread. more: further key=value."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert sslvit([*RUNS[name], f"out={folder / name}"]) == 0
+        assert sslvit([*RUNS[name], *more, f"out={folder / name}"]) == 0
     finally:
         torch.set_num_threads(threads)
     return numbers(folder / name)

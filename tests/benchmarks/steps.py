@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit import config as configuration
-from sslvit import objectives, optim
+from sslvit import objectives, optim, pretrain
 from sslvit.hardware import choose_attention, keep_memory, peak_memory, start_accelerator
 from sslvit.metrics import Window
 from sslvit.model import masks
@@ -60,6 +60,7 @@ CASES = {
     "mae-large-gpu": Case("mae", LARGE, (224, 16, 1024, 24, 16), 256, "cuda"),
     "dino-small-gpu": Case("dino", SMALL, (224, 16, 384, 12, 6), 64, "cuda"),
     "dino-base-gpu": Case("dino", BASE, (224, 16, 768, 12, 12), 32, "cuda"),
+    "dino-small-64px-gpu": Case("dino", [SMALL[0], "image_size=64"], (64, 16, 384, 12, 6), 512, "cuda", local=(8, 32)),
 }
 LR = 1e-4
 MOMENTUM = 0.996
@@ -97,7 +98,7 @@ def settings(case: Case, precision: str, drop_path: float) -> configuration.RunC
     return configuration.load(words)
 
 
-def ours(case: Case, precision: str, drop_path: float) -> tuple[Step, dict[str, Tensor]]:
+def ours(case: Case, precision: str, drop_path: float, compiled: bool = False) -> tuple[Step, dict[str, Tensor]]:
     """A function that takes a step, and the weights that it starts from."""
     config = settings(case, precision, drop_path)
     accelerator = start_accelerator(config.precision)
@@ -107,6 +108,9 @@ def ours(case: Case, precision: str, drop_path: float) -> tuple[Step, dict[str, 
     optimizer = optim.make_optimizer(config.optim, objective)
     weights = {name: value.clone() for name, value in objective.state_dict().items()}
     model, optimizer = accelerator.prepare(objective, optimizer)
+    if compiled:
+        views = objectives.find(config.method).views(config.objective, config.data)
+        print(pretrain.compiled(config, plan, accelerator, model, optimizer, views), flush=True)
     objective.train()
     keep_memory(accelerator.device)
     window = Window()
@@ -156,7 +160,7 @@ def variants(case: Case, drop_path: float, names: list[str]) -> dict[str, Step]:
     for name in names:
         if name.startswith("sslvit"):
             torch.manual_seed(0)
-            steps[name], weights = ours(case, name.split()[1], drop_path)
+            steps[name], weights = ours(case, name.split()[1], drop_path, compiled=name.endswith("compiled"))
     device = start_accelerator("float32").device
     for name in names:
         if name.startswith("plain"):
