@@ -16,7 +16,7 @@ from .arguments import assignments, check_keys, flatten, full_key, help_lines, m
 from .checkpoints import textfile
 from .checkpoints.state import Config as SaveConfig
 from .data import Config as DataConfig
-from .data import kind_of
+from .data import check_value_range, kind_of
 from .data.loader import Layout, make_layout
 from .errors import Limits, UserError, check_limits, did_you_mean
 from .evaluation.online import Config as EvalConfig
@@ -167,9 +167,8 @@ def check(config: RunConfig) -> None:
     check_limits("", config)
     for name in ("data", "log", "save", "eval", "optim"):
         check_limits(f"{name}.", getattr(config, name))
-    value_range = config.data.value_range
-    if value_range is not None and not value_range[0] < value_range[1]:
-        raise UserError(f"data.value_range={list(value_range)} must be [low,high] with low below high.")
+    if config.data.value_range is not None:
+        check_value_range("data.value_range", config.data.value_range)
     if config.save.keep_best and not config.eval.test:
         raise UserError("save.keep_best=true chooses by k-NN accuracy: give eval.train and eval.test.")
     if config.shard and config.precision == "fp16":

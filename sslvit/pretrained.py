@@ -4,7 +4,7 @@ exported folder, `timm:<name>`, `random:<name>`, or `pixels`."""
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -76,35 +76,44 @@ class Pretrained:
             value_range=self.value_range,
         )  # fmt: skip
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """For the config.json of a folder that is made of it; timm does not read it. An evaluation of the folder needs
+        the range, to read deep images as the run did."""
+        return {"source": self.detail} | ({"value_range": list(self.value_range)} if self.value_range else {})
+
 
 def load(
     name: str, image_size: int | tuple[int, int] | None = None, model_args: dict[str, Any] | None = None, seed: int = 0,
-    allow_method: str = "",
+    allow_method: str = "", value_range: tuple[float, float] | None = None,
 ) -> Pretrained:  # fmt: skip
     """The encoder with this name. Raises UserError.
 
     image_size: pixels, for `timm:`, `random:` (None: the model's own) and `pixels` (None: 32).
     model_args: more arguments of the timm model, for `timm:` and `random:`.
+    value_range: of deep images, for `timm:`, `random:` and `pixels`; the others have that of their training images.
     allow_method: the module of a method of your own, which `untrained:` runs.
     """
     if not name:
         raise UserError(f"run= is missing: give {CHOICES}.")
     kind, colon, rest = name.partition(":")
-    if kind not in ("timm", "random") and (model_args or (image_size is not None and name != "pixels")):
+    if kind not in ("timm", "random") and (model_args or ((image_size or value_range) and name != "pixels")):
         raise UserError(
-            f"image_size and model_args are for timm: and random:, image_size also for pixels. run={name} has its own: "
-            "leave them out."
+            "image_size, value_range and model_args are for timm: and random:, the first two also for pixels. "
+            f"run={name} has its own: leave them out."
         )
+    if value_range is not None:
+        data.check_value_range("value_range", value_range)
     if colon and kind == "untrained":
         return _untrained(Path(rest).expanduser(), name, allow_method)
     if allow_method:
         raise UserError(f"allow_method={allow_method} is for untrained:, and run={name} needs no method: leave it out.")
     if colon and kind in ("timm", "random"):
-        return _from_timm(name, image_size, model_args or {}, seed)
+        return replace(_from_timm(name, image_size, model_args or {}, seed), value_range=value_range)
     if name == "pixels":
         mean, std = data.normalization(data.Config())
         detail = {"weights": "none: pixels minus the mean training image"}
-        return Pretrained(Pixels(_height_width(image_size or 32)), mean, std, name, detail)
+        return Pretrained(Pixels(_height_width(image_size or 32)), mean, std, name, detail, value_range=value_range)
     path = Path(name).expanduser()
     if path.parent.name == "checkpoints" and (path / state.STATE).is_file():
         return _from_run(path.parent.parent, path)

@@ -98,9 +98,7 @@ def _unchecked() -> None:
     """Nobody else can have come to this place."""
 
 
-def write(
-    run_dir: Path, tensors: Tensors, record: dict[str, Any], check: Callable[[], None] = _unchecked
-) -> Path:
+def write(run_dir: Path, tensors: Tensors, record: dict[str, Any], check: Callable[[], None] = _unchecked) -> Path:
     """Write `checkpoints/step_<n>` so that it is there whole or not at all. Raises OSError or SafetensorError.
 
     check: called before a deletion; raises UserError if `run_dir` is now the place of another run (see lock.Lock).

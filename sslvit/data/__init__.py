@@ -6,11 +6,11 @@ Imports the pure helpers only (rng, distributed, hardware, errors), nothing of m
 """
 
 from .augment import normalization
-from .config import Config
+from .config import Config, check_value_range
 from .crops import image_size, pair
 from .sources import BadImage, Source, WrappedSource, kind_of, open_source, split_part
 
 __all__ = [
-    "BadImage", "Config", "Source", "WrappedSource", "image_size", "kind_of", "normalization", "open_source", "pair",
-    "split_part",
+    "BadImage", "Config", "Source", "WrappedSource", "check_value_range", "image_size", "kind_of", "normalization",
+    "open_source", "pair", "split_part",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..errors import Limits
+from ..errors import Limits, UserError
 
 Cache = bool | Literal["ram", "device"] | None
 
@@ -23,3 +23,10 @@ class Config:
     bad_ratio: float = 0.01  # the run stops if a larger share of the images cannot be read
 
     LIMITS: ClassVar[Limits] = [(0, None, "workers"), (1, None, "in_chans", "image_size"), (0, 1, "bad_ratio")]
+
+
+def check_value_range(key: str, value_range: tuple[float, float]) -> None:
+    """Raises UserError unless the first number is below the second."""
+    low, high = value_range
+    if not low < high:
+        raise UserError(f"{key}=[{low:g},{high:g}] must be [low,high] with low below high.")

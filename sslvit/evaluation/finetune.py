@@ -34,7 +34,7 @@ from . import Column, Command, protocol, records, scores
 from .feature_cache import digest
 from .features import Features, extract
 from .finetuning.classifier import POOLING, Classifier, build_classifier
-from .finetuning.recipe import Recipe, resolve
+from .finetuning.recipe import Recipe, fit_batch, resolve
 from .finetuning.targets import Targets, read_targets, split, standardise_targets
 from .finetuning.training import Examples, Training
 from .frozen import EncoderConfig, Frozen, describe_pool, load_frozen
@@ -196,6 +196,8 @@ def train_and_test(
     assert isinstance(frozen.encoder, Encoder)
     learned, held_out = split(targets, config.labels_share, config.holdout, seed)
     train_targets, (mean, std) = standardise_targets(task, targets.train[learned])
+    if config.global_batch_size is None and recipe.global_batch_size > len(learned):
+        recipe = fit_batch(recipe, len(learned), world_size() * (config.batch_size or 2))  # mixup needs an even one
     layout = make_layout(
         recipe.global_batch_size, config.batch_size, len(learned), world_size(), rank(), config.data.train
     )
@@ -304,6 +306,5 @@ def write_model(
     head.bias.mul_(std).add_(mean)
     images = torch.randn(2, encoder.in_chans, *encoder.image_size, generator=torch.Generator().manual_seed(0))
     config = timm_format.record(encoder, classifier.model_args, subject.mean, subject.std, encoder.width, classes=names)
-    config["source"] = subject.detail  # timm does not read it
-    timm_format.write(out, config, model.model, images, model(images))
+    timm_format.write(out, config | subject.origin, model.model, images, model(images))
     say(f'{out}: timm.create_model("local-dir:{out}", pretrained=True) gives the {len(names)} outputs, checked')

@@ -52,6 +52,7 @@ class EncoderConfig:
     run: str = ""  # a run, its checkpoint, untrained:<run>, an exported folder, timm:<name>, random:<name>, pixels
     pool: Literal["auto", "cls", "mean", "cls+mean", "last4", "mean4", "pooled"] = "auto"  # of tokens; auto: as trained
     image_size: int | tuple[int, int] | None = None  # for timm:, random: and pixels only; null: the model's own
+    value_range: tuple[float, float] | None = None  # of deep images, black and white; for timm:, random: and pixels
     model_args: dict[str, Any] = field(default_factory=dict)  # for timm: and random: only, for example {patch_size: 4}
     batch_size: int = 256  # images at once
     workers: int | None = None  # processes that load images; null: by the number of cores
@@ -197,7 +198,9 @@ def load_frozen(config: EncoderConfig) -> Frozen:
     check_range("", config, 1, None, "batch_size", "image_size")
     check_range("", config, 0, None, "workers")
     records.check_out(config.out)
-    subject = pretrained.load(config.run, config.image_size, config.model_args, config.seed, config.allow_method)
+    subject = pretrained.load(
+        config.run, config.image_size, config.model_args, config.seed, config.allow_method, config.value_range
+    )
     if subject.results and not config.out:
         records.make_folder(subject.results, pretrained.root_of(subject.results))
     encoder = subject.encoder

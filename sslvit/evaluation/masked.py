@@ -19,13 +19,13 @@ PALETTE_SIZE = 256
 class Masked:
     """A folder of images with a mask for each."""
 
-    def __init__(self, spec: str, in_chans: int) -> None:
-        """spec: the folder, as the user named it. Raises UserError."""
+    def __init__(self, spec: str, config: DataConfig) -> None:
+        """spec: the folder, as the user named it. config: how its images are read. Raises UserError."""
         root = Path(spec).expanduser()
         for part in ("images", "masks"):
             if not (root / part).is_dir():
                 raise UserError(f"{spec} has no folder {part}: segmentation needs {spec}/images and {spec}/masks.")
-        self.spec, self.images = spec, Folder(root / "images", DataConfig(in_chans=in_chans))
+        self.spec, self.images = spec, Folder(root / "images", config)
         files = [p for p in sorted((root / "masks").rglob("*")) if p.suffix.lower() == ".png" and p.name[0] != "."]
         masks = {p.relative_to(root / "masks").with_suffix(""): p for p in files}
         paths = (Path(self.images.name(i)) for i in range(len(self.images)))

@@ -87,7 +87,7 @@ def run(config: Config) -> dict[str, Any]:
     pictures.check(config.picture)
     frozen = load_frozen(config)
     size = image_size(frozen, config.size)
-    train, test = (Masked(spec, frozen.encoder.in_chans) for spec in specs)
+    train, test = (Masked(spec, frozen.subject.data_config) for spec in specs)
     protocol.refuse_same_images(train.images, test.images, specs)
     results, rows = on_first_process(lambda: probe(config, frozen, train, test, size))
     frozen.save(

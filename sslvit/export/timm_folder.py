@@ -43,10 +43,7 @@ def timm_config(subject: Pretrained) -> dict[str, Any]:
     args = dict(encoder.model_args)
     if encoder.is_vit:
         args |= {"global_pool": "token"} if encoder.pool == "cls" else {"global_pool": "avg", "fc_norm": False}
-    config = timm_format.record(encoder, args, subject.mean, subject.std, encoder.feature_dim())
-    # timm reads neither. An evaluation of the folder needs the range, to read deep images as the run did.
-    config["source"] = subject.detail
-    return config | ({"value_range": list(subject.value_range)} if subject.value_range else {})
+    return timm_format.record(encoder, args, subject.mean, subject.std, encoder.feature_dim()) | subject.origin
 
 
 @torch.inference_mode()

@@ -714,8 +714,8 @@ EXPORT = [
     ),
     Mistake(
         "an export does not say which values are black and white",
-        "export/timm_folder.py",
-        "if subject.value_range else {}",
+        "pretrained.py",
+        "if self.value_range else {}",
         "if False else {}",
         TIMM + "test_the_config_of_an_export_says_what_its_images_must_be",
     ),

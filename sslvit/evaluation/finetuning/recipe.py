@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ...distributed import say
 from ...errors import UserError, check_range, check_share
 
 NOT_FOR_TASK = {"single": (), "multilabel": ("smoothing",), "regression": ("smoothing", "mixup", "cutmix")}
@@ -63,6 +64,13 @@ def resolve(config: Any, task: str = "single") -> Recipe:
     recipe = replace(RECIPES[config.recipe], **given)
     check(recipe)
     return recipe
+
+
+def fit_batch(recipe: Recipe, num_images: int, unit: int) -> Recipe:
+    """The recipe with the largest global batch that so many images fill: a multiple of `unit`, if there is one."""
+    size = num_images // unit * unit or num_images
+    say(f"global_batch_size={size} instead of the recipe's {recipe.global_batch_size}: there are {num_images} images.")
+    return replace(recipe, global_batch_size=size)
 
 
 def check(recipe: Recipe) -> None:
