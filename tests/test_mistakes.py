@@ -14,10 +14,11 @@ import pytest
 from .forked_python import Interpreter
 from .mistakes import Mistake
 from .mistakes.evaluation import EVALUATION
+from .mistakes.safety import SAFETY
 from .mistakes.training import TRAINING
 
 ROOT = Path(__file__).parent.parent
-MISTAKES = TRAINING + EVALUATION
+MISTAKES = TRAINING + EVALUATION + SAFETY
 PARTS = ("sslvit", "tests", "eval", "configs", "pyproject.toml", "README.md")
 NOT_AN_ANSWER = re.compile(r"^E +(ImportError|ModuleNotFoundError|SyntaxError|NameError|IndentationError)", re.M)
 

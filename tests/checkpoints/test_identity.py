@@ -179,12 +179,47 @@ def test_a_checkpoint_is_not_written_to_another_directory(tmp_path, how):
     assert state.steps_saved(tmp_path / "moved") == ([] if how == "deleted" else [2])
 
 
+@pytest.mark.parametrize("moment", ["before the name is given", "before old ones are deleted"])
+def test_no_checkpoint_of_another_run_is_deleted(tmp_path, monkeypatch, moment):
+    """Another run takes the place while this one writes its checkpoint of step 3 beside those of its steps 1 and 2."""
+    run_dir, theirs = tmp_path / "run", {}
+    write, sync = state.write, textfile.sync
+
+    def replace():
+        monkeypatch.undo()
+        run_dir.rename(tmp_path / "moved")
+        run_dir.mkdir()
+        journal.add_start(run_dir, {"run": "theirs"})
+        saved(run_dir, 1, 2, 3)
+        theirs.update(contents(run_dir))
+
+    def sync_and_replace(path):
+        sync(path)
+        if path.name.startswith(".writing_") and not theirs:
+            replace()
+
+    run_dir.mkdir()
+    with Saver(run_dir, state.Config(keep_last=1)) as saver:
+        saver.lock = Lock(run_dir)
+        saver.lock.start = journal.add_start(run_dir, {"run": "ours"})
+        saved(run_dir, 1, 2)
+        if "name" in moment:
+            monkeypatch.setattr(textfile, "sync", sync_and_replace)
+        else:
+            monkeypatch.setattr(state, "write", lambda *rest: (write(*rest), replace()))
+        saver.save(*trained(3), state.RunState(3), {})
+        with pytest.raises(UserError, match="another run has taken its place"):
+            saver.check(wait=True)
+    assert theirs
+    assert contents(run_dir) == theirs
+
+
 def test_a_directory_that_goes_while_files_are_written_is_named_as_the_reason(tmp_path, monkeypatch):
     write = state.write
 
-    def late(run_dir, tensors, record):
+    def late(run_dir, *rest):
         run_dir.rename(tmp_path / "moved")
-        return write(run_dir, tensors, record)
+        return write(run_dir, *rest)
 
     monkeypatch.setattr(state, "write", late)
     run_dir = tmp_path / "run"

@@ -1,7 +1,7 @@
 """Named one-line mistakes in the source, and the ordinary tests that catch each of them.
 
 `python -m pytest -m slow tests/test_mistakes.py` puts each mistake into a copy of the package and shows that its tests
-fail. A list of mistakes is a file here: training.py and evaluation.py.
+fail. A list of mistakes is a file here: training.py, evaluation.py and safety.py.
 """
 
 from dataclasses import dataclass
