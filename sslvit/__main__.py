@@ -23,6 +23,12 @@ TOOLS = {
     "bench": ("bench", RECIPE, "how fast this machine runs a recipe, and what to change first"),
     "submit": ("submit", RECIPE, "pretrain as a job of a SLURM cluster, queued again until it is done"),
 }
+# Modules with a Config of their own and run(config).
+PLAIN = {
+    "export": ("export", "run=... to=timm out=<folder>", "write the encoder in a form that timm loads"),
+    "embed": ("tools.embed", "run=... data=... out=<file>.parquet|.npy|.faiss", "features of all images as a file"),
+    "search": ("tools.search", "index=<file> image=...", "nearest images; duplicates; a diverse subset"),
+}
 KEYS = "Keys with their defaults; a key may be given by its last name alone:"
 
 
@@ -32,8 +38,7 @@ def usage() -> str:
         ("pretrain", RECIPE, "train an encoder on unlabeled images"),
         *((name, command.usage, command.help) for name, command in evaluations().items()),
         ("compare", "<run> <run> ...", "results of runs side by side, with the intervals of the differences"),
-        ("export", "run=... to=timm out=<folder>", "write the encoder in a form that timm loads"),
-        *((name, *TOOLS[name][1:]) for name in TOOLS),
+        *((name, *row[1:]) for name, row in (PLAIN | TOOLS).items()),
     ]
     return (
         "sslvit <command> [arguments]\n\n"
@@ -137,13 +142,13 @@ def _compare(arguments: list[str]) -> None:
     compare.compare([word for word in arguments if word not in own], parse(compare.Config(), own, "compare"))
 
 
-def _export(arguments: list[str]) -> None:
-    from . import export
-
+def _plain(name: str, arguments: list[str]) -> None:
+    """A command with nothing but keys of its own."""
+    module = import_module(f".{PLAIN[name][0]}", __package__)
     if _help(arguments):
-        _print_help("export run=... to=timm out=<folder>", export, KEYS)
+        _print_help(f"{name} {PLAIN[name][1]}", module, KEYS)
     else:
-        export.run(parse(export.Config(), arguments, "export"))
+        module.run(parse(module.Config(), arguments, name))
 
 
 def _tool(name: str, arguments: list[str]) -> None:
@@ -166,7 +171,7 @@ def _print_help(usage: str, module: ModuleType, keys: str) -> None:
 COMMANDS: dict[str, Command] = {
     "pretrain": _pretrain,
     "compare": _compare,
-    "export": _export,
+    **{name: partial(_plain, name) for name in PLAIN},
     **{name: partial(_tool, name) for name in TOOLS},
 }
 

@@ -3,16 +3,18 @@
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor does a pipe wait for its reader
 
 
-def write(path: Path, content: str | bytes, root: Path | None = None) -> None:
+def write(path: Path, content: str | bytes | Callable[[IO[bytes]], object], root: Path | None = None) -> None:
     """Write a file beside its name, sync it and rename it: so it is whole or not there, even after a power cut.
 
     A link of this name is replaced. The file that it points to stays as it is.
+    content: a function gets the open file and writes what is too large for the memory.
     root: a folder that the user named and that exists. Folders between it and the file are made, and may be no links.
     Default: the folder of the file. Raises OSError, whose strerror is a sentence for the user.
     """
@@ -21,7 +23,9 @@ def write(path: Path, content: str | bytes, root: Path | None = None) -> None:
     fresh.unlink(missing_ok=True)
     try:
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOT_FOLLOWED, 0o666), "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            content(file) if callable(content) else file.write(
+                content.encode() if isinstance(content, str) else content
+            )
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)

@@ -60,7 +60,9 @@ def extract_cached(
     return {pool: gather_features(found[pool]) if whole else found[pool] for pool in pools}
 
 
-def place_of(encoder: Encoder, source: Source, normalize: Normalize, accelerator: Accelerator) -> dict[str, Any]:
+def place_of(
+    encoder: Encoder | Pixels, source: Source, normalize: Normalize, accelerator: Accelerator
+) -> dict[str, Any]:
     """What features depend on, except for the weights and the pooling."""
     return {
         "images": source.fingerprint(),

@@ -80,12 +80,13 @@ def share(source: Source) -> Tensor:
 
 def batches(
     encoder: Encoder | Pixels, source: Source, normalize: Normalize, accelerator: Accelerator, batch_size: int,
-    workers: int | None,
+    workers: int | None, numbers: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """(numbers [B], normalised images [B, C, H, W] on the device) of this process's readable images. The encoder is in
-    evaluation mode until the last batch. Prints progress every 20 seconds."""
+    evaluation mode until the last batch. Prints progress every 20 seconds. numbers: [n], of other images than its
+    share."""
     device = accelerator.device
-    images_here = CentreCropped(source, share(source), encoder.image_size)
+    images_here = CentreCropped(source, share(source) if numbers is None else numbers, encoder.image_size)
     workers = default_workers(device) if workers is None else workers
     was_training = encoder.training
     encoder.eval()
@@ -99,10 +100,23 @@ def batches(
                 yield index, normalize(images.to(device, non_blocking=True).float() / 255)
             if time.perf_counter() - last_line > SAY_EVERY:
                 last_line = time.perf_counter()
-                done = min(seen * world_size(), len(source))
-                say(f"features of {done} of {len(source)} images, {done / (last_line - began):.0f} images/s")
+                done = len(source) - max(0, len(images_here) - seen) * world_size()
+                rate = seen * world_size() / (last_line - began)
+                say(f"features of {done} of {len(source)} images, {rate:.0f} images/s")
     finally:
         encoder.train(was_training)
+
+
+def pooled_batches(
+    encoder: Encoder | Pixels, source: Source, normalize: Normalize, accelerator: Accelerator, pools: Sequence[Pool],
+    batch_size: int, workers: int | None, numbers: Tensor | None = None,
+) -> Iterator[tuple[Tensor, dict[Pool, Tensor]]]:  # fmt: skip
+    """Like `batches`, with the features [B, D] by each way of pooling, on the device, in place of the images."""
+    for index, x in batches(encoder, source, normalize, accelerator, batch_size, workers, numbers):
+        # force_eager: blocks that were compiled for training are not compiled again for these shapes.
+        with torch.inference_mode(), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+            pooled = encoder.pooled(x, pools)
+        yield index, pooled
 
 
 def extract(
@@ -116,11 +130,9 @@ def extract(
     """
     numbers, done = torch.empty_like(share(source)), 0
     values = {pool: room_for(len(numbers), encoder.feature_dim(pool), scratch) for pool in pools}
-    for index, x in batches(encoder, source, normalize, accelerator, batch_size, workers):
-        # force_eager: blocks that were compiled for training are not compiled again for these shapes.
-        with torch.inference_mode(), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-            for pool, pooled in encoder.pooled(x, pools).items():
-                values[pool][done : done + len(index)] = pooled
+    for index, pooled in pooled_batches(encoder, source, normalize, accelerator, pools, batch_size, workers):
+        for pool in pools:
+            values[pool][done : done + len(index)] = pooled[pool]
         numbers[done : done + len(index)] = index
         done += len(index)
     total = sum(gather_objects(done))

@@ -184,8 +184,8 @@ FEATURES = [
     Mistake(
         "features are rounded to bf16",
         "evaluation/features.py",
-        "len(index)] = pooled",
-        "len(index)] = pooled.bfloat16()",
+        "len(index)] = pooled[pool]",
+        "len(index)] = pooled[pool].bfloat16()",
         LOGISTIC,
     ),
     Mistake(
