@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from .errors import UserError, did_you_mean
 
 OPEN = ("model.args", "model_args")  # keys whose value is a dictionary that model/factory.py checks
+NEVER_SHORT = ("model.init",)  # keys that are always written in full: `init=` was DINO's before there was this one
 YAML_BYTES = 1 << 18  # of one file of settings, which has some kB
 LARGEST = 2.0**63  # every number must be smaller; a seed need not
 
@@ -114,7 +115,7 @@ def full_key(key: str, keys: list[str], command: str, named: list[str] | None = 
     sections = {full[: m.start()] for full in keys for m in re.finditer(r"\.", full)}
     if key in keys or key in sections or _is_open(key):
         return key
-    matches = [full for full in keys if full.endswith(f".{key}")]
+    matches = [full for full in keys if full.endswith(f".{key}") and full not in NEVER_SHORT]
     if len(matches) > 1:
         raise UserError(f"The key {key} could mean {' or '.join(matches)}: write it in full.")
     if not matches:

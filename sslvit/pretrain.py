@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import config as configuration
-from . import data, memory, objectives, optim, sharding
+from . import data, memory, objectives, optim, sharding, start
 from .checkpoints import journal, state
 from .checkpoints.saving import Saver, disk_space_warning
 from .config import Plan, RunConfig
@@ -189,6 +189,8 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
 
     # The model and its optimizer, as the seed makes them.
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps)
+    if config.model.init and not state.steps_saved(Path(config.out)):  # a run that goes on has weights of its own
+        say(*start.load(objective, config.model.init))
     choose_attention(objective, device, accelerator.mixed_precision)
     eval_encoder: EvalEncoder = lambda: nullcontext(objective.exported_encoder())  # noqa: E731
     if config.shard:

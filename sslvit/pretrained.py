@@ -213,6 +213,8 @@ def _untrained(run_dir: Path, name: str, allow_method: str) -> Pretrained:
         raise UserError(f"{run_dir / 'config.yaml'} has no seed: it was not written by a run.")
     schemas = {"objective": objectives.find(method).Config, "model": factory.Config, "data": data.Config}
     parts = {key: _section(run_dir, key, schema) for key, schema in schemas.items()}
+    if init := parts["model"].init:
+        raise UserError(f"run={name} began with model.init={init}: to measure these weights, give run={init}.")
     config = SimpleNamespace(method=method, seed=seed, **parts)
     objective = objectives.start(config, steps_per_epoch=10**6, steps=10**9)  # the weights do not depend on them
     mean, std = data.normalization(config.data)

@@ -22,7 +22,7 @@ LAYERS = [
     {"pretrain"},
     {"run", "config", "memory", "sharding"},
     {"evaluation", "export"},
-    {"pretrained"},
+    {"pretrained", "start"},
     {"objectives"},
     {"step", "checkpoints", "data"},
     {"model"},

@@ -37,6 +37,7 @@ class Config:
     name: str = "vit_small_patch16_224"  # a timm model; the size in its name does not bind, data.image_size does
     args: dict[str, Any] = field(default_factory=dict)  # more for timm.create_model: {patch_size: 4, reg_tokens: 4}
     grad_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    init: str = ""  # weights to begin with: a timm model, a run, an export, a file or folder, hf:<name>; empty: random
 
 
 def create(
