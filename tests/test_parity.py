@@ -1,12 +1,16 @@
 """The published implementations' numbers, at the tolerances that tests/golden/official/README.md names."""
 
+import tempfile
+from argparse import Namespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sslvit import data, optim
+from sslvit import data, optim, start
 from sslvit.evaluation import knn
 from sslvit.model import encoder, factory
+from sslvit.model import weights as tables
 from sslvit.objectives import dino, mae
 
 CPU = torch.device("cpu")
@@ -22,12 +26,19 @@ def vit(settings: dict) -> factory.Config:
     return factory.Config("vit_tiny_patch16_224", args | {"num_heads": settings["num_heads"]})
 
 
-def theirs_mae(name: str) -> str:
-    return name.replace("encoder.model.", "")
+def named(tensors: dict, prefix: str, part: str = "") -> dict:
+    """The published tensors with this prefix, by our names. part: student. or teacher."""
+    theirs = {part + name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return tables.translate(theirs, prefix).tensors
 
 
-def theirs_dino(name: str) -> str:
-    return name.split(".", 1)[1].replace("encoder.model.", "backbone.")
+def begin_from(module: torch.nn.Module, checkpoint: dict) -> None:
+    """model.init=<a checkpoint as the published code saves it>: every tensor of both sides has its place."""
+    more = {"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "epoch": 7, "args": Namespace(lr=1e-3)}
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        torch.save(checkpoint | more, file.name)
+        said = start.load(module, file.name)
+    assert len(said) == 1, said
 
 
 def largest(values: list) -> float:
@@ -41,8 +52,8 @@ def build_mae(official) -> tuple[dict, dict, mae.MAE]:
     c = settings["config"]
     config = mae.Config(c["mask_ratio"], c["norm_pix_loss"], c["decoder_embed_dim"], c["decoder_depth"], 2)
     module = mae.build(config, vit(c), data.Config(image_size=c["img_size"]), steps_per_epoch=2, steps=4)
-    module.load_state_dict({name: tensors["init." + theirs_mae(name)] for name in module.state_dict()})
-    assert {theirs_mae(name) for name in module.state_dict()} == {k[5:] for k in tensors if k.startswith("init.")}
+    init = {name[5:]: value for name, value in tensors.items() if name.startswith("init.")}
+    begin_from(module, {"model": init, "scaler": {"scale": 1.0}})
     return settings, tensors, module
 
 
@@ -86,10 +97,11 @@ def mae_differences(official, device: torch.device = CPU, bf16: bool = False) ->
         optimizer.zero_grad()
         loss.backward()
         if i == 0:
-            named = [(theirs_mae(name), p.grad) for name, p in module.named_parameters() if p.requires_grad]
-            gradients = [relative(gradient, t["grad0." + name]) for name, gradient in named]
+            theirs = named(t, "grad0.")
+            gradients = [relative(p.grad, theirs[name]) for name, p in module.named_parameters() if p.requires_grad]
         optimizer.step()
-    weights = [(value - t["final." + theirs_mae(name)]).abs().max() for name, value in module.state_dict().items()]
+    theirs = named(t, "final.")
+    weights = [(value - theirs[name]).abs().max() for name, value in module.state_dict().items()]
     return {"loss": largest(losses), "gradients": largest(gradients), "weights": largest(weights)}
 
 
@@ -119,9 +131,9 @@ def build_dino(official, name: str, **changes) -> tuple[dict, dict, dino.DINO]:
         **changes,
     )
     module = dino.build(config, vit(settings["backbone"]), data.Config(image_size=size), steps_per_epoch=2, steps=6)
-    own = module.state_dict()
-    module.load_state_dict({k: v if k == "center" else tensors["init." + theirs_dino(k)] for k, v in own.items()})
-    assert {theirs_dino(k) for k in own if k != "center"} == {k[5:] for k in tensors if k.startswith("init.")}
+    init = {key[5:]: value for key, value in tensors.items() if key.startswith("init.")}
+    both = {"student": {f"module.{key}": value for key, value in init.items()}, "teacher": init}
+    begin_from(module, both | {"dino_loss": {"center": torch.zeros(1, head["out_dim"])}})
     return settings, tensors, module
 
 
@@ -194,18 +206,15 @@ def dino_differences(official, run: str, device: torch.device = CPU, bf16: bool 
         optimizer.zero_grad()
         loss.backward()
         if i == 0:
-            named = [(theirs_dino(name), p.grad) for name, p in module.named_parameters() if p.requires_grad]
-            gradients = [relative(gradient, t["grad0." + name]) for name, gradient in named]
+            theirs = named(t, "grad0.", "student.")
+            gradients = [relative(p.grad, theirs[name]) for name, p in module.named_parameters() if p.requires_grad]
         optim.clip_gradients(trained, config)
         module.before_step(i)
         optimizer.step()
         module.after_step(i)
         centers.append((module.center[0] - t["train.center"][i]).abs().max())
-    weights = [
-        (value - t[f"final_{side}." + theirs_dino(f"{side}.{key}")]).abs().max()
-        for side in ("student", "teacher")
-        for key, value in getattr(module, side).state_dict().items()
-    ]
+    theirs = named(t, "final_student.", "student.") | named(t, "final_teacher.", "teacher.")
+    weights = [(value - theirs[name]).abs().max() for name, value in module.state_dict().items() if name != "center"]
     found = {"loss": losses, "gradients": gradients, "center": centers, "weights": weights}
     return {key: largest(values) for key, values in found.items()}
 

@@ -59,7 +59,9 @@ def read(path: Path, where: str) -> dict[str, Tensor]:
     except UserError:
         raise
     except Exception as error:  # safetensors and torch raise exceptions of many kinds for a damaged file
-        raise UserError(f"{where} is damaged or no file of weights ({type(error).__name__}: {_line(error)}).") from error
+        raise UserError(
+            f"{where} is damaged or no file of weights ({type(error).__name__}: {_line(error)})."
+        ) from error
     if not 1 <= len(found) <= MAX_TENSORS:
         raise UserError(f"{where} holds {len(found)} weights, not 1 to {MAX_TENSORS:,}: give a model's weights.")
     return found
@@ -237,7 +239,11 @@ def _fit_positions(encoder: Encoder, fitted: dict[str, Tensor], weights: Weights
         fitted["pos_embed"] = patches
     else:
         of_cls = slots[:, :num_cls] if vit.has_class_token else slots[:, :0]
-        of_reg = slots[:, num_cls:] if vit.num_reg_tokens == num_reg else table.new_zeros(1, vit.num_reg_tokens, table.shape[2])
+        of_reg = (
+            slots[:, num_cls:]
+            if vit.num_reg_tokens == num_reg
+            else table.new_zeros(1, vit.num_reg_tokens, table.shape[2])
+        )
         if vit.has_class_token and not num_cls:
             of_cls = table.new_zeros(1, 1, table.shape[2])
         fitted["pos_embed"] = torch.cat([of_cls, of_reg, patches], dim=1)
@@ -297,5 +303,7 @@ def describe(stored: Mapping[str, Tensor], heads: int | None = None) -> tuple[st
     if "blocks.0.ls1.gamma" in stored:
         parts.append("LayerScale")
         args |= {"init_values": 1e-5}
-    written = ", ".join(f"{key}: {str(value).lower() if value in (True, False) else value}" for key, value in args.items())
+    written = ", ".join(
+        f"{key}: {str(value).lower() if value in (True, False) else value}" for key, value in args.items()
+    )
     return ", ".join(parts), f"model.name={name} 'model.args={{{written}}}'"
