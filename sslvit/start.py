@@ -78,13 +78,12 @@ def _check(encoder: Encoder, fitted: dict[str, Tensor], stored: dict[str, Tensor
     free = ("cls_token", "reg_token", "norm.", "head", "fc_norm.", "mask_token")
     wrong = [k for k in own if not k.startswith(free) and not _same(own[k], fitted.get(k))]
     wrong += [k for k in fitted if k not in own and not k.startswith(free)]
-    heads = getattr(getattr(encoder.model, "blocks", [None])[0], "attn", None)
-    other_heads = found.heads and heads is not None and getattr(heads, "num_heads", found.heads) != found.heads
-    if not wrong and not other_heads:
+    heads = encoder.model.blocks[0].attn.num_heads if encoder.is_vit else None
+    if not wrong and heads in (None, found.heads or heads):
         return
     words, keys = weights.describe(stored, found.heads)
     ours, _ = weights.describe(own)
-    reason = f"{found.heads} attention heads, not {heads.num_heads}" if not wrong else _names(wrong)
+    reason = f"{found.heads} attention heads, not {heads}" if not wrong else _names(wrong)
     raise UserError(
         f"{found.where} is {found.layout}, {words}. It does not fit this model, {ours} (differs: {reason}). "
         + (f"Give {keys}." if keys else "Give the model.name that the file was made with.")
@@ -176,8 +175,9 @@ def _of_run(path: Path, where: str) -> Weights:
 
 
 def _of_timm(name: str, where: str) -> Weights:
+    factory.check_name(name)
     try:
-        size = timm.get_pretrained_cfg(name).input_size
+        size: Any = timm.get_pretrained_cfg(name).input_size  # type: ignore[union-attr]  # None is caught below
         encoder = factory.create(factory.Config(name), (size[1], size[2]), size[0], pretrained=True)
     except UserError:
         raise

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
-from timm.models._helpers import adapt_input_conv
+from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
 from sslvit import data, objectives, pretrained, start
@@ -103,9 +103,12 @@ def test_a_teacher_checkpoint_of_dinov2_gives_both_networks_their_weights(tmp_pa
     for part in (objective.student, objective.teacher):
         assert torch.equal(part.head.mlp[4].weight, head("")["mlp.4.weight"])
         assert torch.equal(part.head.last_layer.weight_v, head("")["last_layer.weight_v"])
-    assert "a checkpoint of DINO, iBOT, DINOv2 or DINOv3: 60 of 60 tensors of the encoder, 16 of 17 others." in said[0]
+    assert "a checkpoint of DINO, iBOT, DINOv2 or DINOv3: 70 of 70 tensors of the encoder, 16 of 17 others." in said[0]
     assert said[1] == "  not in it, begin as in a new run (1): center"
-    assert said[2] == "  in it, not used (9): teacher.mask_token, teacher.ibot_head.mlp.0.weight, teacher.ibot_head.mlp.0.bias ..."
+    assert (
+        said[2]
+        == "  in it, not used (9): teacher.mask_token, teacher.ibot_head.mlp.0.weight, teacher.ibot_head.mlp.0.bias ..."
+    )
 
 
 def test_a_checkpoint_of_ibot_keeps_student_and_teacher_apart_and_brings_its_center(tmp_path):
@@ -143,14 +146,22 @@ def test_dinov3_has_another_family_in_timm(tmp_path, bias):
     objective = make("dino", name=name)
     said = start.load(objective, saved(tmp_path / "teacher.pth", {"teacher": stored}))
     same(objective, model)
-    assert ("not used" in "".join(said)) == (not bias)
+    assert "not used" not in "".join(said)
+    if bias:
+        with pytest.raises(
+            UserError, match=r"rotary positions\. It does not .* model\.name=vit_base_patch16_dinov3_qkvb"
+        ):
+            start.load(make("dino", name="vit_small_patch16_dinov3"), str(tmp_path / "teacher.pth"))
 
 
 def test_simmim_brings_its_swin(tmp_path):
     model = like_timm(*SWIN)
     stored = official(model, (r"^layers\.1\.downsample", "layers.0.downsample"), (r"^", "encoder."))
     stored |= {"encoder.mask_token": torch.zeros(1, 1, 16), "decoder.0.weight": torch.zeros(8, 8, 1, 1)}
-    stored |= {"decoder.0.bias": torch.zeros(8), "encoder.layers.0.blocks.0.attn.relative_position_index": torch.ones(9)}
+    stored |= {
+        "decoder.0.bias": torch.zeros(8),
+        "encoder.layers.0.blocks.0.attn.relative_position_index": torch.ones(9),
+    }
     objective = make("dino", SWIN[1], SWIN[0])
     path = saved(tmp_path / "ckpt_epoch_99.pth", {"model": stored, "lr_scheduler": {}, "max_accuracy": 0.0})
     said = start.load(objective, path)
@@ -271,13 +282,13 @@ def test_a_folder_that_timm_saved(tmp_path):
     same(objective, model)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224.augreg_in21k", "timm:vit_tiny_patch16_224.augreg_in21k"])
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224.fb_in1k", "timm:deit_tiny_patch16_224.fb_in1k"])
 def test_a_pretrained_name_of_timm(tmp_path, monkeypatch, name):
     """What its download would bring lies in a file here."""
-    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=21843)
+    theirs = timm.create_model("deit_tiny_patch16_224", num_classes=1000)
     save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
     configs = timm.models._registry._model_pretrained_cfgs
-    monkeypatch.setattr(configs["vit_tiny_patch16_224.augreg_in21k"], "file", str(tmp_path / "weights.safetensors"))
+    monkeypatch.setattr(configs["deit_tiny_patch16_224.fb_in1k"], "file", str(tmp_path / "weights.safetensors"))
     objective = make("mae", {"patch_size": 8})
     said = start.load(objective, name)
     changed = "patches of 16x16 pixels became 8x8; positions of 14x14 patches became 4x4"
@@ -297,28 +308,23 @@ def test_channels_become_what_timm_makes_of_three(chans):
     assert torch.allclose(weights.fit_channels(weight, chans), adapt_input_conv(chans, weight), atol=1e-6)
 
 
-@pytest.mark.parametrize(("stored", "wanted"), [(5, 1), (1, 3), (4, 5)])
+@pytest.mark.parametrize(("stored", "wanted"), [(5, 1), (1, 3), (2, 4)])
 def test_an_image_of_equal_channels_looks_the_same_with_other_channels(tmp_path, stored, wanted):
     model = like_timm(in_chans=stored)
-    gray = torch.randn(2, 1, 32, 32)
     objective = make("mae", chans=wanted)
     said = start.load(objective, saved(tmp_path / "a.pth", model.state_dict()))
+    gray = torch.randn(2, 1, 32, 32)
     ours, theirs = (
-        one.patch_embed(gray.repeat(1, number, 1, 1) / number if 1 in (stored, wanted) else gray.expand(-1, number, -1, -1))
+        one.patch_embed(gray.expand(-1, number, -1, -1))
         for one, number in ((objective.encoder.model, wanted), (model, stored))
     )
-    if wanted != 1:
-        ours, theirs = (
-            one.patch_embed(gray.expand(-1, number, -1, -1)) for one, number in ((objective.encoder.model, wanted), (model, stored))
-        )
-    else:
-        ours, theirs = objective.encoder.model.patch_embed(gray), model.patch_embed(gray.expand(-1, stored, -1, -1))
-    if (stored, wanted) != (4, 5):  # whose fifth channel is the first one again
-        assert torch.allclose(ours, theirs, atol=1e-4)
+    assert torch.allclose(ours, theirs, atol=1e-4)
     assert f"{stored} channels became {wanted}" in said[1]
 
 
-@pytest.mark.parametrize("has", [{}, {"no_embed_class": True}, {"reg_tokens": 3}, {"reg_tokens": 3, "no_embed_class": True}])
+@pytest.mark.parametrize(
+    "has", [{}, {"no_embed_class": True}, {"reg_tokens": 3}, {"reg_tokens": 3, "no_embed_class": True}]
+)
 @pytest.mark.parametrize("wants", [False, True])
 def test_positions_of_prefix_tokens_are_kept_in_the_other_form(tmp_path, has, wants):
     model = like_timm(args=SMALL | has)
@@ -335,7 +341,7 @@ def test_positions_of_a_run_on_images_that_are_not_square(tmp_path):
     assert said == ["positions of 4x8 patches became 8x4"]
     wanted = resample_abs_pos_embed(model.pos_embed, [8, 4], [4, 8], num_prefix_tokens=1)
     assert torch.allclose(fitted["pos_embed"], wanted)
-    found.grid = None
+    objective = make("mae", size=48)
     with pytest.raises(UserError, match="differs: pos_embed"):
         start.load(objective, saved(tmp_path / "a.pth", model.state_dict()))
 
@@ -381,7 +387,7 @@ def wrong_files(folder: Path) -> dict[str, tuple[object, str]]:
         "lora.pth": (lora, "adapters (LoRA), which hold only differences"),
         "heads.pth": ({"a.b": torch.zeros(3), "c": torch.zeros(4)}, "2 tensors of no kind that is known here (a.b [3]"),
         "nothing.pth": ({"epoch": 3}, "holds 0 weights"),
-        "code.pth": (weights | {"more": Payload(folder / "ran")}, "needs code to be read (pathlib.Path.touch"),
+        "code.pth": (weights | {"more": Payload(folder / "ran")}, "needs code to be read ("),
         "nan.pth": (weights | {"norm.weight": torch.full((32,), float("nan"))}, "values that are not finite"),
         "endless.pth": ({"patch_embed.proj.weight": torch.zeros(1).expand(10**12)}, "holds 0 weights"),
         "crooked.pth": (weights | {"cls_token": torch.zeros(())}, "do not fit together"),

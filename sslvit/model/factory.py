@@ -48,7 +48,7 @@ def create(
     UserError. stored: how many numbers the weights have that will be loaded, which limits its size."""
     if wrong := [key for key, value in config.args.items() if key in ELSEWHERE or value is None]:
         raise UserError(_why_refused(wrong[0], config.args[wrong[0]]))
-    _check_name(config.name)
+    check_name(config.name)
     check_arguments(config.name, config.args, "model.args")
     _check_size("An image size", image_size)
     extra = {"in_chans": in_chans, "pretrained": pretrained} | ({"drop_path_rate": drop_path} if drop_path else {})
@@ -76,7 +76,7 @@ def recreate(
     fixed_size: timm makes it for this image size, though args has no img_size. stored: how many numbers its weights
     have. Raises UserError that begins with `where`, and whatever timm raises.
     """
-    _check_name(architecture)
+    check_name(architecture)
     check_arguments(architecture, args, f"{where}: model_args")
     _check_size(f"{where}: an input_size", image_size)
     cfg = {"input_size": (in_chans, *image_size), "fixed_input_size": fixed_size}
@@ -201,7 +201,7 @@ def _create_model(
     raise AssertionError("the last attempt has no sizing argument to blame")
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     """Raises UserError unless it is one of timm's own models: never an address (hf-hub:) or a folder (local-dir:)."""
     base = name.split(".")[0]
     if not timm.is_model(base):

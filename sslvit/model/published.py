@@ -1,9 +1,10 @@
 """How the weights of other programs are named, as tables: how to recognise a file, and what its names are called here.
 
-Names here are those of a run's checkpoint: `encoder.model.<timm's name>` for an encoder alone, `student.encoder.model.`,
-`teacher.encoder.model.`, `student.head.`, `teacher.head.`, `center` (DINO), `decoder_...`, `mask_token` (MAE). A rule is
-(regular expression, replacement). All rules of a layout are applied to a name, in this order. A replacement that ends
-in #0, #1 or #2 is a part of a tensor: parts are put together along their first dimension.
+Names here are those of a run's checkpoint. For an encoder alone: `encoder.model.` and timm's name. For DINO:
+`student.encoder.model.`, `teacher.encoder.model.`, `student.head.`, `teacher.head.`, `center`. For MAE: those of an
+encoder, `decoder_...` and `mask_token`. A rule is (regular expression, replacement). All rules of a layout are applied to
+a name, in this order. A replacement that ends in #0, #1 or #2 is a part of a tensor: parts are put together along their
+first dimension.
 """
 
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ NOT_WEIGHTS = {
     "optimizer", "optimizer_state_dict", "optimizers", "lr_scheduler", "lr_schedulers", "scheduler", "scaler", "amp",
     "fp16_scaler", "grad_scaler", "optim", "args", "config", "cfg", "hyper_parameters", "callbacks", "loops", "rng",
 }  # fmt: skip
-# Classes of values that the released codes store beside their weights. Nothing of them is made: an empty dictionary
-# stands in the place of each.
+# Classes of values that the released codes store beside their weights. They are not imported: a value that does nothing
+# stands in the place of each, and a dictionary in the place of those that are dictionaries.
+DICTIONARIES = ("yacs.config.CfgNode",)
 PASSED_OVER = (
-    "argparse.Namespace", "yacs.config.CfgNode", "pathlib.PosixPath", "pathlib._local.PosixPath", "numpy.dtype",
+    "argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath", "numpy.dtype",
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "omegaconf.dictconfig.DictConfig",
     "omegaconf.listconfig.ListConfig", "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata",
     "omegaconf.nodes.AnyNode", "typing.Any",
@@ -158,7 +160,11 @@ LAYOUTS = (
             *BLOCKS,
         ),
     ),
-    Layout("an encoder of timm", (r"^(?:stem|stages|conv1|conv_stem|features)\b",), ((r"^(?!head\.|fc\.)", "encoder.model."),)),
+    Layout(
+        "an encoder of timm", (r"^(?:stem|stages|conv1|conv_stem|features)\b",), (
+            (r"^(?!head\.|fc\.)", "encoder.model."),
+        ),
+    ),
 )  # fmt: skip
 # A layout that has these names as well gets these rules as well.
 MORE: tuple[tuple[str, Rules], ...] = ((r"\b(?:storage_tokens|rope_embed\.periods)$", DINOV3),)

@@ -4,6 +4,7 @@ to an encoder of another patch size, image size, number of channels or window.""
 import math
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +23,17 @@ FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder
 PROGRAM_BYTES = 1 << 26  # of the part of a .pth that says what its tensors are called
 DEPTH = 8  # of dictionaries in dictionaries
 MAX_TENSORS = 100_000  # a ViT of 256 blocks has 3,000
-WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1408: "giant", 1664: "gigantic"}
+# timm's names of widths, with their depth and attention heads.
+FAMILIES = {192: ("tiny", 12, 3), 384: ("small", 12, 6), 768: ("base", 12, 12), 1024: ("large", 24, 16)}
 
 
-class Ignored(dict[Any, Any]):
+class Ignored:
     """Stands for a value that is not needed. It takes anything and does nothing."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Ignored":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 @dataclass
@@ -78,7 +82,7 @@ def _files(path: Path, where: str) -> list[Path]:
 
 
 def _read_zip(path: Path, where: str) -> Any:
-    """What torch.save has written, with an empty dictionary for each value that is not needed."""
+    """What torch.save has written, without the values that need a class of others."""
     if not zipfile.is_zipfile(path):
         raise UserError(
             f"{where} is neither safetensors nor what torch.save has written since torch 1.6: load it where you trust "
@@ -89,7 +93,8 @@ def _read_zip(path: Path, where: str) -> Any:
             program = entry.filename.endswith(".pkl")
             if entry.compress_type != zipfile.ZIP_STORED or (program and entry.file_size > PROGRAM_BYTES):
                 raise UserError(f"{where} is compressed or has too many names: torch.save writes no such file.")
-    allowed = [(Ignored, name) for name in published.PASSED_OVER]
+    allowed: list[Any] = [(Ignored, name) for name in published.PASSED_OVER]
+    allowed += [(OrderedDict, name) for name in published.DICTIONARIES]
     wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {name for _, name in allowed}
     if wanted:
         names = printable(", ".join(sorted(wanted)[:3]))[:200]
@@ -97,14 +102,14 @@ def _read_zip(path: Path, where: str) -> Any:
             f"{where} needs code to be read ({names}), and a file runs no code here: nothing of it was run. Load it "
             "where you trust it, and save its tensors with safetensors."
         )
-    with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]  # pairs of a class and a name
+    with torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _tensors(stored: Any, where: str, depth: int = 0) -> dict[str, Tensor]:
     """{"student.module.head.weight": ...} of dictionaries in dictionaries."""
     found: dict[str, Tensor] = {}
-    if isinstance(stored, Mapping) and not isinstance(stored, Ignored) and depth < DEPTH:
+    if isinstance(stored, Mapping) and depth < DEPTH:
         for name, value in stored.items():
             if isinstance(name, str) and name not in published.NOT_WEIGHTS:
                 if isinstance(value, Tensor):
@@ -192,8 +197,7 @@ def fit(encoder: Encoder, stored: dict[str, Tensor], weights: Weights) -> tuple[
     own, changed = encoder.model.state_dict(), []
     fitted = dict(stored)
     if "pos_embed" in own and "pos_embed" in stored and encoder.is_vit:
-        if sentence := _fit_positions(encoder, fitted, weights):
-            changed.append(sentence)
+        changed += _fit_positions(encoder, fitted, weights)
     for name, tensor in stored.items():
         wanted = own[name].shape if name in own else None
         if name.endswith("patch_embed.proj.weight") and wanted and tensor.ndim == 4 and len(tensor) == wanted[0]:
@@ -208,6 +212,8 @@ def fit(encoder: Encoder, stored: dict[str, Tensor], weights: Weights) -> tuple[
             if tensor.ndim == 2 and tensor.shape[1] == wanted[1] and math.isqrt(len(tensor)) ** 2 == len(tensor):
                 fitted[name] = resize_rel_pos_bias_table(tensor.float(), window, wanted)
                 changed.append(f"{name} was resampled")
+        elif name.endswith(".attn.qkv.bias") and name not in own and not tensor.any():
+            del fitted[name]  # DINOv3's of the smaller models are 0, and timm's have none
         elif name.endswith(".attn.qkv.bias") and name not in own and name.replace("qkv.bias", "q_bias") in own:
             q, k, v = fitted.pop(name).chunk(3)
             fitted |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
@@ -216,17 +222,17 @@ def fit(encoder: Encoder, stored: dict[str, Tensor], weights: Weights) -> tuple[
     return fitted, changed
 
 
-def _fit_positions(encoder: Encoder, fitted: dict[str, Tensor], weights: Weights) -> str | None:
+def _fit_positions(encoder: Encoder, fitted: dict[str, Tensor], weights: Weights) -> list[str]:
     """Positions of patches are resampled. Those of prefix tokens stay where they are, or are added to their tokens."""
     vit, table, new = encoder.model, fitted["pos_embed"].float(), encoder.grid()
     if table.ndim != 3 or table.shape[2] != encoder.width:
-        return None
+        return []
     num_cls, num_reg = (fitted[name].shape[1] if name in fitted else 0 for name in ("cls_token", "reg_token"))
     for prefix in (num_cls + num_reg, num_cls, 0):
         if old := _grid(table.shape[1] - prefix, weights.grid, new):
             break
     else:
-        return None
+        return []
     patches = table[:, prefix:]
     if old != new:
         patches = resample_abs_pos_embed(patches, list(new), list(old), num_prefix_tokens=0)
@@ -247,7 +253,7 @@ def _fit_positions(encoder: Encoder, fitted: dict[str, Tensor], weights: Weights
         if vit.has_class_token and not num_cls:
             of_cls = table.new_zeros(1, 1, table.shape[2])
         fitted["pos_embed"] = torch.cat([of_cls, of_reg, patches], dim=1)
-    return f"positions of {_by(old)} patches became {_by(new)}" if old != new else None
+    return [f"positions of {_by(old)} patches became {_by(new)}"] if old != new else []
 
 
 def _grid(count: int, *known: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -278,32 +284,35 @@ def _by(pair: Any) -> str:
 def describe(stored: Mapping[str, Tensor], heads: int | None = None) -> tuple[str, str]:
     """{timm's name: tensor} -> what it is in words, and keys of `model` that make such an encoder ("" if unknown)."""
     embed = stored.get("patch_embed.proj.weight")
-    if embed is None or embed.ndim != 4 or not any(name.startswith("blocks.0.") for name in stored):
-        first = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(stored.items())[:3])
-        return f"an encoder with {len(stored)} tensors ({first} ...)", ""
-    width, depth = embed.shape[0], 1 + max(int(m[1]) for name in stored if (m := re.match(r"blocks\.(\d+)\.", name)))
-    patch, registers = embed.shape[2], stored["reg_token"].shape[1] if "reg_token" in stored else 0
-    parts = [f"a ViT of width {width}, {depth} blocks, patches of {_by(embed.shape[2:])} pixels"]
-    args: dict[str, Any] = {"patch_size": patch}
-    size = WIDTHS.get(width, "")
-    known = {"tiny": (12, 3), "small": (12, 6), "base": (12, 12), "large": (24, 16)}.get(size)
-    name = f"vit_{size}_patch16_224" if known else "vit_base_patch16_224"
-    if not known:
-        args |= {"embed_dim": width}
-    if not known or known[0] != depth:
-        args |= {"depth": depth}
-    if not known or known[1] != (heads or known[1]):
-        args |= {"num_heads": heads or max(1, width // 64)}
-    parts.append("a class token" if "cls_token" in stored else "no class token")
-    if "cls_token" not in stored:
-        args |= {"class_token": False, "global_pool": "avg"}
+    if embed is None or embed.ndim != 4 or "blocks.0.attn.qkv.weight" not in stored:
+        shown = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(stored.items())[:2])
+        return f"an encoder with {len(stored)} tensors ({printable(shown)[:200]} ...)", ""
+    width, depth = len(embed), 1 + max(int(m[1]) for name in stored if (m := re.match(r"blocks\.(\d{1,9})\.", name)))
+    dinov3, registers = "blocks.0.gamma_1" in stored, stored["reg_token"].shape[1] if "reg_token" in stored else 0
+    family, own_depth, own_heads = FAMILIES.get(width, ("", 0, 0))
+    heads = heads or own_heads or max(1, width // 64)
+    bias = stored.get("blocks.0.attn.qkv.bias")
+    kind = f"dinov3{'_qkvb' if bias is not None and bias.any() else ''}" if dinov3 else "224"
+    args: dict[str, Any] = {"patch_size": embed.shape[2]} if dinov3 * 16 != embed.shape[2] else {}
+    args |= {} if family else {"embed_dim": width}
+    args |= {} if depth == own_depth else {"depth": depth}
+    args |= {} if heads == own_heads else {"num_heads": heads}
+    words = [f"a ViT of width {width}, {depth} blocks, patches of {_by(embed.shape[2:])} pixels"]
+    words.append("a class token" if "cls_token" in stored else "no class token")
     if registers:
-        parts.append(f"{registers} registers")
-        args |= {"reg_tokens": registers, "no_embed_class": True}
-    if "blocks.0.ls1.gamma" in stored:
-        parts.append("LayerScale")
+        words.append(f"{registers} registers")
+    if dinov3:
+        words.append("rotary positions")
+    elif "blocks.0.ls1.gamma" in stored:
+        words.append("LayerScale")
         args |= {"init_values": 1e-5}
-    written = ", ".join(
-        f"{key}: {str(value).lower() if value in (True, False) else value}" for key, value in args.items()
-    )
-    return ", ".join(parts), f"model.name={name} 'model.args={{{written}}}'"
+    if not dinov3:
+        args |= {"reg_tokens": registers, "no_embed_class": True} if registers else {}
+        args |= {} if "cls_token" in stored else {"class_token": False}
+    if "blocks.0.mlp.fc2.weight" in stored and stored["blocks.0.mlp.fc2.weight"].shape[-1] * 2 == len(
+        stored.get("blocks.0.mlp.fc1.weight", [])
+    ):
+        words.append("SwiGLU")
+    written = ", ".join(f"{key}: {str(value).lower()}" for key, value in args.items())
+    written = f" 'model.args={{{written}}}'" if args else ""
+    return ", ".join(words), f"model.name=vit_{family or 'base'}_patch16_{kind}{written}"
