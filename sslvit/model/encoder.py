@@ -182,7 +182,7 @@ class Encoder(nn.Module):
                 positions = resample_positions(positions, embed.grid_size, grid, resampling)
             x = x + (positions if keep is None else take(positions.expand(len(x), -1, -1), keep))
             tokens = tokens if tokens is None or not of_prefix.shape[1] else tokens + of_prefix
-        x = x if tokens is None else torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)
+        x = x if tokens is None else torch.cat([tokens.expand(x.shape[0], -1, -1), x], dim=1)
         return vit.norm_pre(vit.patch_drop(vit.pos_drop(x)))
 
     def _tokens(self, x: Tensor) -> Tokens:
