@@ -25,7 +25,7 @@ TOOLS = {
 }
 # Modules with a Config of their own and run(config).
 PLAIN = {
-    "export": ("export", "run=... to=timm out=<folder>", "write the encoder in a form that timm loads"),
+    "export": ("export", "run=... to=timm,hf,onnx,torch out=<folder>", "write the encoder in forms that others load"),
     "embed": ("tools.embed", "run=... data=... out=<file>.parquet|.npy|.faiss", "features of all images as a file"),
     "search": ("tools.search", "index=<file> image=...", "nearest images; duplicates; a diverse subset"),
 }

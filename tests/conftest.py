@@ -96,20 +96,20 @@ def colour_run(labelled, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def quick_python():
     """What is exported is tried in processes that start at once. `real_python` has the real thing."""
-    from sslvit.checkpoints import timm_format
+    from sslvit.checkpoints import exported
 
     interpreter = Interpreter()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timm_format, "sys", interpreter)
+        patch.setattr(exported, "sys", interpreter)
         yield
     interpreter.close()
 
 
 @pytest.fixture
 def real_python(monkeypatch):
-    from sslvit.checkpoints import timm_format
+    from sslvit.checkpoints import exported
 
-    monkeypatch.setattr(timm_format, "sys", sys)
+    monkeypatch.setattr(exported, "sys", sys)
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ sys.exit(connection.recv(1)[0])
 
 
 class Interpreter:
-    """Has the one name of `sys` that sslvit/checkpoints/timm_format.py reads. Nothing starts before it is asked for."""
+    """Has the one name of `sys` that sslvit/checkpoints/exported.py reads. Nothing starts before it is asked for."""
 
     def __init__(self, *modules: str) -> None:
         """modules: what its programs find imported, beside timm."""

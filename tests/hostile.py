@@ -147,7 +147,7 @@ def _network(event: str, arguments: tuple) -> None:
 def attack(names: list[str], seeds: list[int], folder: Path, bases: dict[str, Path], report: Path) -> int:
     """Run cases, and write {"counts": {outcome: n}, "peak": bytes, "wrong": [[seed, what, words, damage, output]]}."""
     own = (
-        "checkpoints.timm_format",
+        "checkpoints.exported",
         "evaluation.compare",
         "evaluation.finetune",
         "export.timm_folder",
@@ -164,7 +164,7 @@ def attack(names: list[str], seeds: list[int], folder: Path, bases: dict[str, Pa
         importlib.import_module(f"sslvit.{name}")  # once for all cases
     interpreter, place = Interpreter(), Place(folder)
     interpreter.executable  # noqa: B018 - starts it, once for all cases
-    sys.modules["sslvit.checkpoints.timm_format"].sys = interpreter
+    sys.modules["sslvit.checkpoints.exported"].sys = interpreter
     download = sys.modules["sslvit.data.sources.download"]
     download.TIMEOUT = download.SLOW_SECONDS = 3.0
     counts: dict[str, int] = {}

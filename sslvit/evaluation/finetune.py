@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import pretrained, rng
-from ..checkpoints import timm_format
+from ..checkpoints import exported, timm_format
 from ..data import BadImage, Source
 from ..data.cache import MemoryBudget, cached
 from ..data.loader import make_layout
@@ -127,7 +127,7 @@ def check(config: Config, seeds: tuple[int, ...]) -> None:
     if config.out_model:
         if len(seeds) > 1:
             raise UserError(f"out_model= is for one training, and seeds={list(seeds)} are {len(seeds)}: give one seed.")
-        timm_format.refuse_foreign(Path(config.out_model))
+        exported.refuse_foreign(Path(config.out_model))
     for key in ("out", "out_model"):
         try:  # now, not after hours of training
             Path(getattr(config, key)).parent.mkdir(parents=True, exist_ok=True)

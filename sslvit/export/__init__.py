@@ -1,7 +1,8 @@
-"""Export: write a pretrained encoder in a form that other programs load. One file for each form.
+"""Export: write a pretrained encoder in forms that other programs load. One file for each form.
 
-Each form ends by checking its own output. Forms import pretrained.py and what lies below it, never objectives or
-evaluations.
+Each form ends by checking its own output: a new process, without sslvit, loads the files and must give the encoder's
+features. Each folder has a model card, README.md, from the run's own records (card.py). Forms import pretrained.py and
+what lies below it, never objectives or evaluations.
 """
 
 from dataclasses import dataclass
@@ -9,27 +10,61 @@ from pathlib import Path
 from typing import Literal
 
 from .. import pretrained
-from ..errors import UserError
+from ..checkpoints import exported
+from ..errors import UserError, did_you_mean, require
+
+# What each form needs beside sslvit's own packages. The extra of the same name brings it.
+NEEDS = {"timm": (), "hf": ("transformers",), "onnx": ("onnxscript", "onnxruntime"), "torch": ()}
 
 
 @dataclass
 class Config:
     run: str = ""  # a run directory, an exported folder, or timm:<name>
-    to: Literal["timm"] = "timm"  # the form
+    to: str = "timm"  # the forms, one or several: timm,hf,onnx,torch (hf: transformers' own classes; torch: a program)
     allow_method: str = ""  # for untrained: of a method of your own: its module, whose code then runs
-    out: str = ""  # the folder to write; empty: <run>/export/<form>
+    out: str = ""  # the folder to write, with one subfolder for each of several forms; empty: <run>/export/<form>
+    hf_class: Literal["auto", "vit"] = "auto"  # of to=hf; auto: Dinov2WithRegistersModel or SwinModel; vit: ViTModel
+    preprocess: bool = False  # of to=onnx and torch: take 8-bit images, and scale and normalise them inside
+    license: str = ""  # of the weights, for the model card, as Hugging Face writes it: apache-2.0, cc-by-4.0 ...
+    push: str = ""  # upload to this repository of the Hugging Face Hub, <user>/<name>; a new one is private
 
 
 def run(config: Config) -> None:
-    """Write and check the export. Raises UserError."""
-    from . import timm_folder
+    """Write and check the exports. Raises UserError."""
+    from . import hf_folder, hub, onnx_file, timm_folder, torch_program
 
+    forms = list(dict.fromkeys(form.strip() for form in config.to.strip("[]").split(",")))
+    for form in forms:
+        if form not in NEEDS:
+            raise UserError(f"to={config.to}: {form} is no form.{did_you_mean(form, NEEDS)} Forms: {', '.join(NEEDS)}.")
+        for module in NEEDS[form]:
+            require(module, form, f"to={form}")
+    if config.push:
+        hub.check(config.push)
     subject = pretrained.load(config.run, allow_method=config.allow_method)
     if isinstance(subject.encoder, pretrained.Pixels):
         raise UserError("run=pixels has nothing to export: give a run directory.")
-    out = Path(config.out) if config.out else subject.folder and subject.folder / "export" / config.to
-    if not out:
+    root = Path(config.out) if config.out else subject.folder and subject.folder / "export"
+    if not root:
         raise UserError("out= is missing: give the folder to write.")
-    if not config.out and out.parent.is_symlink():
-        raise UserError(f"{out.parent} is a link, and links are not followed: give another place, out=<folder>.")
-    timm_folder.export(subject, out)
+    if (not config.out or len(forms) > 1) and root.is_symlink():
+        raise UserError(f"{root} is a link, and links are not followed: give another place, out=<folder>.")
+    folders = {form: root if config.out and len(forms) == 1 else root / form for form in forms}
+    for out in folders.values():
+        exported.refuse_foreign(out)
+    if subject.detail.get("notes"):
+        raise UserError(
+            f"The newest checkpoint of {subject.name} is damaged, so nothing is exported: to export the one before it, "
+            f"give run={subject.detail['checkpoint']}."
+        )
+    for form, out in folders.items():
+        if form == "timm":
+            timm_folder.export(subject, out, config.license)
+        elif form == "hf":
+            hf_folder.export(subject, out, config.license, config.hf_class)
+        elif form == "onnx":
+            onnx_file.export(subject, out, config.license, config.preprocess)
+        else:
+            torch_program.export(subject, out, config.license, config.preprocess)
+    if config.push:
+        hub.push(folders, config.push)

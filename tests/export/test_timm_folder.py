@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sslvit import pretrained
 from sslvit.__main__ import main
-from sslvit.checkpoints import timm_format
+from sslvit.checkpoints import exported, timm_format
 from sslvit.errors import UserError
 from sslvit.export import timm_folder
 
@@ -47,7 +47,7 @@ def elsewhere(images, tmp_path_factory):
         printed = StringIO()
         with redirect_stdout(printed):
             assert main(["export", f"run={out}", "to=timm", f"out={folder}"]) == 0
-        assert "no missing or unexpected weight, equal features" in printed.getvalue()
+        assert "no missing or unexpected weight, equal features (largest difference " in printed.getvalue()
         encoder = pretrained.load(str(out)).encoder
         x = torch.randn(3, encoder.in_chans, *encoder.image_size)
         save_file({"x": x}, root / "x.safetensors")
@@ -60,7 +60,7 @@ def elsewhere(images, tmp_path_factory):
 @pytest.mark.parametrize("method", EXTRA)
 def test_timm_loads_it_elsewhere_with_equal_features(elsewhere, method):
     out, folder, x, made = elsewhere[method]
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     subject, theirs = pretrained.load(str(out)), load_file(made)
     with torch.inference_mode():
         assert torch.allclose(theirs["features"], subject.encoder.features(x), atol=1e-5)
@@ -148,12 +148,14 @@ def test_an_export_that_is_not_the_encoder_fails_loudly(colour_run, tmp_path):
     folder = timm_folder.export(subject, tmp_path / "exported")
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "norm.bias": weights["norm.bias"] + 1}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="differ from the encoder's"):
-        timm_format.check(folder, *timm_folder.example(subject.encoder), subject.encoder.architecture)
+    images, features = timm_folder.example(subject.encoder)
+    load = timm_format.LOAD
+    with pytest.raises(UserError, match="timm's features of the exported vit_tiny differ from the encoder's by"):
+        exported.check(folder, load, "timm vit_tiny", [images], [features])
     del weights["norm.bias"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="does not load"):
-        timm_format.check(folder, *timm_folder.example(subject.encoder), subject.encoder.architecture)
+    with pytest.raises(UserError, match="timm does not load vit_tiny as it was exported: "):
+        exported.check(folder, load, "timm vit_tiny", [images], [features])
 
 
 def test_a_folder_with_other_things_is_left_alone(fails, colour_run, tmp_path):
