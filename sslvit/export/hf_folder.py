@@ -85,7 +85,7 @@ def export(subject: Pretrained, out: Path, license: str = "", hf_class: str = "a
     )
     if output != "pooler_output":
         say(
-            f"Its pooler_output is the class token, and this encoder was trained for the mean of patches: take {output}. "
+            f"Its pooler_output is the class token, and this encoder was trained with the mean of patches: {output}. "
             "A folder of to=timm gives this mean as pooler_output in transformers."
         )
     return out
