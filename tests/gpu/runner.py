@@ -8,10 +8,9 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ class Job:
     work: str  # "module:function", called with a Setting and a Note
     share: float  # of the time, relative to the others
     arguments: tuple[Any, ...] = ()  # further ones
+    needed: bool = False  # where it fails, the others are not begun
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ class Report:
         textfile.write(self.out / "report.md", self.markdown())
 
     def markdown(self) -> str:
-        kind = "a rehearsal at tiny sizes: its figures mean nothing" if self.head["rehearsal"] else "measured on a GPU"
-        lines = [f"# {self.head['date'][:10]}, {kind}", "", f"`{' '.join(self.head['command'])}`", ""]
+        cards = [row["value"] for result in self.results for row in result.rows if row.get("what") == "card"]
+        card = "a rehearsal at tiny sizes: its figures mean nothing" if self.head["rehearsal"] else "no GPU found"
+        lines = [f"# {self.head['date'][:10]}, {cards[0] if cards else card}", ""]
+        lines += [f"`{' '.join(self.head['command'])}`", ""]
         jobs = [
             {"job": r.name, "state": r.state, "seconds": round(r.seconds, 1), "of": round(r.allowed, 1)}
             for r in self.results
@@ -115,6 +117,8 @@ def run(jobs: list[Job], report: Report, seconds: float, fail: dict[str, str], *
             report.write()
             remove(scratch)
         print(f"{job.name}: {result.state}, {result.seconds:.1f} of {result.allowed:.1f} s", flush=True)
+        if job.needed and result.state.startswith("failed"):
+            break
     return all(result.state == "done" for result in report.results)
 
 
@@ -122,7 +126,12 @@ def run_one(job: Job, setting: Setting, result: Result, report: Report, failure:
     began, rows = time.monotonic(), setting.out / ".rows"
     rows.unlink(missing_ok=True)
     process = CONTEXT.Process(target=_child, args=(job, setting, rows, setting.out / "log.txt", failure))
-    process.start()
+    try:
+        with time_limit(setting.seconds):  # the first one waits until the server of processes has imported everything
+            process.start()
+    except TimeoutError:
+        result.state, result.seconds = "could not be started in its time", time.monotonic() - began
+        return
     assert process.pid is not None
     try:
         while process.is_alive() and time.monotonic() < began + setting.seconds:
@@ -143,6 +152,22 @@ def run_one(job: Job, setting: Setting, result: Result, report: Report, failure:
         result.state = f"killed by {signal.Signals(-process.exitcode).name}"
     else:
         result.state = f"failed: {error or f'exit status {process.exitcode}'}" if process.exitcode else "done"
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the main thread when the time is over."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def read_rows(path: Path, result: Result, report: Report) -> str | None:
@@ -182,7 +207,7 @@ def _child(job: Job, setting: Setting, rows: Path, log: Path, failure: str | Non
             traceback.print_exc()
             write({"error": one_line(error)})
             failed = 1
-    sys.stdout.flush()
+    print(f"{sum(os.times()[:4]):.1f} s of CPU time", flush=True)
     os._exit(failed)  # threads and processes that a job has left do not keep it
 
 
