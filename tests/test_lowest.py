@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,17 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_the_suite_passes_with_the_lowest_versions(tmp_path):
+def test_the_suite_passes_with_the_lowest_versions():
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert uv, "pip install uv"
-    source, python = tmp_path / "source", tmp_path / "environment" / "bin" / "python"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "*.egg-info", "__pycache__"))
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PYTHONPATH"))}
-
-    def call(*command: object) -> None:
-        subprocess.run(list(map(str, command)), cwd=source, env=clean, check=True)
-
-    try:
-        call(uv, "venv", "-q", "--python", sys.executable, python.parent.parent)
-        call(uv, "pip", "install", "-q", "--python", python, "--resolution", "lowest-direct", "-e", ".[test]")
-        call(python, "-m", "pytest", "-q")
-    finally:
-        shutil.rmtree(python.parent.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # some tests read the package as another user
+        source, python = Path(folder) / "source", Path(folder) / "environment" / "bin" / "python"
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "*.egg-info", "__pycache__"))
+        for command in (
+            (uv, "venv", "-q", "--python", sys.executable, python.parent.parent),
+            (uv, "pip", "install", "-q", "--python", python, "--resolution", "lowest-direct", "-e", ".[test]"),
+            (python, "-m", "pytest", "-q"),
+        ):
+            subprocess.run(list(map(str, command)), cwd=source, env=clean, check=True)

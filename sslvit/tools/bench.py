@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from .. import config as configuration
 from .. import data, objectives, optim, rng, sharding
@@ -53,6 +53,12 @@ FEW = 4  # global batches in memory that stand for the epochs after the first
 T = TypeVar("T")
 Batch = dict[str, Any]  # of the loader, or augmented
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+NOT_COUNTED = {  # by torch 2.11: shapes -> operations
+    CPU_ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+    CPU_ATTENTION_BACKWARD: lambda out, query, key, value, *_, **__: sdpa_backward_flop_count(out, query, key, value),
+}
 
 
 @dataclass
@@ -152,7 +158,7 @@ def bench(config: RunConfig, settings: Config) -> Report:
         _timed(spent["backward"], device, lambda: accelerator.backward(loss))
         _timed(spent["update"], device, lambda: update(accelerator, model, optimizer, 0, window, config.optim))
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED) as counter:
         parts()
     spent = {name: [] for name in spent}  # the first call also allocated memory
     if device.type == "cuda":

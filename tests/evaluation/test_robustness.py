@@ -202,6 +202,7 @@ def test_the_command_has_the_linear_probes_accuracy_on_clean_images_and_at_eps_0
     assert set(json.loads(out.read_text())["results"]) == {"setting", "images", "clean", "clean_interval"}
 
 
+@pytest.mark.slow  # starts three processes
 def test_one_and_two_processes_give_the_same_and_unreadable_images_are_left_out(labelled, colour_run, tmp_path):
     sets = tmp_path / "sets"
     shutil.copytree(labelled, sets)

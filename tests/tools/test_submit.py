@@ -53,6 +53,7 @@ def wait_for_step(run_dir: Path, step: int, seconds: float = 300) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow  # starts three processes
 def test_a_job_that_must_make_room_saves_is_started_again_and_ends_as_if_it_had_not(queue, tmp_path, images):
     """SIGUSR2 to its process, as SLURM sends it before the time is over; the recipe is edited while the job waits."""
     recipe = tmp_path / "recipe.yaml"
