@@ -193,14 +193,17 @@ def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) ->
         raise UserError(f"{unit}={length} is less than one step of {total} images: make it longer.")
     warmup_steps = round(config.optim.warmup_epochs * per_epoch)
     if warmup_steps >= steps:
-        raise UserError(
-            f"optim.warmup_epochs={config.optim.warmup_epochs:g} is not shorter than the run of {steps / per_epoch:g} "
-            f"epochs ({unit}={length:g}, {per_epoch} steps an epoch): give a tenth of the run, "
-            f"optim.warmup_epochs={steps / per_epoch / 10:.2g}."
-        )
+        raise UserError(_too_long_a_warmup(config.optim.warmup_epochs, f"{unit}={length:g}", steps, per_epoch))
     every = config.eval.every_epochs
     if every and round(every * per_epoch) < 1:
         raise UserError(
             f"eval.every_epochs={every:g} is less than one step, which is {1 / per_epoch:.2g} epochs: make it longer."
         )
     return Plan(layout, per_epoch, steps, warmup_steps)
+
+
+def _too_long_a_warmup(warmup_epochs: float, given: str, steps: int, per_epoch: int) -> str:
+    return (
+        f"optim.warmup_epochs={warmup_epochs:g} is not shorter than the run of {steps / per_epoch:g} epochs ({given}, "
+        f"{per_epoch} steps an epoch): give a tenth of the run, optim.warmup_epochs={steps / per_epoch / 10:.2g}."
+    )

@@ -41,7 +41,7 @@ from .hardware import (
 from .metrics import format_duration
 from .model.encoder import Encoder
 from .objectives import Objective
-from .run import BadImages, Recorder, check_images, describe, images_record, open_run
+from .run import BadImages, Recorder, check_images, describe, images_record, open_run, resuming
 from .step import train_step
 from .stopping import StopRequest, stop_requests
 
@@ -213,7 +213,7 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     if state.steps_saved(run_dir):
         run, saved, complaints = state.restore(run_dir, objective, optimizer)
         check_images(saved, source, config.data.train)
-        say(*complaints, f"Resuming {run_dir} at step {run.step} of {plan.steps}.")
+        say(*complaints, resuming(run_dir, run.step, plan.steps))
     journal.rewind(run_dir, saved.get("lengths") if saved else {}, run.step)
     prepare = partial(sharding.prepare, accelerator) if config.shard else accelerator.prepare
     model, optimizer = prepare(objective, optimizer)

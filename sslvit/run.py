@@ -108,18 +108,35 @@ def _write_start(run_dir: Path, device: str) -> bytes:
 def check_images(saved: dict[str, Any], source: Source, where: str) -> None:
     """Raises UserError if a run that resumes gets other images than it began with.
 
-    Their number, order and names must be the same: the order of training and the schedules depend on them.
+    Their number, order and names must be the same: the order of training and the schedules depend on them. So must the
+    bytes of most of a sample: a few images may have been repaired. Runs of older versions have no sample.
     """
     stored, now = saved.get("images"), images_record(source)
-    if stored is not None and stored != now:
+    if stored is None:
+        return
+    before, sample = stored.get("sample") or [], now["sample"]
+    changed = sum(a != b for a, b in zip(before, sample, strict=False)) if isinstance(before, list) else 0
+    names_differ = any(stored.get(key) != now[key] for key in ("count", "names"))
+    if names_differ or 2 * changed > len(sample):
+        what = "number, names or order differ" if names_differ else "their names are the same, their contents are not"
         raise UserError(
             f"data.train={where} holds {now['count']} images, which are not the {stored.get('count')} images that "
-            "this run began with (number, names or order differ): give the same images, or another out= for a new run."
+            f"this run began with ({what}): give the same images, or another out= for a new run."
         )
 
 
 def images_record(source: Source) -> dict[str, Any]:
-    return {"count": len(source), "names": source.identity()}
+    return {"count": len(source), "names": source.identity(), "sample": source.sample()}
+
+
+def resuming(run_dir: Path, step: int, steps: int) -> str:
+    """What a run says that goes on, or has nothing left to do."""
+    if step > steps:
+        return (
+            f"{run_dir} has {step} steps already, and these settings ask for {steps}: nothing is trained. Give a "
+            "longer run (epochs=, steps= or images=) to go on, or another out= for a new run."
+        )
+    return f"Resuming {run_dir} at step {step} of {steps}."
 
 
 def _refuse_links(run_dir: Path) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from sslvit import data, run
 from sslvit.checkpoints import state
 
 from . import processes
@@ -360,3 +362,35 @@ def test_compiled_blocks_train_as_plain_ones_and_say_what_they_cost(cli, images,
     ours, theirs = final_weights(tmp_path / "compiled"), final_weights(tmp_path / "plain")
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in ours)
+
+
+def test_other_images_under_the_same_names_are_refused_and_repaired_ones_are_not(cli, fails, images, tmp_path):
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    command = ["pretrain", folder, *words("mae", f"out={tmp_path / 'run'}", "workers=0")]
+    assert cli(*command, "epochs=2")[0] == 0
+    paths = sorted(folder.iterdir())
+    for path in paths[:7]:
+        Image.new("RGB", (9, 9)).save(path)
+    assert cli(*command, "epochs=3")[0] == 0
+    for path in paths:
+        Image.new("RGB", (9, 9)).save(path)
+    assert "their names are the same, their contents are not" in fails(*command, "epochs=4")
+    record = state.latest(tmp_path / "run")[1]
+    del record["images"]["sample"]  # as older versions wrote it
+    run.check_images(record, data.open_source(str(folder), data.Config()), str(folder))
+
+
+def test_a_finished_run_that_is_asked_for_less_says_so(cli, images, tmp_path):
+    command = ["pretrain", images, *words("mae", f"out={tmp_path / 'run'}", "workers=0")]
+    assert cli(*command, "epochs=2")[0] == 0
+    printed = cli(*command, "epochs=1.5")[1]
+    assert "has 8 steps already, and these settings ask for 6: nothing is trained." in printed
+
+
+def test_images_that_are_all_the_same_are_noticed(cli, tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(9):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / "images" / f"{number}.png")
+    printed = cli("pretrain", tmp_path / "images", *words("mae", f"out={tmp_path / 'run'}", "steps=2", "workers=0"))[1]
+    assert "Warning: an encoder learns from how images differ, and all 9 that were looked at are the same." in printed

@@ -1,10 +1,13 @@
 """The data.* keys: where the images are, their size and channels, and how they are normalised."""
 
+import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..errors import Limits, UserError
 
+# Loader processes; more only take memory, and minutes to start.
+MOST_WORKERS = max(64, 8 * (os.cpu_count() or 1))
 Cache = bool | Literal["ram", "device"] | None
 
 
@@ -22,7 +25,7 @@ class Config:
     jpeg_scaling: bool = True  # decode JPEGs of 2 million pixels and more at 1/2, 1/4 or 1/8 if all crops are smaller
     bad_ratio: float = 0.01  # the run stops if a larger share of the images cannot be read
 
-    LIMITS: ClassVar[Limits] = [(0, None, "workers"), (1, None, "in_chans", "image_size"), (0, 1, "bad_ratio")]
+    LIMITS: ClassVar[Limits] = [(0, MOST_WORKERS, "workers"), (1, None, "in_chans", "image_size"), (0, 1, "bad_ratio")]
 
 
 def check_value_range(key: str, value_range: tuple[float, float]) -> None:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, Protocol, TypeVar
@@ -31,6 +32,8 @@ SMALL = 2**14  # bytes of a tensor that is sent as bytes. Tasks are smaller: non
 WAIT, WAIT_KEY = 900.0, "SSLVIT_LOADER_SECONDS"  # a run ends if it gets no result for so long
 LIBC = ctypes.CDLL(None)  # opened before any fork
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
+
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores, which may wait for disks
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

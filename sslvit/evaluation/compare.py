@@ -86,7 +86,7 @@ def compare(runs: list[str], config: Config) -> dict[str, Any]:
             row = {"run": other, "evaluation": name, **difference(a.right, b.right, config.seed)}
             differences.append(row)
             low, high = row["interval"]
-            verdict = "" if low * high > 0 or low == high else ": other test images could reverse the order"
+            verdict = "" if low * high > 0 else ": other test images could reverse the order"
             say(
                 f"{head.title}: {other} {row['difference']:+.2f} against {first} (95 % interval {low:+.2f} to "
                 f"{high:+.2f}){verdict}"
@@ -168,6 +168,9 @@ def difference(a: str, b: str, seed: int) -> dict[str, Any]:
     shares = [np.mean(delta == value) for value in (1, -1, 0)]
     draws = np.random.default_rng(seed).multinomial(len(delta), shares, DRAWS)
     low, high = np.percentile(100 * (draws[:, 0] - draws[:, 1]) / len(delta), [2.5, 97.5])
+    if low == high:  # no image differs from the others: the images drawn say nothing of those that were not
+        unseen = 100 * (1 - 0.025 ** (1 / len(delta)))  # a larger share would have shown itself in 97.5 % of all draws
+        low, high = max(-100.0, low - unseen), min(100.0, high + unseen)
     interval = [round(float(low), 3), round(float(high), 3)]
     return {"difference": round(100 * float(delta.mean()), 3), "interval": interval}
 

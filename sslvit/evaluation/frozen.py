@@ -14,6 +14,7 @@ from .. import pretrained
 from ..checkpoints import textfile
 from ..data import Source, open_source
 from ..data.augment import Normalize
+from ..data.config import MOST_WORKERS
 from ..distributed import gather_objects, say
 from ..errors import UserError, check_range, printable
 from ..hardware import (
@@ -196,7 +197,7 @@ class Frozen:
 def load_frozen(config: EncoderConfig) -> Frozen:
     """Load the encoder and put it on its device. Raises UserError."""
     check_range("", config, 1, None, "batch_size", "image_size")
-    check_range("", config, 0, None, "workers")
+    check_range("", config, 0, MOST_WORKERS, "workers")
     records.check_out(config.out)
     subject = pretrained.load(
         config.run, config.image_size, config.model_args, config.seed, config.allow_method, config.value_range

@@ -2,18 +2,21 @@
 features, which needs no labels."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from .. import data, rng
 from ..data import Source, open_source
 from ..data.augment import Normalize
 from ..data.cache import MemoryBudget, cached
-from ..distributed import gather_objects
+from ..data.depth import DARK, dark_sentence, range_that_fits
+from ..distributed import gather_objects, say
 from ..errors import Limits, UserError
 from ..hardware import first_on_each_machine
 from ..model.encoder import Encoder
@@ -76,8 +79,10 @@ class RankMonitor:
         self.accelerator, self.normalize = accelerator, normalize
         places = torch.arange(min(len(source), self.IMAGES))[accelerator.process_index :: accelerator.num_processes]
         chosen = CentreCropped(source, rng.shuffled(rng.fold_in(seed, "rank"), len(source), places), encoder.image_size)
-        images = [image for _, image in (chosen[place] for place in range(len(chosen))) if image is not None]
-        self.images = torch.stack(images) if images else torch.zeros(0)
+        pairs = [(n, image) for n, image in (chosen[place] for place in range(len(chosen))) if image is not None]
+        self.images = torch.stack([image for _, image in pairs]) if pairs else torch.zeros(0)
+        if pairs:
+            say(*warnings_of(source, pairs[0][0], self.images))
 
     @torch.inference_mode()
     def __call__(self, encoder: Encoder) -> float:
@@ -92,6 +97,19 @@ class RankMonitor:
         encoder.train(was_training)
         values = torch.cat([part for parts in gather_objects(parts) for part in parts]).double()
         return effective_rank(torch.linalg.svdvals(values)) if torch.isfinite(values).all() else math.nan
+
+
+def warnings_of(source: Source, index: int, images: Tensor) -> Iterator[str]:
+    """Sentences for who trains on images that are all the same, or nearly black. images: [N, C, h, w]; index: of one
+    that can be read."""
+    if len(source) == 1 or (len(images) > 1 and (images == images[:1]).all()):
+        what = f"all {len(images)} that were looked at are the same" if len(images) > 1 else "there is only one"
+        yield f"Warning: an encoder learns from how images differ, and {what}."
+    largest = float(images.max())
+    if images.is_floating_point() and largest < DARK:
+        fits = range_that_fits(source, index, source.read(index), largest)
+        if fits:
+            yield f"Warning: {dark_sentence(fits, largest)}"
 
 
 def rank_alarm(rankme: float) -> str | None:

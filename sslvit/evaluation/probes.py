@@ -104,8 +104,9 @@ def choose_and_test(
         )
 
     sweep = [row for pool in task.sets for row in try_pool(pool)]
-    sets = task.whole(best_of(sweep)["pool"])
-    return on_first_process(lambda: _test_best(config, task.classes, *sets, sweep, settings, train))
+    best = best_of(sweep, task.frozen.encoder.pool)
+    sets = task.whole(best["pool"])
+    return on_first_process(lambda: _test_best(config, task.classes, *sets, sweep, best, settings, train))
 
 
 def split(config: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,10 +142,9 @@ def fit(features: Features, rows: Tensor, settings: Sequence[Setting], train: Tr
 
 def _test_best(
     config: ProbeConfig, classes: list[str], train_set: Features, test_set: Features, sweep: Sequence[dict[str, Any]],
-    settings: Sequence[Setting], train: Train,
+    best: dict[str, Any], settings: Sequence[Setting], train: Train,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the chosen head on all training images and test it; prints tables."""
-    best = best_of(sweep)
     setting = {name: best[name] for name in settings[0]}
     labelled, _, held_out = split(config, train_set.labels)
     heads, mean, std = fit(train_set, labelled, [setting], train)
@@ -159,10 +159,15 @@ def _test_best(
             "holdout_images": len(held_out), "holdout_top1": best["holdout_top1"], "sweep": sweep}  # fmt: skip
 
 
-def best_of(sweep: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row with the highest accuracy on held-out images; of equal ones, that with the lowest loss there. Rows whose
-    loss is not finite come last."""
-    return max(sweep, key=lambda row: (math.isfinite(row["holdout_loss"]), row["holdout_top1"], -row["holdout_loss"]))
+def best_of(sweep: Sequence[dict[str, Any]], trained: Pool | None = None) -> dict[str, Any]:
+    """The row with the highest accuracy on held-out images; of equal ones, that of the pooling with which the encoder
+    was trained, and then that with the lowest loss there. Rows whose loss is not finite come last."""
+
+    def rank(row: dict[str, Any]) -> tuple[bool, float, bool, float]:
+        finite = math.isfinite(row["holdout_loss"])
+        return finite, row["holdout_top1"], row.get("pool") == trained, -row["holdout_loss"]
+
+    return max(sweep, key=rank)
 
 
 def report(config: Any, classes: list[str], predictions: Tensor, labels: Tensor, how: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -35,6 +36,7 @@ from ..checkpoints import textfile
 from ..config import RunConfig
 from ..data import BadImage, Source
 from ..data.crops import resize
+from ..data.depth import DARK, dark_sentence, range_that_fits
 from ..data.sources.decode import DICOM, NPY, PNG, decode
 from ..data.sources.files import Encoded
 from ..data.sources.several import Several
@@ -121,6 +123,11 @@ class Findings:
     std: list[float] = field(default_factory=list)
     largest: float = 0.0  # value of all images, of 255
     deep: int = 0  # images of more than 8 bits
+    value_range: tuple[float, float] | None = None  # that deep images need, which come out nearly black
+
+    @property
+    def all_gray(self) -> bool:
+        return bool(self.depths) and all("gray" in kind and "alpha" not in kind for kind in self.depths)
 
 
 class Examination:
@@ -275,7 +282,10 @@ def summary(spec: str, source: Source, stats: list[ImageStats], broken: list[tup
     variance = np.mean([s.mean_square for s in stats], axis=0) - mean**2
     found.mean = [round(float(m) / 255, 4) for m in mean]
     found.std = [round(math.sqrt(max(0.0, v)) / 255, 4) for v in variance]
-    found.largest, found.deep = max(s.largest for s in stats), sum(s.deep for s in stats)
+    brightest = max(stats, key=lambda s: s.largest)
+    found.largest, found.deep = brightest.largest, sum(s.deep for s in stats)
+    if brightest.deep and found.largest < DARK:
+        found.value_range = range_that_fits(source, brightest.index, source.read(brightest.index), found.largest)
     by_digest: dict[bytes, list[ImageStats]] = {}
     for s in stats:
         by_digest.setdefault(s.digest, []).append(s)
@@ -353,25 +363,22 @@ def lines(found: Findings, config: RunConfig, given: list[str]) -> list[str]:
     return out
 
 
-def normalization_keys(found: Findings) -> str:
-    """`data.mean=[...] data.std=[...]` to paste. A channel that never changes gets a std of 1 / 255."""
-    mean = ",".join(f"{value:.4f}" for value in found.mean)
-    std = ",".join(f"{max(value, 1 / 255):.4f}" for value in found.std)
+def normalization_keys(found: Findings, channels: int | None = None, gain: float = 1.0) -> str:
+    """`data.mean=[...] data.std=[...]` to paste. A channel that never changes gets a std of 1 / 255.
+
+    channels: only so many of them. gain: how many times brighter images will be.
+    """
+    mean = ",".join(f"{value * gain:.4f}" for value in found.mean[:channels])
+    std = ",".join(f"{max(value * gain, 1 / 255):.4f}" for value in found.std[:channels])
     return f"data.mean=[{mean}] data.std=[{std}]"
 
 
 def _advice(found: Findings, config: RunConfig) -> list[str]:
     out = []
-    gray = sum(count for kind, count in found.depths.items() if "gray" in kind)
-    if config.data.in_chans == 3 and found.depths and gray == sum(found.depths.values()):
+    if config.data.in_chans == 3 and found.all_gray:
         out.append("  all images are gray: data.in_chans=1 reads a third of the values.")
-    if found.deep and config.data.value_range is None and found.largest < 127:
-        integers = any("16-bit" in kind for kind in found.depths)
-        top = math.ceil(found.largest * 257) if integers else found.largest / 255
-        out.append(
-            f"  the brightest pixel is {found.largest:.1f} of 255: data.value_range=[0,{top:g}] would use the whole "
-            "range."
-        )
+    if found.value_range:
+        out.append(f"  {dark_sentence(found.value_range, found.largest)}")
     if len(found.broken) > config.data.bad_ratio * found.examined:
         out.append(
             f"  more images are broken than data.bad_ratio={config.data.bad_ratio:g} allows, so a run would stop: mend "
@@ -384,29 +391,60 @@ def _advice(found: Findings, config: RunConfig) -> list[str]:
 
 
 def _suggestion(found: Findings, config: RunConfig, given: list[str]) -> list[str]:
-    """A command to start from: the given arguments with the numbers found, and keys by size and number of the images
-    if there was neither a recipe nor a key."""
-    arguments = [word for word in given if not re.match(r"(data\.)?(mean|std)=", word)]
-    if not any("=" in word or word.endswith((".yaml", ".yml")) for word in arguments):
-        arguments += _recipe(found)
-    if len(found.mean) != 3 and not any(re.match(r"(data\.)?in_chans=", word) for word in given):
-        arguments.append(f"data.in_chans={len(found.mean)}")
-    arguments += normalization_keys(found).split(" ")
+    """A command to start from: the given arguments, the numbers found, and what else follows from the images."""
+    arguments = [word for word in given if not re.match(r"-*(data\.)?(mean|std)=", word)]
+    named = {word.lstrip("-").partition("=")[0].rpartition(".")[2] for word in arguments if "=" in word}
+    recipe = any(word.endswith((".yaml", ".yml")) and "=" not in word for word in arguments)
+    keys = {} if recipe else _recipe(found, config, named)
+    if recipe and config.global_batch_size > found.count:
+        keys["global_batch_size"] = _batch_size(found.count)
+    channels, gain = len(found.mean), 1.0
+    if channels == 3 and found.all_gray:  # the three are the same
+        channels = keys["in_chans"] = 1
+        keys["preset"] = "gray"
+    elif channels != 3:
+        keys |= {"in_chans": channels} | ({"preset": "channels"} if channels > 4 else {})
+    if found.value_range:
+        top = found.value_range[1]
+        keys["value_range"], gain = f"[0,{top:g}]", (65535 if top > 1 else 1) / top
+    arguments += [f"{key}={value}" for key, value in keys.items() if key.rpartition(".")[2] not in named]
+    arguments += normalization_keys(found, channels, gain).split(" ")
     return ["  a command to start from (`sslvit bench` with the same arguments says how long it takes):",
             f"    sslvit pretrain {shlex.join(arguments)}"]  # fmt: skip
 
 
-def _recipe(found: Findings) -> list[str]:
+def _recipe(found: Findings, config: RunConfig, named: set[str]) -> dict[str, Any]:
+    """{key: value} by size and number of the images, around the keys that are `named`."""
     side = min(found.heights[1], found.widths[1])
     size, patch = next(((s, p) for s, p in ((32, 4), (64, 8), (96, 8), (128, 16)) if side <= s * 1.25), (224, 16))
-    epochs = next((e for limit, e in ((10_000, 800), (100_000, 400), (1_000_000, 200)) if found.count <= limit), 100)
+    keys: dict[str, Any] = {"method": config.method}
+    batch = config.global_batch_size
+    if "global_batch_size" not in named or batch > found.count:
+        batch = keys["global_batch_size"] = _batch_size(found.count)
+    per_epoch = found.count // batch
+    epochs: float = next(
+        (e for limit, e in ((10_000, 800), (100_000, 400), (1_000_000, 200)) if found.count <= limit), 100
+    )
+    if named & set(configuration.DURATIONS):
+        images = config.images or (config.steps or (config.epochs or 1) * per_epoch) * batch
+        epochs = images / batch / per_epoch
+    else:
+        keys["epochs"] = f"{epochs:g}"
+    keys["warmup_epochs"] = f"{epochs / 20:.2g}"
+    if not named & {"image_size", "name", "args"}:
+        keys |= {"image_size": size, "model.name": f"vit_{'tiny' if size <= 64 else 'small'}_patch16_224"}
+        keys |= {"model.args": f"{{patch_size: {patch}}}"} if patch != 16 else {}
+        if config.method == "dino" and "local_crop_size" not in named:
+            keys["local_crop_size"] = max(1, round(size * 96 / 224 / patch)) * patch
+    return keys
+
+
+def _batch_size(count: int) -> int:
+    """256, or what gives eight steps an epoch, but 8 if there are so many."""
     batch = 256
-    while batch > 8 and batch * 8 > found.count:
+    while batch > 8 and batch * 8 > count:
         batch //= 2
-    model = "vit_tiny_patch16_224" if size <= 64 else "vit_small_patch16_224"
-    keys = [f"data.image_size={size}", f"model.name={model}"]
-    keys += [f"model.args={{patch_size: {patch}}}"] if patch != 16 else []
-    return ["method=mae", *keys, f"global_batch_size={batch}", f"epochs={epochs}", f"warmup_epochs={epochs // 20}"]
+    return min(batch, count)
 
 
 def _row(title: str, text: str) -> str:

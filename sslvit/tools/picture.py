@@ -10,6 +10,7 @@ from ..config import RunConfig
 from ..data import BadImage, Source
 from ..data.augment import Normalize, augment
 from ..data.crops import cut
+from ..data.depth import dark_sentence, range_that_fits
 from ..errors import UserError
 from ..evaluation import pictures
 from ..model import factory, masks
@@ -32,8 +33,12 @@ def draw(config: RunConfig, path: Path) -> None:
     gallery = [cells[i : i + across] for i in range(0, len(cells), across)]
     rows = [[pictures.thumbnail(image, CELL) for image in row] for row in zip(*columns, strict=True)]
     size = "x".join(map(str, data.image_size(config.data)))
+    index, brightest = max(images, key=lambda pair: float(pair[1].max()))
+    largest = float(brightest.max())
+    fits = range_that_fits(source, index, brightest, largest)
+    advice = [f"; {dark_sentence(fits, largest)}"] if fits else []
     parts = [
-        pictures.montage(gallery, title=f"{len(source):,} images of {config.data.train}", gap=GAP),
+        pictures.montage(gallery, title="".join([f"{len(source):,} images of {config.data.train}", *advice]), gap=GAP),
         pictures.montage(rows, column_names=titles, title=f"crops of {config.method}, {size} pixels", gap=GAP),
     ]
     pictures.save(pictures.stacked(parts), str(path))

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,7 +91,8 @@ def test_what_a_head_reads_and_how_it_is_trained_is_chosen_on_held_out_images_on
         return Features(values, labels, list("abcd"), torch.arange(400))
 
     sets = {"mean": (features(noise), features(x)), "cls": (features(x), features(noise))}
-    task = protocol.Task(None, "linear", list("abcd"), sets, {})
+    encoder = SimpleNamespace(pool="mean")
+    task = protocol.Task(SimpleNamespace(encoder=encoder), "linear", list("abcd"), sets, {})
     config = linear.Config(holdout=0.25)
 
     def train(x, labels, settings):
@@ -142,3 +144,10 @@ def test_seeds_are_trainings_of_their_own_with_mean_and_deviation(cli, fails, la
     assert cli("linear", *sets, *few, f"out={out}", "seed=2")[0] == 0
     assert json.loads(out.read_text())["results"]["right"] == results["seeds"][2]["right"]
     assert "two or more that differ" in fails("linear", *sets, "seeds=[1,1]")
+
+
+def test_of_equal_poolings_the_trained_one_is_chosen():
+    rows = [{"pool": pool, "holdout_top1": 90.0, "holdout_loss": loss} for pool, loss in (("cls", 0.1), ("mean", 0.2))]
+    assert probes.best_of(rows, "mean")["pool"] == "mean"
+    assert probes.best_of(rows, "cls")["pool"] == "cls"
+    assert probes.best_of([*rows, {"pool": "cls", "holdout_top1": 91.0, "holdout_loss": 9.0}], "mean")["pool"] == "cls"

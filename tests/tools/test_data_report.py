@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from sslvit.data import open_source
 from sslvit.tools import data_report
 from tests.conftest import TINY, words, write_images
 from tests.data.test_broken import BROKEN
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -105,7 +109,11 @@ def test_twelve_bits_in_sixteen_are_noticed(tmp_path):
         Image.fromarray(generator.integers(0, 4096, (20, 20)).astype(np.uint16)).save(tmp_path / f"{i}.png")
     run = config.load([str(tmp_path), "in_chans=1", "image_size=32"])
     text = "\n".join(data_report.lines(data_report.examine(run, data_report.Config()), run, [str(tmp_path)]))
-    assert re.search(r"data.value_range=\[0,40\d\d\] would use the whole range", text)
+    assert "  12-bit values in deeper files: the brightest pixel is 15.9 of 255, nearly black. data.value_range" in text
+    (suggested,) = re.findall("sslvit pretrain (.*)", text)
+    assert "'value_range=[0,4095]'" in suggested
+    mean = re.findall(r"data.mean=\[(.*?)\]", suggested)
+    assert float(mean[0]) == pytest.approx(0.5, abs=0.02)  # of the images as they will be read
     ranged = config.load([str(tmp_path), "in_chans=1", "image_size=32", "value_range=[0,4095]"])
     assert data_report.examine(ranged, data_report.Config()).mean[0] == pytest.approx(0.5, abs=0.02)
 
@@ -188,3 +196,26 @@ def test_a_set_of_broken_images_is_reported_and_not_drawn(tmp_path, cli, fails):
     assert status == 0
     assert f"{len(BROKEN)} of {len(BROKEN)} (100.00%)" in said
     assert "none of the images tried can be read" in fails("data", folder, f"picture={tmp_path / 'x.png'}")
+
+
+@pytest.mark.parametrize(
+    "given", [[], ["in_chans=1"], ["method=dino", "steps=20"], ["epochs=4"], ["mae_cifar10"], ["batch_size=4"]]
+)
+def test_the_suggested_command_is_one_that_runs(given, folder):
+    words = [str(folder), *given]
+    if given == ["mae_cifar10"]:
+        words[1] = str(ROOT / "configs" / "mae_cifar10.yaml")
+    run = config.load(words)
+    text = data_report.lines(data_report.examine(run, data_report.Config(sample=10)), run, words)[-1]
+    suggested = config.load(shlex.split(text)[2:])
+    config.check(suggested)
+    config.make_plan(suggested, 40, 1, 0)
+
+
+def test_floats_far_below_1_are_noticed_and_nan_is_broken(tmp_path):
+    values = np.random.default_rng(0).random((20, 9, 9), dtype=np.float32) / 20
+    values[3, 3, 3] = np.nan
+    np.save(tmp_path / "x.npy", values)
+    result = found(tmp_path / "x.npy", "in_chans=1")
+    assert result.value_range == (0.0, 0.05)
+    assert [reason.split(":")[0] for _, reason in result.broken] == ["it has NaN or infinite pixels"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...hardware import free_memory
 from ..config import Config
-from .files import fingerprint_of
+from .files import fingerprint_of, sample_of
 from .limits import LABELS, MAX_RATIO, regular, size_text, unpacked_limit
 from .names import numbered
 from .pixels import from_array, refuse_bomb
@@ -45,6 +45,9 @@ class Array(Source):
 
     def fingerprint(self) -> str:
         return fingerprint_of(f"{self.identity()},{self.part}", [str(self.path)])
+
+    def sample(self) -> list[str]:
+        return sample_of(len(self), lambda index: np.ascontiguousarray(self.pixels[index]).tobytes())
 
     def read(self, index: int) -> Tensor:
         return from_array(self.pixels[index], self.in_chans, self.value_range)

@@ -4,7 +4,7 @@ import hashlib
 import os
 import platform
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ SCIENTIFIC = frozenset([".dcm", ".dicom", ".npy"])  # looked for where there is 
 DEEP = frozenset([".tif", ".tiff", *SCIENTIFIC])  # those that can have more than four channels
 SOME_EXTENSIONS = ".jpg, .png, .webp, .tif, .bmp and the like"
 SAMPLE, BLOCK = 64, 2**16  # blocks that a fingerprint reads, and their bytes
+SAMPLED = 16  # images whose bytes a run remembers
 
 
 class Encoded(Source):
@@ -56,6 +57,9 @@ class Encoded(Source):
     def identity(self) -> str:
         return self.names.digest()
 
+    def sample(self) -> list[str]:
+        return sample_of(len(self), self.bytes_of)
+
 
 class Files(Encoded):
     """Files below `root`. An absolute path stands for itself."""
@@ -69,6 +73,9 @@ class Files(Encoded):
 
     def bytes_of(self, index: int) -> bytes:
         return read_file(self.name(index))
+
+    def sample(self) -> list[str]:
+        return sample_of(len(self), lambda index: b"".join(_blocks(self.name(index), 1)))
 
     def fingerprint(self) -> str:
         return fingerprint_of(self.identity(), self.names, self.root)
@@ -127,6 +134,17 @@ def _blocks(path: str, most: int) -> Iterator[bytes]:
                     yield file.read(BLOCK)
     except OSError:
         pass
+
+
+def sample_of(count: int, bytes_of: Callable[[int], bytes]) -> list[str]:
+    """A hash for each of at most SAMPLED images, spread over all of them. Empty for one that cannot be read."""
+    hashes = []
+    for index in np.linspace(0, count - 1, min(SAMPLED, count)).astype(int).tolist():
+        try:
+            hashes.append(hashlib.sha256(bytes_of(index)).hexdigest()[:16])
+        except BadImage:
+            hashes.append("")
+    return hashes
 
 
 def endings_of(names: Iterable[str]) -> set[str]:

@@ -48,7 +48,9 @@ def _scaled(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
     real = values.dtype.kind == "f"
     if value_range is None:
         low, high = values.min(), values.max()
-        if not (low >= 0 and high <= (1 if real else 65535)):  # also with NaN
+        if real and not np.isfinite([low, high]).all():
+            raise BadImage("it has NaN or infinite pixels: with data.value_range=[low,high] they become black or white")
+        if not (low >= 0 and high <= (1 if real else 65535)):
             limit = "0 .. 1, as those of floats must" if real else "0 .. 65535"
             raise BadImage(f"its pixels lie in {low:g} .. {high:g}, not in {limit}: set data.value_range=[low,high]")
 

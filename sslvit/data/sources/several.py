@@ -55,6 +55,9 @@ class Several(Source):
     def identity(self) -> str:
         return hashlib.sha256(",".join(part.identity() for part in self.parts).encode()).hexdigest()
 
+    def sample(self) -> list[str]:
+        return [one for part in self.parts for one in part.sample()]
+
     def fingerprint(self) -> str:
         return hashlib.sha256(",".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
 

@@ -143,7 +143,7 @@ def test_what_black_and_white_are_can_be_said():
 
 @pytest.mark.parametrize(
     ("values", "reason"),
-    [(np.full((4, 4), 1.5), r"1.5 .. 1.5, not in 0 .. 1"), (np.full((4, 4), np.nan), "nan"),
+    [(np.full((4, 4), 1.5), r"1.5 .. 1.5, not in 0 .. 1"), (np.full((4, 4), np.nan), "it has NaN or infinite pixels"),
      (np.full((4, 4), -3, np.int16), "-3 .. -3, not in 0 .. 65535"), (np.full((4, 4), 70000), "70000"),
      (np.zeros((4, 4), complex), "no numbers"), (np.zeros(4), "no image"), (np.zeros((0, 4)), "no image"),
      (np.zeros((2, 3, 4, 5)), "no image")],
