@@ -17,13 +17,13 @@ JOBS = [
     Job("machine", f"{PARTS}:machine", 40, needed=True),  # the first one also imports everything
     Job("golden", f"{PARTS}:golden", 30),
     Job("tests", f"{PARTS}:gpu_tests", 70),
-    Job("steps mae-large", f"{PARTS}:steps", 45, ("mae-large-gpu",)),
-    Job("steps dino-base", f"{PARTS}:steps", 40, ("dino-base-gpu",)),
-    Job("steps dino-small", f"{PARTS}:steps", 30, ("dino-small-gpu",)),
+    Job("steps mae-large", f"{PARTS}:steps", 60, ("mae-large-gpu",)),
+    Job("steps dino-base", f"{PARTS}:steps", 60, ("dino-base-gpu",)),
+    Job("steps dino-small", f"{PARTS}:steps", 35, ("dino-small-gpu",)),
     Job("steps mae-base", f"{PARTS}:steps", 30, ("mae-base-gpu",)),
     Job("steps dino-small-64px", f"{PARTS}:steps", 25, ("dino-small-64px-gpu",)),
     Job("input", f"{PARTS}:images", 45),
-    Job("pretraining", f"{PARTS}:pretraining", 180),
+    Job("pretraining", f"{PARTS}:pretraining", 150),
     Job("trace mae", f"{PARTS}:trace", 15, ("mae-base-gpu",)),
     Job("trace dino", f"{PARTS}:trace", 15, ("dino-small-gpu",)),
 ]
