@@ -189,7 +189,7 @@ def watch(own: int) -> int:
 @pytest.mark.parametrize("own", [0, 1])
 def test_a_silent_process_is_named(tmp_path, own):
     process = processes.begin(watch, own, output=tmp_path / "log")
-    printed = processes.finish(process, tmp_path / "log", status=2)
+    printed = processes.finish(process, tmp_path / "log", seconds=30, status=2)
     assert printed.startswith(f"Process {1 - own} of 2 has not answered for 0 s: it is stopped, or its machine hangs.")
     assert "SSLVIT_SILENT_SECONDS= waits longer" in printed
 
