@@ -9,13 +9,13 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from .arguments import help_lines, parse, split_own
+from .arguments import help_lines, parse, recipes, split_own
 from .errors import UserError, did_you_mean, printable
 from .evaluation import commands as evaluations
 from .stopping import EXIT_REQUEUE, Stopped
 
 HELP = ("-h", "--help", "help")
-RECIPE = "[recipe.yaml] [images] [key=value ...]"
+RECIPE = "[recipe] [images] [key=value ...]"
 Command = Callable[[list[str]], int | None]
 # Modules of sslvit/tools/ with a Config of their own and run(run_config, config, arguments).
 TOOLS = {
@@ -39,6 +39,7 @@ def usage() -> str:
         *((name, command.usage, command.help) for name, command in evaluations().items()),
         ("compare", "<run> <run> ...", "results of runs side by side, with the intervals of the differences"),
         *((name, *row[1:]) for name, row in (PLAIN | TOOLS).items()),
+        ("recipes", "", "the recipes that come with sslvit, for pretrain, data, bench and submit"),
     ]
     return (
         "sslvit <command> [arguments]\n\n"
@@ -163,6 +164,12 @@ def _tool(name: str, arguments: list[str]) -> None:
     module.run(config.load(rest, name, vars(module.Config())), parse(module.Config(), own, name), rest)
 
 
+def _recipes(arguments: list[str]) -> None:
+    """Names and first lines: `sslvit pretrain <name>`."""
+    for name, path in recipes().items():
+        print(f"  {name:<32}{path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+
+
 def _print_help(usage: str, module: ModuleType, keys: str) -> None:
     print(f"sslvit {usage}\n\n{(module.__doc__ or '').strip()}\n\n{keys}\n")
     print("\n".join(help_lines(module.Config())))
@@ -171,6 +178,7 @@ def _print_help(usage: str, module: ModuleType, keys: str) -> None:
 COMMANDS: dict[str, Command] = {
     "pretrain": _pretrain,
     "compare": _compare,
+    "recipes": _recipes,
     **{name: partial(_plain, name) for name in PLAIN},
     **{name: partial(_tool, name) for name in TOOLS},
 }

@@ -9,6 +9,8 @@ import dataclasses
 import inspect
 import json
 import re
+import types
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +39,17 @@ def assignments(arguments: list[str]) -> list[tuple[str, str]]:
     pairs = []
     for argument in arguments:
         key, equals, text = argument.partition("=")
-        if not equals or not key.strip("-"):
-            raise UserError(f"{argument} is not of the form key=value.")
+        if not equals or not key.strip("-") or key != key.strip():
+            raise UserError(spaced(argument, arguments) or f"{argument} is not of the form key=value.")
         pairs.append((key.lstrip("-"), text))
     return pairs
+
+
+def spaced(word: str, arguments: list[str]) -> str | None:
+    """What to tell who wrote `--epochs 3`, `epochs 3` or `epochs = 3`; None for any other word."""
+    rest = " ".join(arguments[arguments.index(word) :])
+    found = re.match(r"-*([a-z_][\w.]*)[\s=]+([^\s=]+)", rest) if "/" not in word else None
+    return f"{found[0]}: write {found[1]}={found[2]}, without dashes or spaces." if found else None
 
 
 def split_own(arguments: list[str], schema: Any, section: str) -> tuple[list[str], list[str]]:
@@ -77,7 +86,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise ValueError(f"it is larger than {YAML_BYTES:,} bytes, the limit of a file of settings")
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # whatever YAML's parser raises
-        raise UserError(f"{path} cannot be read: {first_line(error)}.") from error
+        raise UserError(_yaml_problem(path, error)) from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values, not a {type(values).__name__}.")
     for value in scalars(values):
@@ -87,6 +96,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
                 "write the value itself, or give its key on the command line."
             )
     return values
+
+
+def _yaml_problem(path: Path, error: Exception) -> str:
+    """A sentence with the line, where the parser names one."""
+    mark, problem = getattr(error, "problem_mark", None), str(getattr(error, "problem", None) or first_line(error))
+    if mark is None:
+        return f"{path} cannot be read: {problem}."
+    line = "".join(path.read_text(errors="replace").splitlines()[mark.line : mark.line + 1])
+    if "\t" in line[: len(line) - len(line.lstrip())]:
+        return f"{path} line {mark.line + 1}: a tab; indent with spaces."
+    if problem.startswith("found duplicate key"):
+        return f"{path} line {mark.line + 1}: `{problem.split()[-1]}` is given twice."
+    return f"{path} line {mark.line + 1} cannot be read: {problem}."
+
+
+def recipes() -> dict[str, Path]:
+    """{name: file} of the recipes that come with sslvit: in a wheel beside this file, in a clone above it."""
+    here = Path(__file__).parent
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def flatten(config: DictConfig | dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -109,9 +138,9 @@ def check_keys(values: dict[str, Any], keys: list[str], where: str, command: str
             raise UserError(f"{where}: {_unknown(key, keys, command)}")
 
 
-def full_key(key: str, keys: list[str], command: str, named: list[str] | None = None) -> str:
+def full_key(key: str, keys: list[str], command: str, named: list[str] | None = None, elsewhere: Any = str) -> str:
     """The declared key that `key` means: itself, one inside an open value, or the only one that ends in it. Raises
-    UserError for others. named: the keys that it may name; None: all."""
+    UserError for others. named: the keys that it may name; None: all. elsewhere(key): what is known of a foreign key."""
     sections = {full[: m.start()] for full in keys for m in re.finditer(r"\.", full)}
     if key in keys or key in sections or _is_open(key):
         return key
@@ -119,7 +148,8 @@ def full_key(key: str, keys: list[str], command: str, named: list[str] | None = 
     if len(matches) > 1:
         raise UserError(f"The key {key} could mean {' or '.join(matches)}: write it in full.")
     if not matches:
-        raise UserError(_unknown(key, named or keys, command))
+        known = elsewhere(key)
+        raise UserError(_unknown(key, named or keys, command) if known == key else known)
     return matches[0]
 
 
@@ -129,7 +159,10 @@ def _is_open(key: str) -> bool:
 
 def _unknown(key: str, keys: list[str], command: str) -> str:
     by_last_name = {full.rsplit(".", 1)[-1]: full for full in keys}
-    hint = did_you_mean(key, keys) or did_you_mean(key.rsplit(".", 1)[-1], by_last_name, by_last_name)
+    last = key.rsplit(".", 1)[-1]
+    hint = did_you_mean(key, keys) or did_you_mean(last, by_last_name, by_last_name)
+    part = next((full for name, full in by_last_name.items() if last in name.split("_")[1:]), None)  # lr: base_lr
+    hint = f" Did you mean {part}?" if part and not hint else hint
     return f"There is no key {key}.{hint} `sslvit {command} --help` lists them all."
 
 
@@ -155,7 +188,44 @@ def merge(config: DictConfig, values: dict[str, Any], where: str) -> DictConfig:
                 raise ValueError(f"{key}={format_value(value)} must be finite and below {LARGEST:.1e}")
         return merged
     except Exception as error:  # OmegaConf's own, and TypeError for a list in place of a dictionary
-        raise UserError(f"{where}: {first_line(error)}.") from error
+        raise UserError(_refusal(config, flatten(values), where, error)) from error
+
+
+def _refusal(config: DictConfig, values: dict[str, Any], where: str, error: Exception) -> str:
+    """Why a value cannot be, in the words of who wrote it."""
+    key = re.sub(r"\[.*", "", str(getattr(error, "full_key", None) or ""))
+    node: Any = OmegaConf.select(config, key, throw_on_missing=False) if key else None
+    if key not in values:
+        return f"{where}: {first_line(error)}."
+    before = "" if where.startswith(f"{key}=") else f"{where}: "
+    if isinstance(node, DictConfig) and key not in OPEN:
+        first = next(iter(flatten(node)), "...")
+        also = ", or just the folder" if key == "data" else ""
+        return f"{before}{key} is a group of keys: write {key}.{first}={format_value(values[key])}{also}."
+    parent: Any = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
+    wanted = _in_words(parent._get_node(key.rpartition(".")[2])._metadata.type_hint)
+    return (
+        f"{before}{key} must be {wanted}, not {format_value(values[key])}."
+        if wanted
+        else (f"{where}: {first_line(error)}.")
+    )
+
+
+WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+
+
+def _in_words(hint: Any) -> str:
+    """The type of a key for people; empty for one that has no short name."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " or ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_in_words(one) for one in arguments if one is not type(None))
+    if origin in (tuple, list):
+        single = _in_words(arguments[0]).removeprefix("a ")
+        many = "" if ... in arguments or origin is list else f"{len(arguments)} "
+        return f"a list of {many}{single}s"
+    return WORDS.get(hint, "")
 
 
 def scalars(value: Any) -> list[Any]:

@@ -4,15 +4,27 @@ A later layer wins. Every key is declared in a dataclass beside the code that re
 `make_plan` computes what follows from the configuration.
 """
 
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from . import compatibility, objectives
-from .arguments import assignments, check_keys, flatten, full_key, help_lines, merge, read_yaml, value_of
+from .arguments import (
+    assignments,
+    check_keys,
+    flatten,
+    full_key,
+    help_lines,
+    merge,
+    read_yaml,
+    recipes,
+    spaced,
+    value_of,
+)
 from .checkpoints import textfile
 from .checkpoints.state import Config as SaveConfig
 from .data import Config as DataConfig
@@ -50,7 +62,7 @@ class RunConfig:
     save: SaveConfig = field(default_factory=SaveConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
-    LIMITS: ClassVar[Limits] = [(0, None, "max_hours")]
+    LIMITS: ClassVar[Limits] = [(0, None, "max_hours"), (1, None, "global_batch_size")]
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ def load(arguments: list[str], command: str = "pretrain", own: Iterable[str] = (
     config = merge(config, _with_one_duration(values), str(recipe))
     chosen = set(values)
     for key, text in given:
-        key = full_key(key, [*keys, *compatibility.REMOVED], command, [*keys, *own])
+        key = full_key(key, [*keys, *compatibility.REMOVED], command, [*keys, *own], _of_another_method)
         layer = compatibility.modernise(flatten({key: value_of(config, key, text)}), f"{key}={text}")
         config = merge(config, _with_one_duration(layer), f"{key}={text}")
         chosen.add(key)
@@ -94,7 +106,7 @@ def _sort(arguments: list[str]) -> tuple[Path | None, dict[str, Any], list[tuple
     images = [word for word in arguments if "=" not in word and Path(word) not in recipes]
     for word in images:
         if kind_of(word) is None:
-            raise UserError(f"{word} is neither a recipe (*.yaml), nor a folder or file of images, nor key=value.")
+            return _sort(_with_recipe(word, arguments))
     if len(recipes) > 1 or len(images) > 1:
         raise UserError(f"Give one recipe and one folder at most, not {', '.join([*map(str, recipes), *images])}.")
     given = [("data.train", word) for word in images] + assignments([word for word in arguments if "=" in word])
@@ -103,6 +115,28 @@ def _sort(arguments: list[str]) -> tuple[Path | None, dict[str, Any], list[tuple
         both = " and ".join(f"{key}={text}" for key, text in durations.items())
         raise UserError(f"The length of a run is epochs, steps or images, not {both} at once: give one.")
     return (recipes[0], flatten(read_yaml(recipes[0])), given) if recipes else (None, {}, given)
+
+
+def _with_recipe(word: str, arguments: list[str]) -> list[str]:
+    """The arguments with the file of the recipe that the word names. Raises UserError if it names none."""
+    known = recipes()
+    if word in known:
+        return [str(known[word]) if one == word else one for one in arguments]
+    if os.sep in word:
+        raise UserError(f"{word} does not exist: give a folder or file of images.")
+    otherwise = (
+        f"{word} is neither a recipe, nor a folder or file of images, nor key=value.{did_you_mean(word, known)} "
+        "`sslvit recipes` lists the recipes; those of your own end in .yaml."
+    )
+    raise UserError(spaced(word, arguments) or otherwise)
+
+
+def _of_another_method(key: str) -> str:
+    """A sentence on a key that only other methods have; the key itself if none has it."""
+    for method in objectives.names():
+        if key.removeprefix("objective.") in {item.name for item in fields(objectives.find(method).Config)}:
+            return f"{key} belongs to method={method}: leave it out, or give method={method}."
+    return key
 
 
 def _method_and_preset(
@@ -196,9 +230,7 @@ def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) ->
         raise UserError(_too_long_a_warmup(config.optim.warmup_epochs, f"{unit}={length:g}", steps, per_epoch))
     every = config.eval.every_epochs
     if every and round(every * per_epoch) < 1:
-        raise UserError(
-            f"eval.every_epochs={every:g} is less than one step, which is {1 / per_epoch:.2g} epochs: make it longer."
-        )
+        raise UserError(f"eval.every_epochs={every:g} is less than one step: give at least {1 / per_epoch:.2g}.")
     return Plan(layout, per_epoch, steps, warmup_steps)
 
 

@@ -62,7 +62,7 @@ MISTAKES = [
     (["image_size=30"], "30x30 is not divisible by the patch size 8: use 24 or 32"),
     (["warmup_epochs=2"], "optim.warmup_epochs=2 is not shorter than the run of 2 epochs"),
     (["global_batch_size=38"], "global_batch_size=38 is larger than the 37 images"),
-    (["data.train=/no/such/folder"], "/no/such/folder is neither a folder"),
+    (["data.train=/no/such/folder"], "/no/such/folder does not exist"),
     (["model.name=vit_tiny_patch16_244"], "Did you mean vit_tiny_patch16_224"),
     (["model.args.patchsize=4"], "patchsize"),
     (["in_chans=5"], "data.in_chans=5, but the images of a folder"),
@@ -82,7 +82,7 @@ MISTAKES = [
     (["warmup_epochs=.inf"], "optim.warmup_epochs=inf must be finite and below 9.2e+18"),
     (["image_size=10000000000000000000"], "data.image_size=10000000000000000000 must be finite and below 9.2e+18"),
     (["pack=true"], "objective.pack=True is no longer supported: leave it out"),
-    (["eval.every_epochs=0.1"], "eval.every_epochs=0.1 is less than one step, which is 0.25 epochs"),
+    (["eval.every_epochs=0.1"], "eval.every_epochs=0.1 is less than one step: give at least 0.25."),
 ]
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .. import config as configuration
 from .. import data, rng
+from ..arguments import recipes
 from ..checkpoints import textfile
 from ..config import RunConfig
 from ..data import BadImage, Source
@@ -394,7 +395,7 @@ def _suggestion(found: Findings, config: RunConfig, given: list[str]) -> list[st
     """A command to start from: the given arguments, the numbers found, and what else follows from the images."""
     arguments = [word for word in given if not re.match(r"-*(data\.)?(mean|std)=", word)]
     named = {word.lstrip("-").partition("=")[0].rpartition(".")[2] for word in arguments if "=" in word}
-    recipe = any(word.endswith((".yaml", ".yml")) and "=" not in word for word in arguments)
+    recipe = any(word.endswith((".yaml", ".yml")) or word in recipes() for word in arguments if "=" not in word)
     keys = {} if recipe else _recipe(found, config, named)
     if recipe and config.global_batch_size > found.count:
         keys["global_batch_size"] = _batch_size(found.count)

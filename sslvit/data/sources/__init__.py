@@ -82,4 +82,6 @@ def _unknown(spec: str) -> str:
     path = split_part(spec)[0]
     if os.path.splitext(path)[1].lower() in ENDINGS:
         return f"data: there is no file {path}.{hint}"
+    if os.sep in path and not hint:
+        return f"data: {path} does not exist: give a folder or file of images."
     return f"data: {spec} is neither a folder nor one of fractals, {', '.join(SETS)}.{hint}"
