@@ -140,7 +140,7 @@ def check_keys(values: dict[str, Any], keys: list[str], where: str, command: str
 
 def full_key(key: str, keys: list[str], command: str, named: list[str] | None = None, elsewhere: Any = str) -> str:
     """The declared key that `key` means: itself, one inside an open value, or the only one that ends in it. Raises
-    UserError for others. named: the keys that it may name; None: all. elsewhere(key): what is known of a foreign key."""
+    UserError for others. named: the keys that it may name; None: all. elsewhere(key): what is known of it."""
     sections = {full[: m.start()] for full in keys for m in re.finditer(r"\.", full)}
     if key in keys or key in sections or _is_open(key):
         return key

@@ -4,6 +4,7 @@
 (model/encoder.py), and how images reach it (data/loader.py). The rest when you need it.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +26,7 @@ from .data.augment import Normalize, augment
 from .data.cache import MemoryBudget, OnDevice, cached, on_device
 from .data.crops import Views, random_batch
 from .data.loader import make_loader
-from .distributed import any_process, explain_lost_process, say, world_size
+from .distributed import any_process, explain_lost_process, gather_objects, say, world_size
 from .errors import UserError
 from .evaluation.online import KnnMonitor, RankMonitor
 from .hardware import (
@@ -42,8 +43,10 @@ from .metrics import format_duration
 from .model.encoder import Encoder
 from .objectives import Objective
 from .run import BadImages, Recorder, check_images, describe, images_record, open_run, resuming
-from .step import train_step
-from .stopping import StopRequest, stop_requests
+from .step import CutShort, train_step
+from .stopping import Stopped, StopRequest, stop_requests
+
+FIRST_SAVE = 5.0  # minutes after which a run that was never saved is saved, whatever save.every_minutes is
 
 # `with eval_encoder() as encoder` gives the exported encoder as evaluations run it; all processes call it together.
 EvalEncoder = Callable[[], AbstractContextManager[Encoder]]
@@ -103,10 +106,13 @@ class Training:
     saver: Saver
     record: dict[str, Any]  # what a checkpoint holds beside tensors and progress
     last_save: float = field(default_factory=time.perf_counter)  # when, by this clock
+    saved_step: int | None = None  # the newest checkpoint; None: the run has never been saved
 
-    def micro_batches(self) -> Iterator[dict[str, Tensor]]:
-        """The micro-batches of one step, augmented, on the device."""
-        for _ in range(self.plan.layout.accumulate):
+    def micro_batches(self, stop: StopRequest) -> Iterator[dict[str, Tensor]]:
+        """The micro-batches of one step, augmented, on the device; fewer if `stop` asks for an end."""
+        for micro in range(accumulate := self.plan.layout.accumulate):
+            if micro and stop.reason_at(self.progress.step * accumulate + micro):
+                return
             with self.recorder.watch.waiting():
                 batch = next(self.batches)
             self.bad_images.note(batch)
@@ -140,8 +146,10 @@ class Training:
         if self.rank_monitor and run.step % (config.log.rank_every_steps or 1) == 0:
             with recorder.watch.pausing(), self.eval_encoder() as encoder:
                 recorder.rank(run, self.rank_monitor(encoder))
-        if config.save.every_minutes and (recorder.due(run.step) or world_size() == 1):  # processes must agree
-            save_now |= any_process((time.perf_counter() - self.last_save) / 60 > config.save.every_minutes)
+        minutes = config.save.every_minutes or math.inf
+        minutes = min(minutes, FIRST_SAVE) if self.saved_step is None else minutes
+        if recorder.due(run.step) or world_size() == 1:  # processes must agree
+            save_now |= any_process((time.perf_counter() - self.last_save) / 60 > minutes)
         stopped = stop.reason_at(run.step) if run.step < plan.steps else None
         evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
         due = run.step % evaluate_every == 0 or run.step == plan.steps
@@ -153,13 +161,23 @@ class Training:
             self.save()
         return stopped
 
+    def leave_step(self, stop: StopRequest) -> str:
+        """Save the last whole step, after a step that `stop` has cut short. Returns why. Raises Stopped if no step is
+        whole yet."""
+        why = next(reason for reason in gather_objects(stop.reason) if reason)
+        if not self.progress.step:
+            raise Stopped(f"Stopped by {why} in the first step: there is nothing to save yet.")
+        if self.saved_step != self.progress.step:
+            self.save()
+        return why
+
     def save(self) -> None:
         """Begin to write a checkpoint. All processes call it."""
         say(*self.bad_images.report(self.progress.images_seen))
         self.recorder.flush_skipped(self.progress)
         self.progress.window = self.recorder.window.state()
         self.saver.save(self.objective, self.optimizer.optimizer, self.progress, self.record)
-        self.last_save = time.perf_counter()
+        self.last_save, self.saved_step = time.perf_counter(), self.progress.step
 
 
 def pretrain(config: RunConfig) -> Result:
@@ -239,6 +257,7 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     return Training(
         config, plan, accelerator, objective, model, optimizer, schedule, batches, views, normalize, eval_encoder,
         knn_monitor, rank_monitor, run, recorder, BadImages(run_dir, config.data, source, lock), saver, record,
+        saved_step=run.step or None,
     )  # fmt: skip
 
 
@@ -255,10 +274,14 @@ def train(training: Training, stop: StopRequest) -> Result:
     for step in range(run.step, plan.steps):
         began = time.perf_counter()
         optim.set_schedule(optimizer, training.schedule, step)
-        train_step(
-            training.accelerator, training.model, optimizer, training.micro_batches(), step, recorder.window,
-            accumulate=plan.layout.accumulate, seed=config.seed, config=config.optim,
-        )  # fmt: skip
+        try:
+            train_step(
+                training.accelerator, training.model, optimizer, training.micro_batches(stop), step, recorder.window,
+                accumulate=plan.layout.accumulate, seed=config.seed, config=config.optim,
+            )  # fmt: skip
+        except CutShort:
+            stopped = training.leave_step(stop)
+            break
         run.step, run.images_seen = step + 1, run.images_seen + plan.layout.global_batch_size
         if recorder.trace:
             recorder.trace.step()

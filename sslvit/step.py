@@ -24,6 +24,10 @@ from .errors import UserError
 from .metrics import Window
 
 
+class CutShort(Exception):
+    """A step got fewer micro-batches than it has, because the run ends. All that a checkpoint holds is as before."""
+
+
 def train_step(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: Iterable[Any],
     step: int, window: Window, *, accumulate: int, seed: int, config: optim.Config,
@@ -33,7 +37,7 @@ def train_step(
 
     model, optimizer: as accelerate wrapped them. forward(model, micro_batch, step) gives {"loss": scalar, others to
     log}. All values, and the gradient norm, go into window. Returns 1.0 if the step was skipped, else 0.0, on the
-    device. See `update` for what a skipped step changes.
+    device. See `update` for what a skipped step changes. Raises CutShort for fewer micro-batches.
     """
     module = accelerator.unwrap_model(model)
     buffers = BufferSnapshot(module)
@@ -44,6 +48,9 @@ def train_step(
             values = forward(model, batch, step)
             accelerator.backward(values["loss"] / accumulate)
         window.add(values, 1 / accumulate)
+    if micro + 1 < accumulate:
+        buffers.restore()
+        raise CutShort
     skip = update(accelerator, module, optimizer, step, window, config)
     average_statistics(module)
     buffers.restore_if(skip)
@@ -92,6 +99,10 @@ class BufferSnapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self.values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+    def restore(self) -> None:
+        for buffer, before in self.values:
+            buffer.copy_(before)
 
     def restore_if(self, skip: Tensor) -> None:
         for buffer, before in self.values:

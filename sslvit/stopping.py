@@ -11,8 +11,10 @@ from types import FrameType
 from .errors import UserError
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2")  # schedulers send one of these
+NAMES = {"SIGINT": "Ctrl-C"}  # for people
 EXIT_REQUEUE = 75  # exit status, EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again
 AGREE_EVERY = 10  # steps; several processes then agree, so that all stop at the same step
+INTERRUPTED = 1.0  # seconds after which a second Ctrl-C is another one: launchers send the first one twice
 FORWARDED = 5.0  # seconds in which a second signal is the same request: a scheduler and a launcher both send one
 MOST_SECONDS = 10**6  # that a wait may be allowed
 PATIENCE = 10.0  # seconds that a run which was asked to stop waits for the images of its step; schedulers give it 30
@@ -23,17 +25,20 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """The loop asks it after each step."""
+    """The loop asks it after each step, and between micro-batches."""
 
     def __init__(self, max_hours: float | None) -> None:
         self.reason: str | None = None
+        self.begun = False  # the first step is done: there is something to save
         self.asked: float | None = None  # when a signal came
         self.end = None if max_hours is None else time.monotonic() + 3600 * max_hours
 
     def reason_at(self, step: int) -> str | None:
-        """Why the run has to stop after this step, the same on all processes; None to go on."""
+        """Why the run has to stop after this step, the same on all processes; None to go on. step: or a number of
+        micro-batches."""
         from .distributed import gather_objects, world_size  # imports torch, which takes seconds; --help needs no torch
 
+        self.begun = True
         if self.reason is None and self.end is not None and time.monotonic() > self.end:
             self.reason = "max_hours"
         if world_size() == 1:
@@ -45,9 +50,10 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(max_hours: float | None) -> Iterator[StopRequest]:
-    """Within it SIGTERM, SIGUSR1 and SIGUSR2 ask the run to stop after the current step.
+    """Within it SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C (SIGINT) ask the run to stop after the current micro-batch.
 
-    SIGTERM or SIGINT at least five seconds after a first signal ends the run at once, whatever it waits for.
+    A Ctrl-C before the first step is done is KeyboardInterrupt. A second one, after a second, ends the run at once,
+    whatever it waits for; so does SIGTERM at least five seconds after a first signal.
     """
     global _current
     stop = StopRequest(max_hours)
@@ -56,14 +62,17 @@ def stop_requests(max_hours: float | None) -> Iterator[StopRequest]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        stop.reason, stop.asked = signal.Signals(number).name, stop.asked or time.monotonic()
+        if number == signal.SIGINT and not stop.begun:
+            raise KeyboardInterrupt
+        name = signal.Signals(number).name
+        stop.reason, stop.asked = NAMES.get(name, name), stop.asked or time.monotonic()
 
-    wanted = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    wanted = [getattr(signal, name) for name in (*SIGNALS, "SIGINT") if hasattr(signal, name)]
     before, outer = {number: signal.signal(number, note) for number in wanted}, _current
     numbers, signalled = os.pipe()
     os.set_blocking(signalled, False)
     woken = signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
-    threading.Thread(target=_end_at_second, args=(numbers, {*wanted, signal.SIGINT}), daemon=True).start()
+    threading.Thread(target=_end_at_second, args=(numbers, set(wanted), stop), daemon=True).start()
     _current = stop
     try:
         yield stop
@@ -79,17 +88,20 @@ def stop_requests(max_hours: float | None) -> Iterator[StopRequest]:
 _current: StopRequest | None = None  # of the run that this process is in
 
 
-def _end_at_second(numbers: int, wanted: set[int]) -> None:
+def _end_at_second(numbers: int, wanted: set[int], stop: StopRequest) -> None:
     """A thread that gets the number of each signal. `note` above is not called while the main thread waits in C++, as
     it does for another process that never answers."""
     first = None
     while number := os.read(numbers, 1)[0]:
-        if first is not None and number in (signal.SIGTERM, signal.SIGINT) and time.monotonic() - first > FORWARDED:
+        wait = {signal.SIGTERM: FORWARDED, signal.SIGINT: min(INTERRUPTED, FORWARDED)}.get(signal.Signals(number))
+        if first is not None and wait is not None and time.monotonic() - first > wait:
             name = signal.Signals(number).name
             os.write(2, f"Ended at once by a second signal, {name}. The last checkpoint is whole.\n".encode())
             os._exit(128 + number)
         if first is None and number in wanted:
             first = time.monotonic()
+            if number == signal.SIGINT and stop.begun:
+                os.write(2, b"Ctrl-C: saving as soon as this micro-batch is done. Ctrl-C again leaves at once.\n")
     os.close(numbers)
 
 

@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from sslvit import distributed, stopping
+from sslvit import distributed, pretrain, stopping
 from sslvit.__main__ import main
 from sslvit.checkpoints import state
 from sslvit.data.workers import compute
@@ -40,6 +40,52 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on(tmp_path, images, num
     assert "Traceback" not in printed
     processes.finish(processes.start([*arguments, f"out={broken}"], tmp_path / "log3"), tmp_path / "log3")
     assert_same_run(whole, broken)
+
+
+def test_a_run_that_is_interrupted_within_a_step_saves_the_last_whole_one(tmp_path, images):
+    """Ctrl-C, while a step of four micro-batches runs: it is left, and taken again by the run that goes on."""
+    arguments = ["pretrain", images, *words("dino", "batch_size=2", "workers=0", "epochs=20", "every_minutes=60")]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    processes.finish(processes.start([*arguments, f"out={whole}"], tmp_path / "log"), tmp_path / "log")
+    process = processes.start([*arguments, f"out={broken}"], tmp_path / "log2")
+    processes.wait_for_step(process, broken, 4)
+    os.kill(process.pid, signal.SIGINT)
+    printed = processes.finish(process, tmp_path / "log2", status=75)
+    step = state.steps_saved(broken)[-1]
+    assert "Ctrl-C: saving as soon as this micro-batch is done. Ctrl-C again leaves at once." in printed
+    assert f"Stopped by Ctrl-C after step {step}, which is saved in {broken}. Start the same command" in printed
+    assert 4 <= step < 80
+    processes.finish(processes.start([*arguments, f"out={broken}"], tmp_path / "log3"), tmp_path / "log3")
+    assert_same_run(whole, broken)
+
+
+@pytest.mark.parametrize("calls", [5, 6, 7, 8])
+def test_a_step_is_left_between_any_two_micro_batches(cli, images, tmp_path, monkeypatch, calls):
+    """Three calls a step between its four micro-batches and one after it: the second step is left, or whole."""
+    asked = stopping.StopRequest.reason_at
+
+    def reason_at(self, step):
+        self.calls = getattr(self, "calls", 0) + 1
+        self.reason = "SIGTERM" if self.calls >= calls else None
+        return asked(self, step)
+
+    arguments = ["pretrain", images, *words("mae", "batch_size=2", "workers=0", f"out={tmp_path / 'run'}")]
+    with monkeypatch.context() as patch:
+        patch.setattr(stopping.StopRequest, "reason_at", reason_at)
+        status, printed, _ = cli(*arguments)
+    assert status == 75
+    assert f"Stopped by SIGTERM after step {1 if calls < 8 else 2}, which is saved" in printed
+    assert cli(*arguments)[0] == 0
+    assert cli("pretrain", images, *words("mae", "batch_size=2", "workers=0", f"out={tmp_path / 'whole'}"))[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_that_was_never_saved_is_saved_after_five_minutes(cli, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "FIRST_SAVE", 0.0)
+    saved = []
+    monkeypatch.setattr(pretrain.Saver, "save", lambda self, model, optimizer, run, extra: saved.append(run.step))
+    assert cli("pretrain", images, *words("mae", "workers=0", f"out={tmp_path / 'run'}", "every_minutes=null"))[0] == 0
+    assert saved == [1, 8]  # the first, and the last as ever
 
 
 def hang_in_c(ready: str) -> int:

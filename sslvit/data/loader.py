@@ -51,15 +51,21 @@ def make_layout(total: int, batch_size: int | None, num_images: int, world_size:
         raise UserError(f"global_batch_size={total} must be a multiple of the number of processes, {world_size}.")
     batch_size = batch_size or total // world_size
     if batch_size < 1 or total % (batch_size * world_size):
-        raise UserError(
-            f"global_batch_size={total} is not a multiple of batch_size={batch_size} on {world_size} processes: "
-            f"choose a batch_size that divides {total // world_size}."
-        )
+        raise UserError(_does_not_divide(total, batch_size, world_size))
     if total > num_images:
-        raise UserError(
-            f"global_batch_size={total} is larger than the {num_images} images of {where}: use at most {num_images}."
-        )
+        raise UserError(_too_few_images(total, num_images, where))
     return Layout(batch_size, total // (batch_size * world_size), world_size, rank)
+
+
+def _does_not_divide(total: int, batch_size: int, world_size: int) -> str:
+    return (
+        f"global_batch_size={total} is not a multiple of batch_size={batch_size} on {world_size} processes: choose a "
+        f"batch_size that divides {total // world_size}."
+    )
+
+
+def _too_few_images(total: int, num_images: int, where: str) -> str:
+    return f"global_batch_size={total} is larger than the {num_images} images of {where}: use at most {num_images}."
 
 
 class Order:

@@ -349,7 +349,7 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
     assert "has no labels" in fails(command, run, train, f"data.test={images}")
     assert "pool=pooled" in fails(command, run, train, test, "pool=pooled")
     assert "Did you mean" in fails(command, run, train, test, "poool=cls")
-    assert "a value could not be converted to" in fails(
+    assert "must be a list of" in fails(
         command, run, train, test, f"{'k' if command == 'knn' else 'lr'}=[many]"
     )
     assert "are for timm: and random:" in fails(command, run, train, test, "image_size=64")
