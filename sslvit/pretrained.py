@@ -3,11 +3,15 @@ exported folder, `timm:<name>`, `random:<name>`, or `pixels`."""
 
 import json
 import math
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 import torch
@@ -23,6 +27,7 @@ from .errors import UserError
 from .model import factory
 from .model.encoder import Encoder, Pool
 
+REACH = 5.0  # seconds in which the hub has to answer
 JSON_BYTES = 1 << 24  # of the config.json of an exported folder: it may name thousands of classes
 CHOICES = (
     "a run directory, one of its checkpoints, untrained:<run directory>, an exported folder, timm:<name>, "
@@ -273,15 +278,38 @@ def _from_timm(name: str, image_size: int | tuple[int, int] | None, args: dict[s
         torch.manual_seed(int(rng.fold_in(seed, "weights")))
         built, mean, std = _architecture(model_name, image_size, args, pretrained=False)
         return Pretrained(built.eval(), mean, std, name, {"weights": f"random, seed {seed}"})
-    try:
-        built, mean, std = _architecture(model_name, image_size, args, pretrained=True)
-    except UserError:
-        raise
-    except Exception as error:  # no network, no such weights, no room on the disk ...
-        raise UserError(
-            f"run={name}: timm cannot fetch these weights ({type(error).__name__}: {_first_line(error)})."
-        ) from error
+    with _without_retries() as lost:
+        try:
+            built, mean, std = _architecture(model_name, image_size, args, pretrained=True)
+        except UserError:
+            raise
+        except Exception as error:  # no network, no such weights, no room on the disk ...
+            reason = (
+                f"{lost} cannot be reached, and they are not in this machine's cache"
+                if lost
+                else (f"{type(error).__name__}: {_first_line(error)}")
+            )
+            raise UserError(f"run={name}: timm cannot fetch these weights ({reason}).") from error
     return Pretrained(built.eval(), mean, std, name, {"weights": model_name})
+
+
+@contextmanager
+def _without_retries() -> Iterator[str]:
+    """Within it nothing is fetched if the hub cannot be reached: only what is in the cache is found. Gives the name of
+    a hub that is out of reach, which would be asked again for a minute."""
+    from huggingface_hub import constants
+
+    hub, before, lost = urlsplit(constants.ENDPOINT), constants.HF_HUB_OFFLINE, ""
+    if not getproxies():
+        try:
+            socket.create_connection((hub.hostname or "", hub.port or 443), timeout=REACH).close()
+        except OSError:
+            lost = str(hub.hostname)
+    constants.HF_HUB_OFFLINE = before or bool(lost)
+    try:
+        yield lost
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _first_line(error: Exception) -> str:

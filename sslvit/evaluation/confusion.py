@@ -58,6 +58,7 @@ def draw(matrix: Tensor, names: Sequence[str]) -> Image.Image:
     else:
         step = next((step for step in (10, 20, 50, 100, 200, 500) if num_classes <= 20 * step), 1000)
         marks = {c: str(c) for c in range(0, num_classes, step)}
+    marks = {c: pictures.drawable(mark) for c, mark in marks.items()}
     share = matrix.double() / matrix.sum(dim=1, keepdim=True).clamp(min=1)
     margin = max(pictures.text_width(mark, text) for mark in marks.values()) + 12
     edge, head = cell * num_classes, 24
@@ -71,7 +72,7 @@ def draw(matrix: Tensor, names: Sequence[str]) -> Image.Image:
     top = head + margin
     for c, mark in marks.items():
         middle = c * cell + cell // 2
-        pen.text((margin - 6, top + middle), mark, pictures.INK, font, anchor="rm")
+        pen.text((margin - 6, top + middle), mark, pictures.INK, pictures.font_for(mark, text), anchor="rm")
         pictures.write_upright(sheet, mark, (margin + middle, top - 6), text)
     pen.rectangle((margin - 1, top - 1, margin + edge, top + edge), outline=FRAME)
     if num_classes <= NUMBERED:

@@ -2,7 +2,10 @@
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +19,12 @@ from ..errors import UserError
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 MARK = "sslvit"  # written into the file: only pictures with this mark are replaced
 LONGEST = 24  # letters of a caption
+TEXT = 13  # pixels of a letter
+# Tried where PIL's own font lacks a letter, wherever the system keeps them: of Linux, macOS and Windows.
+FONTS = (
+    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "Arial Unicode.ttf",
+    "PingFang.ttc", "msyh.ttc", "arial.ttf",
+)  # fmt: skip
 
 
 def check(path: str) -> None:
@@ -53,12 +62,40 @@ def _ours(file: Path) -> bool:
         return False
 
 
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+@cache
+def fonts(size: int) -> list[Any]:
+    """PIL's own, which has Latin letters, and those of this machine that have more."""
+    found: list[Any] = [ImageFont.load_default(size)]
+    for name in FONTS:
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, size))
+    return found
+
+
+def font(size: int) -> Any:
+    """PIL's own, for numbers."""
+    return fonts(size)[0]
+
+
+def font_for(text: str, size: int) -> Any:
+    """The first font that has all letters of a text, or else most."""
+    return max(fonts(size), key=lambda one: sum(_has(one, letter) for letter in text))  # max takes the first of equals
+
+
+def drawable(text: str) -> str:
+    """The text, with letters that its font lacks as their codes: boxes would all look alike."""
+    one = font_for(text, TEXT)
+    return "".join(letter if _has(one, letter) else letter.encode("unicode_escape").decode() for letter in text)
+
+
+@cache
+def _has(one: Any, letter: str) -> bool:
+    missing = "\U0010ffff"  # no font has it
+    return letter.isascii() or bytes(one.getmask(letter)) != bytes(one.getmask(missing))
 
 
 def text_width(text: str, size: int) -> int:
-    return round(font(size).getlength(text))
+    return round(font_for(text, size).getlength(text))
 
 
 def shorten(text: str, longest: int = LONGEST) -> str:
@@ -100,7 +137,8 @@ def montage(
 ) -> Image.Image:
     """A grid of images of one size, with a caption beside each row and above each column. None is an empty cell."""
     cell = next(image for row in rows for image in row if image is not None)
-    columns, text = max(len(row) for row in rows), 13
+    columns, text = max(len(row) for row in rows), TEXT
+    row_names, column_names, title = [*map(drawable, row_names)], [*map(drawable, column_names)], drawable(title)
     left = max([0, *(text_width(shorten(name, 40), text) for name in row_names)]) + (2 * gap if row_names else 0)
     upright = any(text_width(name, text) > cell.width for name in column_names)
     names = [shorten(name) for name in column_names]
@@ -112,17 +150,19 @@ def montage(
     sheet = Image.new("RGB", (width, top + len(rows) * (cell.height + gap)), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((gap, 2), title, INK, font(text))
+        draw.text((gap, 2), title, INK, font_for(title, text))
     for c, name in enumerate(names):
         x = left + gap + c * (cell.width + gap)
         if upright:
             write_upright(sheet, name, (x + cell.width // 2, top - gap), text)
         else:
-            draw.text((x + cell.width // 2, top - gap - 3), name, INK, font(text), anchor="ms")  # on one line
+            draw.text((x + cell.width // 2, top - gap - 3), name, INK, font_for(name, text), anchor="ms")  # on one line
     for r, row in enumerate(rows):
         y = top + r * (cell.height + gap)
         if row_names:
-            draw.text((left, y + cell.height // 2), shorten(row_names[r], 40), INK, font(text), anchor="rm")
+            draw.text(
+                (left, y + cell.height // 2), shorten(row_names[r], 40), INK, font_for(row_names[r], text), anchor="rm"
+            )
         for c, image in enumerate(row):
             if image is not None:
                 sheet.paste(image, (left + gap + c * (cell.width + gap), y))
@@ -142,7 +182,7 @@ def stacked(sheets: Sequence[Image.Image], gap: int = 4) -> Image.Image:
 def write_upright(sheet: Image.Image, text: str, foot: tuple[int, int], size: int) -> None:
     """Write text that is read from bottom to top, centred on the column of `foot` (x, y), its beginning above it."""
     box = Image.new("RGB", (text_width(text, size) + 2, size + 4), PAPER)
-    ImageDraw.Draw(box).text((1, (size + 4) // 2), text, INK, font(size), anchor="lm")
+    ImageDraw.Draw(box).text((1, (size + 4) // 2), text, INK, font_for(text, size), anchor="lm")
     box = box.rotate(90, expand=True)
     sheet.paste(box, (foot[0] - box.width // 2, foot[1] - box.height))
 

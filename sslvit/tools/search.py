@@ -399,6 +399,7 @@ def _cell(source: Source, numbers: np.ndarray, image: int | Tensor, caption: str
         cell.paste(pictures.thumbnail(pixels, CELL), (0, 0))
     except BadImage as error:
         caption = str(error)
-    text = pictures.shorten(printable(caption), 14)
-    ImageDraw.Draw(cell).text((CELL // 2, CELL + CAPTION - 4), text, pictures.INK, pictures.font(11), anchor="ms")
+    text = pictures.drawable(pictures.shorten(printable(caption), 14))
+    font = pictures.font_for(text, 11)
+    ImageDraw.Draw(cell).text((CELL // 2, CELL + CAPTION - 4), text, pictures.INK, font, anchor="ms")
     return cell

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sslvit.evaluation import confusion
+from sslvit.evaluation import confusion, pictures
 
 
 def test_the_matrix_counts_pairs_and_passes_over_images_without_a_label():
@@ -49,3 +49,15 @@ def test_a_picture_of_any_number_of_classes_shows_the_diagonal_and_stays_small(n
     corner = max(1, cell // 8)
     assert (pixels[bottom - corner + 1, left] == (8, 48, 107)).all()
     assert (pixels[bottom, right] == 255).all()
+
+
+def test_letters_that_a_font_lacks_are_drawn_by_another_or_as_their_codes(monkeypatch):
+    def pixels(text: str) -> bytes:
+        return bytes(pictures.font_for(text, 13).getmask(pictures.drawable(text)))
+
+    words = ["Katze", "\u043a\u043e\u0448\u043a\u0430", "\u732b", "\u72d7"]
+    assert len({pixels(word) for word in words}) == 4
+    monkeypatch.setattr(pictures, "FONTS", ())
+    pictures.fonts.cache_clear()
+    assert [pictures.drawable(word) for word in words[:3:2]] == ["Katze", "\\u732b"]
+    pictures.fonts.cache_clear()

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -349,9 +350,7 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
     assert "has no labels" in fails(command, run, train, f"data.test={images}")
     assert "pool=pooled" in fails(command, run, train, test, "pool=pooled")
     assert "Did you mean" in fails(command, run, train, test, "poool=cls")
-    assert "must be a list of" in fails(
-        command, run, train, test, f"{'k' if command == 'knn' else 'lr'}=[many]"
-    )
+    assert "must be a list of" in fails(command, run, train, test, f"{'k' if command == 'knn' else 'lr'}=[many]")
     assert "are for timm: and random:" in fails(command, run, train, test, "image_size=64")
     assert "is not a run directory" in fails(command, f"run=untrained:{images}", train, test)
     assert "batch_size=0 must be 1 or above" in fails(command, run, train, test, "batch_size=0")
@@ -440,3 +439,15 @@ def test_a_checkpoint_that_was_chosen_on_the_test_images_says_so(cli, labelled, 
         record = json.loads((out / "eval" / checkpoint.name / "knn.json").read_text())
         assert ("note" in record) == ("is too high: measure it on other" in printed) == expected
     assert "chosen by its k-NN accuracy" in cli("compare", chosen)[1]
+
+
+def test_weights_of_a_hub_that_cannot_be_reached_are_refused_at_once(fails, labelled, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "https://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    sets = [f"data.train={labelled / 'train'}", f"data.test={labelled / 'test'}"]
+    began = time.monotonic()
+    assert "127.0.0.1 cannot be reached, and they are not in" in fails("knn", "run=timm:vit_tiny_patch16_224", *sets)
+    assert time.monotonic() - began < 5
+    assert not constants.HF_HUB_OFFLINE
