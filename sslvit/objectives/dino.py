@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import data, rng
 from ..arguments import first_line
 from ..data.crops import Crop, Views, crop_key
-from ..distributed import all_reduce_sum, world_size
+from ..distributed import all_reduce_sum, say, world_size
 from ..errors import ABOVE_0, BELOW_1, Limits, UserError, check_limits, check_share
 from ..model import factory
 from ..model.ema import EMA
@@ -168,13 +168,21 @@ def build(config: Config, model: factory.Config, data_config: data.Config, steps
         student.init_xavier_sincos("objective.init=mae")
     sizes = {crops[0].size for crops in views(config, data_config).values()}
     if sizes != {size} or not student.is_vit:
-        _try_crops(sorted(sizes), teacher, model.name)
+        _try_crops(sorted(sizes), teacher, model.name, config)
     return DINO(config, student, teacher, steps_per_epoch, steps)
 
 
 @torch.no_grad()
-def _try_crops(sizes: list[tuple[int, int]], encoder: Encoder, name: str) -> None:
-    """Try crops of these sizes on the model itself: families differ in what they take, and few say so."""
+def _try_crops(sizes: list[tuple[int, int]], encoder: Encoder, name: str, config: Config) -> None:
+    """Try crops of these sizes on the model itself: families differ in what they take, and few say so. Warn of local
+    crops that are larger than global ones."""
+    (h, w), (H, W) = data.pair(config.local_crop_size), data.pair(config.global_crop_size or encoder.image_size)
+    if config.local_crops and h * w > H * W:
+        patch = encoder.patch_size[0] if encoder.is_vit else 32
+        say(
+            f"Warning: local crops of {h}x{w} pixels are larger than the global ones of {H}x{W}. The paper's share "
+            f"would be objective.local_crop_size={max(1, round(H * 96 / 224 / patch)) * patch}."
+        )
     for h, w in sizes:
         try:
             encoder.eval().features(torch.zeros(1, encoder.in_chans, h, w))

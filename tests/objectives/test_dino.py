@@ -6,7 +6,7 @@ from sslvit import data, optim
 from sslvit.errors import UserError
 from sslvit.model import encoder, factory
 from sslvit.objectives import dino
-from tests.conftest import TINY_MODEL
+from tests.conftest import TINY_MODEL, words
 from tests.oracles import dino as oracle
 
 MODEL = factory.Config("vit_tiny_patch16_224", TINY_MODEL)
@@ -308,3 +308,11 @@ def test_numbers_without_a_meaning_are_refused(settings, expected):
 def test_a_model_that_cannot_drop_patches_is_refused_for_student_keep():
     with pytest.raises(UserError, match=r"student_keep=0\.5 drops patches, and mobilevitv2_050 cannot"):
         build(factory.Config("mobilevitv2_050"), student_keep=0.5)
+
+
+@pytest.mark.parametrize(("size", "warned"), [(96, True), (16, False)])
+def test_local_crops_that_are_larger_than_global_ones_are_noticed(size, warned, cli, images, tmp_path):
+    more = ["steps=1", "warmup_epochs=0", f"local_crop_size={size}", "workers=0", f"out={tmp_path / 'run'}"]
+    printed = cli("pretrain", images, *words("dino", *more))[1]
+    sentence = "Warning: local crops of 96x96 pixels are larger than the global ones of 32x32. The paper's share would"
+    assert (f"{sentence} be objective.local_crop_size=16." in printed) == warned
