@@ -138,7 +138,7 @@ def dinov2(encoder: Encoder) -> tuple[dict[str, Any], State]:
     _refuse(encoder, {
         f"a grid of {grid[0]}x{grid[1]} patches, not a square": grid[0] != grid[1],
         f"an MLP of {ratio:g} times its width, not a whole number": ratio != int(ratio),
-    })  # fmt: skip
+    }, "" if prefix > 1 else "hf_class=vit, ")  # fmt: skip
     config = _config(encoder, "dinov2_with_registers") | {
         "mlp_ratio": int(ratio), "num_register_tokens": prefix - 1, "layerscale_value": 1.0,
     }  # fmt: skip
@@ -156,7 +156,7 @@ def dinov2(encoder: Encoder) -> tuple[dict[str, Any], State]:
 def vit_model(encoder: Encoder) -> tuple[dict[str, Any], State]:
     """ViTModel."""
     vit, width = encoder.model, encoder.width
-    _refuse(encoder, {"register tokens": vit.num_prefix_tokens > 1}, "hf_class=auto or to=timm")
+    _refuse(encoder, {"register tokens": vit.num_prefix_tokens > 1}, "hf_class=auto, ")
     config = _config(encoder, "vit") | {
         "intermediate_size": vit.blocks[0].mlp.fc1.out_features, "encoder_stride": encoder.patch_size[0],
         "pooler_act": "linear",
@@ -280,15 +280,15 @@ def _exact_gelu(act: Any) -> bool:
     return isinstance(act, nn.GELU) and act.approximate == "none"
 
 
-def _refuse(encoder: Encoder, found: dict[str, bool], instead: str = "to=timm") -> None:
+def _refuse(encoder: Encoder, found: dict[str, bool], instead: str = "") -> None:
     """Raises UserError for the first that is true."""
     for what, true in found.items():
         if true:
             raise _not_expressed(encoder, what, instead)
 
 
-def _not_expressed(encoder: Encoder, what: str, instead: str = "to=timm") -> UserError:
+def _not_expressed(encoder: Encoder, what: str, instead: str = "") -> UserError:
     return UserError(
-        f"to=hf cannot express {encoder.architecture} with {what}: take {instead} (transformers loads that folder too) "
+        f"to=hf cannot express {encoder.architecture} with {what}: take {instead}to=timm, which transformers loads too, "
         "or to=onnx."
     )
