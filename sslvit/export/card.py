@@ -11,6 +11,7 @@ from ..errors import UserError, printable
 from ..pretrained import Pretrained
 
 RECORD_BYTES = 1 << 24  # of one result, or of the list of starts; larger ones are left out
+RECORDS = 100  # results that are read
 POOLS = {
     "cls": "the class token",
     "mean": "the mean of the patches",
@@ -24,7 +25,7 @@ POOLS = {
 def text(subject: Pretrained, library: str, how: str, license: str) -> str:
     """The whole card. library: as the Hub names it. how: lines of Python that load the folder."""
     encoder = subject.encoder
-    (h, w), run = encoder.image_size, _run(subject)
+    (h, w), run = encoder.image_size, flatten(_run(subject))
     method = str(run.get("method", ""))
     head = {
         "library_name": library,
@@ -33,10 +34,10 @@ def text(subject: Pretrained, library: str, how: str, license: str) -> str:
     }
     of_run = [
         f"- Method: {_code(method)}. Images seen: {_plain(subject.detail.get('images_seen', 0))}.",
-        f"- Data: {_code(dict(run.get('data') or {}).get('train'))}, without labels.",
+        f"- Data: {_code(run.get('data.train'))}, without labels.",
         f"- Command: {_code(_command(subject))}",
         "\n<details><summary>Recipe</summary>\n\n```yaml\n"
-        + "\n".join(_code(f"{key}: {format_value(value)}")[1:-1] for key, value in flatten(run).items())
+        + "\n".join(_code(f"{key}: {format_value(value)}")[1:-1] for key, value in run.items())
         + "\n```\n\n</details>",
     ]
     source = ", ".join(f"{key} {value}" for key, value in subject.detail.items() if key != "notes")
@@ -91,8 +92,8 @@ def _command(subject: Pretrained) -> str:
 
 def _measured(subject: Pretrained) -> list[str]:
     """A table of the results of this checkpoint, and which pooling a probe chose."""
-    rows, chosen = [], []
-    for path in sorted(subject.results.glob("*.json")) if subject.results else []:
+    rows, chosen, folder = [], [], subject.results
+    for path in sorted(folder.glob("*.json"))[:RECORDS] if folder and not folder.is_symlink() else []:
         try:
             record = json.loads(_read(path))
             results, test = record["results"], record.get("test") or record.get("data")
@@ -109,7 +110,7 @@ def _measured(subject: Pretrained) -> list[str]:
                         rows.append(f"| {name} | {value:g} | {low:g} to {high:g} | {images} |")
             if "sweep" in results and results["pool"] in POOLS:
                 chosen.append(f"{_code(path.stem)} chose {POOLS[results['pool']]} on held-out images.")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             continue  # a damaged record, or one of another program
     if not rows:
         return ["Nothing was measured yet with this checkpoint."]
@@ -127,8 +128,8 @@ def _read(path: Path) -> str:
 
 def _plain(value: Any) -> str:
     """Text that Markdown shows as it is: on one line, without marks that begin code, a column, a tag or a link."""
-    return printable(str(value)).translate(str.maketrans("`|<[", "'/({"))
+    return printable(str(value))[:200].translate(str.maketrans("`|<[", "'/({"))
 
 
 def _code(value: Any) -> str:
-    return f"`{printable(str(value)).translate(str.maketrans('`|', '~/'))}`"
+    return f"`{printable(str(value))[:4000].translate(str.maketrans('`|', '~/'))}`"

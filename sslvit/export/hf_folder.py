@@ -165,9 +165,9 @@ def vit_model(encoder: Encoder) -> tuple[dict[str, Any], State]:
     for i, block in enumerate(vit.blocks):
         state |= _block(block, f"encoder.layer.{i}.", VIT)
         for part, scale in (("attention.output.dense", block.ls1), ("output.dense", block.ls2)):
-            for name in ("weight", "bias") if hasattr(scale, "gamma") else ():
-                key = f"encoder.layer.{i}.{part}.{name}"
-                state[key] = (state[key].T * scale.gamma).T
+            if hasattr(scale, "gamma"):
+                state[f"encoder.layer.{i}.{part}.weight"] *= scale.gamma[:, None]
+                state[f"encoder.layer.{i}.{part}.bias"] *= scale.gamma
     return config, state | {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
 
 
@@ -176,10 +176,12 @@ def swin(encoder: Encoder) -> tuple[dict[str, Any], State]:
     model: Any = encoder.model
     window = model.layers[0].blocks[0].attn.window_size
     each = [block for stage in model.layers for block in stage.blocks]
-    table = (2 * window[0] - 1) ** 2
+    table, grids = (2 * window[0] - 1) ** 2, [block.input_resolution for block in each]
     _refuse(encoder, {
         "windows that are not squares": window[0] != window[1],
         "a pooling of its own": model.global_pool != "avg",
+        # There transformers shifts the windows of neither side, and timm those of the longer one.
+        "a stage that is one window high or wide, but not both": any(min(hw) <= window[0] < max(hw) for hw in grids),
         "stages with windows of other sizes": any(len(b.attn.relative_position_bias_table) != table for b in each),
         "blocks of its own": not all(type(b.mlp) is Mlp and _exact_gelu(b.mlp.act) for b in each),
         "norms of its own": not all(isinstance(norm, nn.LayerNorm) for b in each for norm in (b.norm1, b.norm2)),
@@ -289,6 +291,6 @@ def _refuse(encoder: Encoder, found: dict[str, bool], instead: str = "") -> None
 
 def _not_expressed(encoder: Encoder, what: str, instead: str = "") -> UserError:
     return UserError(
-        f"to=hf cannot express {encoder.architecture} with {what}: take {instead}to=timm, which transformers loads too, "
-        "or to=onnx."
+        f"to=hf cannot express {encoder.architecture} with {what}: take {instead}to=timm, which transformers "
+        "loads too, or to=onnx."
     )

@@ -95,7 +95,8 @@ def encoder(size=32, pool="", name="vit_tiny_patch16_224", **args):
     return subject
 
 
-SMALL_SWIN = {"embed_dim": 24, "depths": [1, 1], "num_heads": [2, 2], "window_size": 7}
+SWIN = {"embed_dim": 24, "depths": [1, 2], "num_heads": [2, 2], "window_size": 4}
+WIDE_SWIN = SWIN | {"window_size": 7}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,12 @@ SMALL_SWIN = {"embed_dim": 24, "depths": [1, 1], "num_heads": [2, 2], "window_si
         (lambda: encoder(mlp_ratio=2.5), "auto", "an MLP of 2.5 times its width, not a whole number"),
         (lambda: encoder(reg_tokens=2), "vit", "register tokens: take hf_class=auto, "),
         (lambda: encoder(64, name="mobilevitv2_050"), "auto", "a ByobNet"),
-        (lambda: encoder(32, name="swin_tiny_patch4_window7_224", **SMALL_SWIN), "auto", "windows of other sizes"),
+        (lambda: encoder(32, name="swin_tiny_patch4_window7_224", **WIDE_SWIN), "auto", "windows of other sizes"),
+        (
+            lambda: encoder((32, 64), name="swin_tiny_patch4_window7_224", **SWIN),
+            "auto",
+            "a stage that is one window high",
+        ),
     ],
 )
 def test_what_a_layout_of_transformers_cannot_express_is_refused_with_the_form_that_can(subject, hf_class, what):
@@ -154,7 +160,7 @@ def test_a_card_shows_what_strangers_wrote_as_plain_text(tmp_path):
     subject = encoder()
     (tmp_path / "config.yaml").write_text('method: "m`<b>"\ndata: {train: "a`\\n# head"}\n')
     (tmp_path / "starts.jsonl").write_text('{"command": "x`|\\n[click](http://x)"}\n')
-    results = {"top1": 1, "top1_interval": [0, 2], "a|<b>": 1, "a|<b>_interval": [0, 2]}
+    results = {"a|<b>": 1, "a|<b>_interval": [0, 2], "huge": 10**400, "huge_interval": [0, 10**401]}
     record = {"results": results, "test": {"images": 3, "data": "`t|"}, "step": 1}
     (tmp_path / "x|y.json").write_text(json.dumps(record))
     for name, text in (("bad", "{"), ("list", "[]"), ("deep", "[" * 10**5), ("nan", '{"results": {"a": NaN}}')):

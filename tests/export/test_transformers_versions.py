@@ -32,7 +32,7 @@ CASES = {
     "LayerScale": ("vit_tiny_patch16_224", {"init_values": 0.3}, 32, ""),
     "LayerScale, registers": ("vit_tiny_patch16_224", {"init_values": 0.3, "reg_tokens": 2}, 32, ""),
     "Swin": ("swin_tiny_patch4_window7_224", SWIN, 32, ""),
-    "Swin, non-square, 1 channel": ("swin_tiny_patch4_window7_224", {**SWIN, "in_chans": 1}, (32, 64), ""),
+    "Swin, non-square, 1 channel": ("swin_tiny_patch4_window7_224", {**SWIN, "in_chans": 1}, (64, 96), ""),
 }
 # What hf_class= cannot express, and so refuses.
 REFUSED = {"hf": {"no class token", "non-square"}, "hf, vit": {name for name in CASES if "registers" in name or "Swin" in name} | {"no class token"}}  # fmt: skip  # noqa: E501
