@@ -109,7 +109,7 @@ SAFETY = [
     ),
     Mistake(
         "an export of a run with a damaged newest checkpoint says nothing",
-        "export/timm_folder.py",
+        "export/__init__.py",
         'if subject.detail.get("notes"):',
         "if False:",
         "tests/export/test_timm_folder.py",
