@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from timm.models import group_parameters
 from torch import nn
 
 from .distributed import all_reduce_sum, is_sharded, local_shard
@@ -32,10 +33,13 @@ class Config:
     eps: float = 1e-8  # of AdamW
     clip: float | None = None  # largest gradient norm; null: no clipping
     clip_mode: Literal["tensor", "global"] = "global"  # tensor: each parameter by itself, as DINO's code does
+    freeze_epochs: float = 0.0  # until then the encoder does not learn, heads and decoder do; for model.init
+    layer_decay: float = 1.0  # learning rate of a block of the encoder divided by that of the next one; for model.init
 
     LIMITS: ClassVar[Limits] = [
         (ABOVE_0, None, "base_lr", "eps", "clip"),
-        (0, None, "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end"),
+        (0, None, "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "freeze_epochs"),
+        (ABOVE_0, 1, "layer_decay"),
         (0, BELOW_1, "betas"),
     ]
 
@@ -63,6 +67,7 @@ class Schedule:
     global_batch_size: int
     warmup_steps: int
     total_steps: int
+    freeze_steps: int = 0  # in which the encoder does not learn
 
     @property
     def peak_lr(self) -> float:
@@ -89,8 +94,30 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed, "decayed": True}, {"params": others, "decayed": False, "weight_decay": 0.0}]
 
 
+def layer_groups(module: nn.Module, layer_decay: float) -> list[dict[str, Any]]:
+    """The two groups for each layer of an encoder, and for what is no encoder.
+
+    "scale" multiplies the learning rate: 1 for the last norm, layer_decay for the last block, its square for the one
+    before ... (as in fine-tuning: Clark et al., 2020). Only a group of an encoder has it.
+    """
+    scales: dict[nn.Parameter, float] = {}
+    for encoder in module.modules():
+        if hasattr(encoder, "group_matcher"):  # a model of timm
+            layers = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)
+            last = max(layers.values())
+            scales |= {encoder.get_parameter(name): layer_decay ** (last - i) for name, i in layers.items()}
+    groups: dict[tuple[bool, float | None], dict[str, Any]] = {}
+    for group in parameter_groups(module):
+        for parameter in group["params"]:
+            scale = scales.get(parameter)
+            more = {} if scale is None else {"scale": scale}
+            groups.setdefault((group["decayed"], scale), group | more | {"params": []})["params"].append(parameter)
+    return list(groups.values())
+
+
 def make_optimizer(config: Config, module: nn.Module) -> torch.optim.AdamW:
-    groups = parameter_groups(module)
+    layered = config.freeze_epochs or config.layer_decay < 1
+    groups = layer_groups(module, config.layer_decay) if layered else parameter_groups(module)
     # One kernel for all parameters; on a CPU it is 3.5 times faster than the foreach form (5.6M parameters).
     fused = all(p.device.type in FUSED for group in groups for p in group["params"]) or None
     return torch.optim.AdamW(groups, config.base_lr, config.betas, config.eps, config.weight_decay, fused=fused)
@@ -98,7 +125,8 @@ def make_optimizer(config: Config, module: nn.Module) -> torch.optim.AdamW:
 
 def set_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = schedule.lr(step)
+        frozen = step < schedule.freeze_steps and "scale" in group
+        group["lr"] = 0.0 if frozen else schedule.lr(step) * group.get("scale", 1.0)
         if group["decayed"]:
             group["weight_decay"] = schedule.weight_decay(step)
 

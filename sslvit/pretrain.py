@@ -63,7 +63,8 @@ class Result:
     knn_before: float | None  # k-NN accuracy of the untrained encoder, percent
     knn_after: float | None  # and of the trained one
     stopped: str | None = None  # why it ended before its last step: a signal's name or max_hours
-    knn_chose: bool = False  # save.keep_best chose a checkpoint by this k-NN
+    best: tuple[int, float | None] | None = None  # with save.keep_best: the step of the best k-NN, and that k-NN
+    began_with: str = ""  # model.init
 
 
 def summary(result: Result) -> list[str]:
@@ -72,15 +73,30 @@ def summary(result: Result) -> list[str]:
     if result.knn_before is not None and result.knn_after is not None:
         gain = result.knn_after - result.knn_before
         lines.append(
-            f"k-NN accuracy on images it never trained on: untrained encoder {result.knn_before:.1f}%, "
+            "k-NN accuracy on images it never trained on: "
+            f"{'the start' if result.began_with else 'untrained encoder'} {result.knn_before:.1f}%, "
             f"trained encoder {result.knn_after:.1f}% ({gain:+.1f} points)."
         )
-    if result.knn_chose:
+    if result.best and result.began_with:
+        lines += _verdict(result, *result.best)
+    if result.best:
         lines.append(
             "save.keep_best chose its checkpoint by this k-NN accuracy, so for that checkpoint it is too high: measure "
             "it on other test images."
         )
     return lines
+
+
+def _verdict(result: Result, best_step: int, best_knn: float | None) -> list[str]:
+    """What a run that began with pretrained weights says of its best state, which its directory stands for."""
+    best = f"{result.run_dir} stands for step {best_step} when it is measured, exported or fine-tuned"
+    if best_step:
+        return [f"{best}: k-NN {best_knn:.1f}%."]
+    return [
+        f"Training made these weights worse: no step had a k-NN above the start's {best_knn:.1f}%. So {best}, which is "
+        f"model.init={result.began_with} itself. To gain, try optim.base_lr divided by 10, optim.freeze_epochs, "
+        "optim.layer_decay=0.75, or more images."
+    ]
 
 
 @dataclass
@@ -126,7 +142,7 @@ class Training:
         self.saver.check(wait=True)  # the evaluation starts loader processes by fork: no thread may be writing then
         with self.recorder.watch.pausing(), self.eval_encoder() as encoder:
             top1 = self.knn_monitor(encoder)
-        if run.step and top1 > (run.best_knn or 0.0):
+        if (run.step or self.config.model.init) and top1 > (run.best_knn or 0.0):
             run.best_step, run.best_knn = run.step, top1
         say(f"step {run.step}/{self.plan.steps}  k-NN {top1:.1f}% (k={self.config.eval.k}) of {self.config.eval.test}")
         self.recorder.write({"step": run.step, "images": run.images_seen, "knn/top1": top1})
@@ -208,7 +224,7 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     # The model and its optimizer, as the seed makes them.
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps)
     if config.model.init and not state.steps_saved(Path(config.out)):  # a run that goes on has weights of its own
-        say(*start.load(objective, config.model.init))
+        say(*start.load(objective, config.model.init, data.normalization(config.data)))
     choose_attention(objective, device, accelerator.mixed_precision)
     eval_encoder: EvalEncoder = lambda: nullcontext(objective.exported_encoder())  # noqa: E731
     if config.shard:
@@ -222,7 +238,8 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     if config.compile:
         blocks_of(objective)  # refuses a model that has none
     optimizer: torch.optim.Optimizer = optim.make_optimizer(config.optim, objective)
-    schedule = optim.Schedule(config.optim, plan.layout.global_batch_size, plan.warmup_steps, plan.steps)
+    frozen = round(config.optim.freeze_epochs * plan.steps_per_epoch)
+    schedule = optim.Schedule(config.optim, plan.layout.global_batch_size, plan.warmup_steps, plan.steps, frozen)
 
     # The run directory: a new run, or one that goes on.
     run_dir, run = Path(config.out), state.RunState()
@@ -265,8 +282,10 @@ def train(training: Training, stop: StopRequest) -> Result:
     """The loop: to the last step, or until `stop` asks for an earlier end."""
     config, plan, run, record = training.config, training.plan, training.progress, training.record
     recorder, optimizer = training.recorder, training.optimizer
-    if run.step == 0 and training.knn_monitor:
+    if run.step == 0 and record["knn_before"] is None and training.knn_monitor:
         record["knn_before"] = training.evaluate()
+    if config.model.init and not state.steps_saved(Path(config.out)):
+        training.save()  # the weights that it begins with: their file may go, and they may be the best
     if record["knn_due"] and training.knn_monitor:  # the run was asked to stop when it should have evaluated
         record["knn_after"] = training.evaluate()
     training.objective.train()
@@ -291,7 +310,9 @@ def train(training: Training, stop: StopRequest) -> Result:
     training.saver.check(wait=True)  # when one process ends, a launcher ends all: first the checkpoint must be written
     recorder.close()
     knn = record["knn_before"], record["knn_after"]
-    return Result(Path(config.out), run.step, run.images_seen, run.seconds, *knn, stopped, config.save.keep_best)
+    best = (run.best_step, run.best_knn) if config.save.keep_best and run.best_step is not None else None
+    totals = run.step, run.images_seen, run.seconds
+    return Result(Path(config.out), *totals, *knn, stopped, best, config.model.init)
 
 
 def compiled(

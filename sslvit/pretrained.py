@@ -163,6 +163,9 @@ def _from_run(run_dir: Path, checkpoint: Path | None = None) -> Pretrained:
             raise UserError(f"The checkpoint {checkpoint} is damaged ({error}): give another one.") from error
     else:
         folder, record, (tensors,), complaints = state.latest(run_dir, state.MODEL)
+        best = record.get("best_step")
+        if best not in (None, record["step"]) and _stands_for_best(run_dir):
+            return _from_run(run_dir, state.folder_of(run_dir, best))
         say(*complaints)
     data_config, model_config = _section(run_dir, "data", data.Config), _section(run_dir, "model", factory.Config)
     try:
@@ -194,6 +197,12 @@ def _chosen_on(run_dir: Path, record: dict[str, Any]) -> str:
     if not isinstance(save, dict) or not isinstance(evaluation, dict) or not save.get("keep_best"):
         return ""
     return str(evaluation.get("test") or "") if record.get("best_step") == record["step"] else ""
+
+
+def _stands_for_best(run_dir: Path) -> bool:
+    """Whether a run began with pretrained weights and has kept its best state, these weights counted."""
+    stored = flatten(read_yaml(run_dir / "config.yaml"))
+    return bool(stored.get("model.init") and stored.get("save.keep_best"))
 
 
 def _section(run_dir: Path, key: str, schema: type) -> Any:

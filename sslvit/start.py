@@ -27,9 +27,10 @@ SHOWN = 3  # names in a list
 
 
 @torch.no_grad()
-def load(objective: Objective, name: str) -> list[str]:
+def load(objective: Objective, name: str, normalization: tuple[tuple[float, ...], ...] = ()) -> list[str]:
     """Put the weights that `name` names into a new objective. Returns what was loaded and what was not, as sentences.
 
+    normalization: mean and standard deviation of the run, to be compared with those that the file says.
     Raises UserError, before anything is changed, for a file that has no encoder or another one.
     """
     where = f"model.init={name}"
@@ -55,7 +56,7 @@ def load(objective: Objective, name: str) -> list[str]:
     if wrong := next((key for key, value in new.items() if not value.isfinite().all()), None):
         raise UserError(f"{where}: {wrong} has values that are not finite: the file is damaged, or its run diverged.")
     objective.load_state_dict({key: new[key].to(value.dtype) if key in new else value for key, value in own.items()})
-    return _report(own, new, found, inside, list(notes))
+    return _report(own, new, found, inside, list(notes)) + _other_normalization(found, normalization)
 
 
 def _same(own: Tensor | None, value: Tensor | None) -> bool:
@@ -135,6 +136,17 @@ def _report(
     return lines
 
 
+def _other_normalization(found: Weights, ours: tuple[tuple[float, ...], ...]) -> list[str]:
+    """A sentence if its images were normalised in another way than those of the run."""
+    if not ours or not found.normalization:
+        return []
+    pairs = [*zip(found.normalization[0], ours[0], strict=False), *zip(found.normalization[1], ours[1], strict=False)]
+    if all(abs(theirs - own) < 1e-2 for theirs, own in pairs):
+        return []
+    mean, std = (str(values).replace(" ", "") for values in found.normalization)
+    return [f"  its images were normalised in another way: data.mean={mean} data.std={std} does the same"]
+
+
 def _names(names: list[str]) -> str:
     return printable(", ".join(names[:SHOWN]))[:300] + " ..." * (len(names) > SHOWN)
 
@@ -155,7 +167,7 @@ def open_weights(name: str, where: str) -> Weights:
     if (path / "checkpoints").is_dir() or (path / state.STATE).is_file():
         return _of_run(path, where)
     found = weights.translate(weights.read(path, where), where)
-    _read_config(path / "config.json", found)
+    _read_config(path, found)
     return found
 
 
@@ -169,15 +181,18 @@ def _of_run(path: Path, where: str) -> Weights:
     except state.Damaged as error:
         raise UserError(f"{where} is damaged ({error}): give another checkpoint.") from error
     found = weights.translate(tensors, where)
-    size = read_yaml(run_dir / "config.yaml").get("data", {}).get("image_size")
-    found.grid = _grid_of(size, found)
+    stored = read_yaml(run_dir / "config.yaml").get("data")
+    stored = stored if isinstance(stored, dict) else {}
+    size = stored.get("image_size")
+    found.grid, found.normalization = _grid_of(size, found), _pair(stored.get("mean"), stored.get("std"))
     return found
 
 
 def _of_timm(name: str, where: str) -> Weights:
     factory.check_name(name)
     try:
-        size: Any = timm.get_pretrained_cfg(name).input_size  # type: ignore[union-attr]  # None is caught below
+        cfg: Any = timm.get_pretrained_cfg(name)
+        size = cfg.input_size
         encoder = factory.create(factory.Config(name), (size[1], size[2]), size[0], pretrained=True)
     except UserError:
         raise
@@ -185,7 +200,8 @@ def _of_timm(name: str, where: str) -> Weights:
         said = f"{type(error).__name__}: {printable(str(error).strip().splitlines()[0][:200]) if str(error) else ''}"
         raise UserError(f"{where}: timm cannot fetch these weights ({said}).") from error
     tensors = {f"encoder.model.{key}": value for key, value in encoder.model.state_dict().items()}
-    return Weights(where, f"the weights of timm {timm.__version__}", tensors)
+    normalization = _pair(list(cfg.mean), list(cfg.std))
+    return Weights(where, f"the weights of timm {timm.__version__}", tensors, normalization=normalization)
 
 
 def _download(name: str, where: str) -> Path:
@@ -197,17 +213,32 @@ def _download(name: str, where: str) -> Path:
         raise UserError(f"{where} cannot be fetched ({type(error).__name__}).") from error
 
 
-def _read_config(path: Path, found: Weights) -> None:
-    """Note what a config.json of Hugging Face or timm says of heads and image size."""
+def _read_config(folder: Path, found: Weights) -> None:
+    """Note what the JSON files of Hugging Face or timm say of heads, image size and normalisation."""
+    stored = _json(folder / "config.json") | _json(folder / "preprocessor_config.json")
+    of_timm = stored.get("pretrained_cfg") if isinstance(stored.get("pretrained_cfg"), dict) else {}
+    heads, size = stored.get("num_attention_heads"), stored.get("image_size") or of_timm.get("input_size")
+    found.heads = heads if isinstance(heads, int) else None
+    found.grid = _grid_of(size[-2:] if isinstance(size, list) else size, found)
+    for source, mean, std in ((of_timm, "mean", "std"), (stored, "image_mean", "image_std")):
+        found.normalization = found.normalization or _pair(source.get(mean), source.get(std))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The dictionary in a file; empty if there is none. The weights alone are enough."""
     try:
-        if path.stat().st_size > JSON_BYTES:
-            return
-        stored: Any = json.loads(path.read_text(encoding="utf-8"))
-        found.heads = stored.get("num_attention_heads") if isinstance(stored.get("num_attention_heads"), int) else None
-        size = stored.get("image_size") or list((stored.get("pretrained_cfg") or {}).get("input_size") or [])[1:]
-        found.grid = _grid_of(size, found)
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        return  # there is none, or it says nothing: the weights alone are enough
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= JSON_BYTES else {}
+        return stored if isinstance(stored, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _pair(mean: Any, std: Any) -> tuple[list[float], list[float]] | None:
+    """A mean and a standard deviation, if they are lists of a few numbers."""
+    for values in (mean, std):
+        if not isinstance(values, list) or len(values) > 64 or not all(isinstance(v, (int, float)) for v in values):
+            return None
+    return mean, std
 
 
 def _grid_of(size: Any, found: Weights) -> tuple[int, int] | None:
@@ -216,6 +247,6 @@ def _grid_of(size: Any, found: Weights) -> tuple[int, int] | None:
     embed = next((t for k, t in found.tensors.items() if k.endswith("encoder.model.patch_embed.proj.weight")), None)
     if embed is None or embed.ndim != 4 or not isinstance(sides, list) or len(sides) != 2:
         return None
-    if not all(isinstance(side, int) and side > 0 for side in sides):
+    if not all(isinstance(side, int) and side > 0 for side in sides) or not min(embed.shape[2:]):
         return None
     return sides[0] // embed.shape[2], sides[1] // embed.shape[3]

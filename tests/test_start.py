@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import struct
 import zipfile
 from argparse import Namespace
@@ -17,10 +18,12 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
-from sslvit import data, objectives, pretrained, start
+from sslvit import data, objectives, optim, pretrained, start
+from sslvit.__main__ import main
 from sslvit.errors import UserError
 from sslvit.model import factory, weights
 from sslvit.objectives import Objective
+from sslvit.pretrain import Result, summary
 
 from .conftest import words
 
@@ -274,6 +277,9 @@ def test_a_folder_that_timm_saved(tmp_path):
     objective = make("mae")
     said = start.load(objective, str(tmp_path))
     assert said[-1] == "  in it, not used (2): head.bias, head.weight"
+    said = start.load(objective, str(tmp_path), data.normalization(data.Config()))
+    assert said[-1].endswith("another way: data.mean=[0.5,0.5,0.5] data.std=[0.5,0.5,0.5] does the same")
+    assert len(start.load(objective, str(tmp_path), ((0.5,) * 3, (0.5,) * 3))) == len(said) - 1
     model.reset_classifier(0)
     same(objective, model)
     (tmp_path / "model.safetensors").unlink()
@@ -471,6 +477,77 @@ def test_a_run_says_what_it_began_with_and_goes_on_when_the_file_is_gone(cli, fa
     assert status == 0
     assert "at step 3" in printed
     assert "Starting from" not in printed
+    for step in (3, 4):
+        shutil.rmtree(out / "checkpoints" / f"step_{step:09d}")
+    shutil.copy(out / "checkpoints" / "step_000000000" / "model.safetensors", file)  # another one: it is not read
+    status, printed, _ = cli(*command)
+    assert (status, "at step 0" in printed, "Starting from" in printed) == (0, True, False)
+
+
+@pytest.fixture(scope="module")
+def continued(labelled, colour_run, tmp_path_factory) -> dict[str, Path]:
+    """Runs that begin with `colour_run`: one that destroys its weights, and one whose encoder is frozen at first."""
+    folder = tmp_path_factory.mktemp("continued")
+    sets = [str(labelled / "train"), f"eval.train={labelled / 'train'}", f"eval.test={labelled / 'test'}", "eval.k=5"]
+    more = [f"model.init={colour_run}", "eval.every_epochs=0.5", "save.keep_best=true", "save.keep_last=1", "seed=3"]
+    found = {}
+    for name, own in {
+        "destroyed": ["optim.base_lr=300", "optim.clip=null"],
+        "frozen": ["optim.freeze_epochs=1", "optim.layer_decay=0.5", "save.every_steps=1", "save.keep_last=99"],
+    }.items():
+        found[name] = folder / name
+        assert main(["pretrain", *sets, *words("mae", *more, *own, f"out={found[name]}")]) == 0
+    return found
+
+
+def test_a_run_that_makes_its_weights_worse_says_so_and_stands_for_them(continued, colour_run):
+    run = continued["destroyed"]
+    record = json.loads((run / "checkpoints" / "step_000000008" / "state.json").read_text())
+    assert record["best_step"] == 0
+    assert record["knn_after"] < record["knn_before"] == record["best_knn"]
+    begun, now = (pretrained.load(str(path)).encoder.model.state_dict() for path in (colour_run, run))
+    assert all(torch.equal(now[name], value) for name, value in begun.items())
+    newest = pretrained.load(str(run / "checkpoints" / "step_000000008")).encoder.model.state_dict()
+    assert not torch.equal(newest["norm.bias"], begun["norm.bias"])
+    said = summary(Result(run, 8, 64, 1.0, 80.0, 60.0, None, (0, 80.0), "begin.pth"))
+    assert said[1].endswith("the start 80.0%, trained encoder 60.0% (-20.0 points).")
+    assert said[2].startswith("Training made these weights worse: no step had a k-NN above the start's 80.0%. So")
+
+
+def test_the_encoder_is_frozen_while_the_decoder_warms_up_then_lower_blocks_learn_slower(continued, colour_run):
+    def at(step: int) -> dict[str, Tensor]:
+        return load_file(continued["frozen"] / "checkpoints" / f"step_{step:09d}" / "model.safetensors")
+
+    begin, warm, end = at(0), at(4), at(8)
+    of_encoder = [name for name in begin if name.startswith("encoder.") and "pos_embed" not in name]
+    assert all(torch.equal(begin[name], warm[name]) for name in of_encoder)
+    assert not torch.equal(begin["decoder_pred.weight"], warm["decoder_pred.weight"])
+    moved = [
+        (end[f"encoder.model.blocks.{i}.mlp.fc1.weight"] - warm[f"encoder.model.blocks.{i}.mlp.fc1.weight"]).abs().max()
+        for i in (0, 1)
+    ]
+    assert 0 < moved[0] < 0.7 * moved[1]
+
+
+def test_layers_of_an_encoder_have_learning_rates_of_their_own():
+    objective = make("dino")
+    groups = optim.layer_groups(objective, 0.5)
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    rates = {names[p]: (group.get("scale"), group["decayed"]) for group in groups for p in group["params"]}
+    assert len(rates) == sum(p.requires_grad for p in objective.parameters())
+    prefix = "student.encoder.model."
+    assert rates[prefix + "patch_embed.proj.weight"] == (0.125, True)
+    assert rates[prefix + "blocks.0.attn.qkv.weight"] == (0.25, True)
+    assert rates[prefix + "blocks.1.attn.qkv.bias"] == (0.5, False)
+    assert rates[prefix + "norm.weight"] == (1.0, False)
+    assert rates["student.head.mlp.0.weight"] == (None, True)
+    optimizer = optim.make_optimizer(optim.Config(layer_decay=0.5), objective)
+    schedule = optim.Schedule(optim.Config(base_lr=0.1), 256, 0, 10, freeze_steps=3)
+    optim.set_schedule(optimizer, schedule, 2)
+    assert {group["lr"] > 0 for group in optimizer.param_groups if "scale" in group} == {False}
+    assert all(group["lr"] > 0 for group in optimizer.param_groups if "scale" not in group)
+    optim.set_schedule(optimizer, schedule, 3)
+    assert {group["lr"] / schedule.lr(3) for group in optimizer.param_groups} == {0.125, 0.25, 0.5, 1.0}
 
 
 def test_init_alone_is_still_dinos_own_key(fails, images):

@@ -45,6 +45,7 @@ class Config:
     every_steps: int | None = None  # steps between checkpoints
     keep_last: int = 2  # so many are kept, older ones are deleted
     keep_every: int | None = None  # also write and keep those at multiples of so many steps
+    # With model.init the weights that the run began with count too, and the run directory stands for the best ones.
     keep_best: bool = False  # also keep the one with the best k-NN on eval.test, which is then used for choosing
 
     LIMITS: ClassVar[Limits] = [(0, None, "every_minutes"), (1, None, "every_steps", "keep_last", "keep_every")]
@@ -60,7 +61,7 @@ class RunState:
     window: dict[str, Any] = field(default_factory=dict)  # sums of the unfinished line of metrics.jsonl
     skipped: int = 0  # steps whose loss or gradients were not finite ...
     skipped_in_a_row: int = 0  # ... and those of them that came last
-    best_step: int | None = None  # of the best k-NN accuracy, the untrained encoder's not counted
+    best_step: int | None = None  # of the best k-NN accuracy; that of an encoder with random weights does not count
     best_knn: float | None = None  # percent
 
 

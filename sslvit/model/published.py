@@ -2,9 +2,10 @@
 
 Names here are those of a run's checkpoint. For an encoder alone: `encoder.model.` and timm's name. For DINO:
 `student.encoder.model.`, `teacher.encoder.model.`, `student.head.`, `teacher.head.`, `center`. For MAE: those of an
-encoder, `decoder_...` and `mask_token`. A rule is (regular expression, replacement). All rules of a layout are applied to
-a name, in this order. A replacement that ends in #0, #1 or #2 is a part of a tensor: parts are put together along their
-first dimension.
+encoder, `decoder_...` and `mask_token`.
+
+A rule is (regular expression, replacement). All rules of a layout are applied to a name, in their order. A replacement
+that ends in #0, #1 or #2 is a part of a tensor: parts are put together along their first dimension.
 """
 
 from dataclasses import dataclass
