@@ -73,6 +73,7 @@ class Plan:
     steps_per_epoch: int
     steps: int
     warmup_steps: int
+    frozen_steps: int = 0  # at the start, in which the encoder does not learn
 
 
 def load(arguments: list[str], command: str = "pretrain", own: Iterable[str] = ()) -> RunConfig:
@@ -231,7 +232,7 @@ def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) ->
     every = config.eval.every_epochs
     if every and round(every * per_epoch) < 1:
         raise UserError(f"eval.every_epochs={every:g} is less than one step: give at least {1 / per_epoch:.2g}.")
-    return Plan(layout, per_epoch, steps, warmup_steps)
+    return Plan(layout, per_epoch, steps, warmup_steps, round(config.optim.freeze_epochs * per_epoch))
 
 
 def _too_long_a_warmup(warmup_epochs: float, given: str, steps: int, per_epoch: int) -> str:

@@ -97,10 +97,11 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 def layer_groups(module: nn.Module, layer_decay: float) -> list[dict[str, Any]]:
     """The two groups for each layer of an encoder, and for what is no encoder.
 
-    "scale" multiplies the learning rate: 1 for the last norm, layer_decay for the last block, its square for the one
-    before ... (as in fine-tuning: Clark et al., 2020). Only a group of an encoder has it.
+    "scale" multiplies the learning rate: 1 for the last block, layer_decay for the one before, its square for the one
+    before that ... (as in fine-tuning: Clark et al., 2020). Only a group of an encoder has it.
     """
     scales: dict[nn.Parameter, float] = {}
+    encoder: Any
     for encoder in module.modules():
         if hasattr(encoder, "group_matcher"):  # a model of timm
             layers = group_parameters(encoder, encoder.group_matcher(coarse=False), reverse=True)

@@ -238,8 +238,8 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     if config.compile:
         blocks_of(objective)  # refuses a model that has none
     optimizer: torch.optim.Optimizer = optim.make_optimizer(config.optim, objective)
-    frozen = round(config.optim.freeze_epochs * plan.steps_per_epoch)
-    schedule = optim.Schedule(config.optim, plan.layout.global_batch_size, plan.warmup_steps, plan.steps, frozen)
+    lengths = plan.warmup_steps, plan.steps, plan.frozen_steps
+    schedule = optim.Schedule(config.optim, plan.layout.global_batch_size, *lengths)
 
     # The run directory: a new run, or one that goes on.
     run_dir, run = Path(config.out), state.RunState()

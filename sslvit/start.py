@@ -216,7 +216,8 @@ def _download(name: str, where: str) -> Path:
 def _read_config(folder: Path, found: Weights) -> None:
     """Note what the JSON files of Hugging Face or timm say of heads, image size and normalisation."""
     stored = _json(folder / "config.json") | _json(folder / "preprocessor_config.json")
-    of_timm = stored.get("pretrained_cfg") if isinstance(stored.get("pretrained_cfg"), dict) else {}
+    of_timm: Any = stored.get("pretrained_cfg")
+    of_timm = of_timm if isinstance(of_timm, dict) else {}
     heads, size = stored.get("num_attention_heads"), stored.get("image_size") or of_timm.get("input_size")
     found.heads = heads if isinstance(heads, int) else None
     found.grid = _grid_of(size[-2:] if isinstance(size, list) else size, found)

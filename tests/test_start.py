@@ -473,15 +473,10 @@ def test_a_run_says_what_it_began_with_and_goes_on_when_the_file_is_gone(cli, fa
     assert "model.init" in fails("knn", f"run=untrained:{out}", f"data.train={images}", f"data.test={images}")
     file.unlink()
     assert "model.init was" in fails(*command[:-1], "model.init=")
-    status, printed, _ = cli(*command, "steps=4")
-    assert status == 0
-    assert "at step 3" in printed
-    assert "Starting from" not in printed
-    for step in (3, 4):
-        shutil.rmtree(out / "checkpoints" / f"step_{step:09d}")
-    shutil.copy(out / "checkpoints" / "step_000000000" / "model.safetensors", file)  # another one: it is not read
-    status, printed, _ = cli(*command)
-    assert (status, "at step 0" in printed, "Starting from" in printed) == (0, True, False)
+    shutil.rmtree(out / "checkpoints" / "step_000000003")
+    for steps, begin in ((3, 0), (4, 3)):
+        status, printed, _ = cli(*command, f"steps={steps}")
+        assert (status, f"at step {begin} of {steps}" in printed, "Starting from" in printed) == (0, True, False)
 
 
 @pytest.fixture(scope="module")
@@ -504,7 +499,7 @@ def test_a_run_that_makes_its_weights_worse_says_so_and_stands_for_them(continue
     run = continued["destroyed"]
     record = json.loads((run / "checkpoints" / "step_000000008" / "state.json").read_text())
     assert record["best_step"] == 0
-    assert record["knn_after"] < record["knn_before"] == record["best_knn"]
+    assert record["knn_after"] <= record["knn_before"] == record["best_knn"]
     begun, now = (pretrained.load(str(path)).encoder.model.state_dict() for path in (colour_run, run))
     assert all(torch.equal(now[name], value) for name, value in begun.items())
     newest = pretrained.load(str(run / "checkpoints" / "step_000000008")).encoder.model.state_dict()
@@ -536,9 +531,9 @@ def test_layers_of_an_encoder_have_learning_rates_of_their_own():
     rates = {names[p]: (group.get("scale"), group["decayed"]) for group in groups for p in group["params"]}
     assert len(rates) == sum(p.requires_grad for p in objective.parameters())
     prefix = "student.encoder.model."
-    assert rates[prefix + "patch_embed.proj.weight"] == (0.125, True)
-    assert rates[prefix + "blocks.0.attn.qkv.weight"] == (0.25, True)
-    assert rates[prefix + "blocks.1.attn.qkv.bias"] == (0.5, False)
+    assert rates[prefix + "patch_embed.proj.weight"] == (0.25, True)
+    assert rates[prefix + "blocks.0.attn.qkv.weight"] == (0.5, True)
+    assert rates[prefix + "blocks.1.attn.qkv.bias"] == (1.0, False)
     assert rates[prefix + "norm.weight"] == (1.0, False)
     assert rates["student.head.mlp.0.weight"] == (None, True)
     optimizer = optim.make_optimizer(optim.Config(layer_decay=0.5), objective)
@@ -547,7 +542,7 @@ def test_layers_of_an_encoder_have_learning_rates_of_their_own():
     assert {group["lr"] > 0 for group in optimizer.param_groups if "scale" in group} == {False}
     assert all(group["lr"] > 0 for group in optimizer.param_groups if "scale" not in group)
     optim.set_schedule(optimizer, schedule, 3)
-    assert {group["lr"] / schedule.lr(3) for group in optimizer.param_groups} == {0.125, 0.25, 0.5, 1.0}
+    assert {group["lr"] / schedule.lr(3) for group in optimizer.param_groups} == {0.25, 0.5, 1.0}
 
 
 def test_init_alone_is_still_dinos_own_key(fails, images):

@@ -45,9 +45,7 @@ class Weights:
     tensors: dict[str, Tensor]
     heads: int | None = None  # attention heads, if the file says it
     grid: tuple[int, int] | None = None  # (h, w) of its patches, if it is known
-    normalization: tuple[list[float], list[float]] | None = (
-        None  # mean and deviation of its images, if the file says it
-    )
+    normalization: tuple[list[float], list[float]] | None = None  # mean and deviation of its images, if it is known
     used: set[str] = field(default_factory=set)
 
 
