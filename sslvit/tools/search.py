@@ -118,9 +118,11 @@ class Index:
             self.lost = [int(one["number"]) for one in self.record["results"]["unreadable"]]
             self.count = int(self.record["results"]["images"])
             values = {".npy": _read_npy, ".faiss": _read_faiss, ".parquet": _read_parquet}[form](path)
-            if values.ndim != 2 or values.dtype not in (np.float16, np.float32) or len(values) != self.count:
+            if values.ndim != 2 or values.dtype not in (np.float16, np.float32) or not 0 < len(values) == self.count:
                 raise ValueError(f"it has not the {self.count} vectors that {path.name}.json names")
-        except (ValueError, KeyError, TypeError, RecursionError, MemoryError, struct.error) as error:
+            if not all(0 <= number < self.count + len(self.lost) for number in self.lost):
+                raise ValueError(f"{path.name}.json names unreadable images that cannot be")
+        except (ValueError, KeyError, TypeError, EOFError, RecursionError, MemoryError, struct.error) as error:
             raise UserError(f"index={config.index} is damaged or not what sslvit embed writes: {error}.") from error
         mapped = form == ".faiss" and values.dtype == np.float32  # these have unit length
         self.vectors = torch.from_numpy(values) if mapped else torch.empty(values.shape)
@@ -167,7 +169,7 @@ class Index:
         """The run or the images that were embedded. Raises UserError for what would be fetched from a network, if only
         the record names it."""
         given, named = str(getattr(self.config, key)), self.named(key)
-        kinds = ("random:", "untrained:") if key == "run" else ("fractals",)
+        kinds = "random:" if key == "run" else "fractals"
         name = split_part(named.removeprefix("untrained:"))[0]
         if given or named == "pixels" or named.startswith(kinds) or Path(name).expanduser().exists():
             return named
@@ -246,8 +248,9 @@ def _nearest(index: Index, config: Config) -> Found:
     settings = index.record["settings"]
     encoder_config = merge(
         OmegaConf.structured(EncoderConfig()),
-        {key: settings[key] for key in ("image_size", "model_args", "precision")}
-        | {"pool": index.record["pool"], "seed": index.record["seed"], "run": index.local("run")},
+        {key: settings[key] for key in ("image_size", "model_args", "precision", "value_range")}
+        | {"pool": index.record["pool"], "seed": index.record["seed"], "run": index.local("run")}
+        | {"out": f"{index.path}.json"},  # nothing is written: so a run that is read-only will do
         f"{index.path.name}.json",
     )
     frozen = load_frozen(OmegaConf.to_object(encoder_config))  # type: ignore[arg-type]
@@ -268,7 +271,7 @@ def _nearest(index: Index, config: Config) -> Found:
             say(f"{name}:", *(_line(value, rows[r]) for value, r in zip(values, near, strict=True)))
             pairs = list(zip(values, near, strict=True))[:DRAWN]
             cells.append([(source.read(number), "image"), *((r, _caption(value, rows[r])) for value, r in pairs)])
-    if len(queries) > PRINTED:
+    if len(queries) > PRINTED and not config.out:
         say(f"... and those of {len(queries) - PRINTED} more images: out=nearest.csv has all.")
     return Found(table, cells)
 
@@ -297,7 +300,10 @@ def _duplicates(index: Index, least: float) -> Found:
     order = np.argsort(first, kind="stable")
     groups = [rows for rows in np.split(order, np.flatnonzero(np.diff(first[order])) + 1) if len(rows) > 1]
     groups.sort(key=lambda rows: -len(rows))  # stable: else in the order of the first images
-    many = sum(map(len, groups))
+    titles, many = ("group", "similarity", "path", "label"), sum(map(len, groups))
+    if not groups:
+        say(f"No two of the {index.count} images have a similarity of {least:g} or more.")
+        return Found([titles], [])
     say(
         f"{many} of {index.count} images are in {len(groups)} groups that are linked by a similarity of {least:g} or "
         f"more: without the {many - len(groups)} copies {index.count - many + len(groups)} are left."
@@ -306,7 +312,7 @@ def _duplicates(index: Index, least: float) -> Found:
     mixed = sum(len({names[row][1] for row in rows.tolist()}) > 1 for rows in groups)
     if mixed:
         say(f"{mixed} of the groups have images of several labels.")
-    table: list[tuple[Any, ...]] = [("group", "similarity", "path", "label")]
+    table: list[tuple[Any, ...]] = [titles]
     cells: list[list[tuple[int | Tensor, str]]] = []
     for number, rows in enumerate(groups, 1):
         values = (index.vectors[rows] @ index.vectors[rows[0]]).tolist()
