@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PARTS = "tests.gpu.parts"
 # By worth: what comes first is measured also where time is short. Shares are about seconds of nine minutes.
 JOBS = [
-    Job("machine", f"{PARTS}:machine", 40, needed=True),  # the first one also imports everything
+    Job("machine", f"{PARTS}:machine", 60, needed=True),  # the first one also imports everything
     Job("golden", f"{PARTS}:golden", 30),
     Job("tests", f"{PARTS}:gpu_tests", 70),
     Job("steps mae-large", f"{PARTS}:steps", 60, ("mae-large-gpu",)),

@@ -125,7 +125,8 @@ def run(jobs: list[Job], report: Report, seconds: float, fail: dict[str, str], *
 def run_one(job: Job, setting: Setting, result: Result, report: Report, failure: str | None) -> None:
     began, rows = time.monotonic(), setting.out / ".rows"
     rows.unlink(missing_ok=True)
-    process = CONTEXT.Process(target=_child, args=(job, setting, rows, setting.out / "log.txt", failure))
+    end = began + setting.seconds
+    process = CONTEXT.Process(target=_child, args=(job, setting, end, rows, setting.out / "log.txt", failure))
     try:
         with time_limit(setting.seconds):  # the first one waits until the server of processes has imported everything
             process.start()
@@ -134,8 +135,8 @@ def run_one(job: Job, setting: Setting, result: Result, report: Report, failure:
         return
     assert process.pid is not None
     try:
-        while process.is_alive() and time.monotonic() < began + setting.seconds:
-            process.join(min(POLL, max(0.0, began + setting.seconds - time.monotonic())))
+        while process.is_alive() and time.monotonic() < end:
+            process.join(min(POLL, max(0.0, end - time.monotonic())))
             read_rows(rows, result, report)
         late = process.is_alive()
     finally:
@@ -181,12 +182,15 @@ def read_rows(path: Path, result: Result, report: Report) -> str | None:
     return next((line["error"] for line in found if "error" in line), None)
 
 
-def _child(job: Job, setting: Setting, rows: Path, log: Path, failure: str | None) -> None:
+def _child(job: Job, setting: Setting, end: float, rows: Path, log: Path, failure: str | None) -> None:
+    left = end - time.monotonic()
+    if left <= 0:  # the server of processes was late, and the job has been given up
+        os._exit(1)
     os.setsid()
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), 1)
     os.dup2(1, 2)
     print(f"\n=== {job.name}, {setting.seconds:.0f} s", flush=True)
-    faulthandler.dump_traceback_later(max(0.1, setting.seconds - 0.5))  # shows where a job hung
+    faulthandler.dump_traceback_later(max(0.1, left - 0.5))  # shows where a job hung
     failed = 0
     with rows.open("a", encoding="utf-8") as file:
 
