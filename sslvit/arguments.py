@@ -80,7 +80,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The plain values of a YAML file: no tag makes an object, no `${...}` is resolved. Raises UserError."""
     if not path.is_file():
         beside = path.parent.glob("*.yaml") if path.parent.is_dir() else []
-        raise UserError(f"There is no file {path}.{did_you_mean(str(path), map(str, beside))}")
+        own = f" `{path.stem}` alone is the recipe that comes with sslvit." if path.stem in recipes() else ""
+        raise UserError(f"There is no file {path}.{own or did_you_mean(str(path), map(str, beside))}")
     try:
         if path.stat().st_size > YAML_BYTES:
             raise ValueError(f"it is larger than {YAML_BYTES:,} bytes, the limit of a file of settings")

@@ -92,8 +92,9 @@ def _end_at_second(numbers: int, wanted: set[int], stop: StopRequest) -> None:
     """A thread that gets the number of each signal. `note` above is not called while the main thread waits in C++, as
     it does for another process that never answers."""
     first = None
+    waits: dict[int, float] = {signal.SIGTERM: FORWARDED, signal.SIGINT: min(INTERRUPTED, FORWARDED)}
     while number := os.read(numbers, 1)[0]:
-        wait = {signal.SIGTERM: FORWARDED, signal.SIGINT: min(INTERRUPTED, FORWARDED)}.get(signal.Signals(number))
+        wait = waits.get(number)
         if first is not None and wait is not None and time.monotonic() - first > wait:
             name = signal.Signals(number).name
             os.write(2, f"Ended at once by a second signal, {name}. The last checkpoint is whole.\n".encode())

@@ -25,6 +25,7 @@ def test_recipes_are_found_by_name(cli, fails, tmp_path, monkeypatch):
     printed = cli("recipes")[1]
     assert {line.split()[0] for line in printed.splitlines()} == {path.stem for path in ROOT.glob("configs/*.yaml")}
     assert "  quickstart                      Quickstart: DINO on fractals" in printed
+    assert "`quickstart` alone is the recipe that comes with sslvit" in fails("pretrain", "configs/quickstart.yaml")
     assert "Did you mean quickstart?" in fails("pretrain", "quikstart")
     few = ["images=128", "data.train=fractals:train,count=100", "eval.train=", "eval.test=", "workers=0"]
     assert "Done: 128 images" in cli("pretrain", "quickstart", *few)[1]

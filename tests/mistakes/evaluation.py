@@ -260,8 +260,8 @@ PROBES = [
     Mistake(
         "of equally accurate settings the one with the larger loss is chosen",
         "evaluation/probes.py",
-        '-row["holdout_loss"])',
-        'row["holdout_loss"])',
+        '-row["holdout_loss"]',
+        'row["holdout_loss"]',
         HERE + "test_linear.py",
     ),
     Mistake(

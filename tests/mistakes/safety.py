@@ -11,14 +11,14 @@ SAFETY = [
     Mistake(
         "a second signal is not heard",
         "stopping.py",
-        "if first is not None and number in (signal.SIGTERM, signal.SIGINT)",
-        "if False and number in (signal.SIGTERM, signal.SIGINT)",
+        "if first is not None and wait is not None and",
+        "if False and first is not None and wait is not None and",
         STOPPING + "test_a_second_signal_ends_a_run_whatever_it_waits_for",
     ),
     Mistake(
         "two copies of one signal count as two",
         "stopping.py",
-        "and time.monotonic() - first > FORWARDED:",
+        "and time.monotonic() - first > wait:",
         ":",
         STOPPING + "test_a_second_signal_ends_a_run_whatever_it_waits_for",
     ),

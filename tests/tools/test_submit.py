@@ -200,7 +200,7 @@ def test_a_finished_run_is_not_queued_and_other_settings_neither(fails, colour_r
 def test_images_that_only_the_cluster_sees_are_not_looked_for(fails, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", fake_slurm(tmp_path, refuse=True))
     arguments = ["data.train=/scratch/images", *words("mae", f"out={tmp_path / 'run'}"), "submit.gpus=0"]
-    assert "/scratch/images is neither a folder" in fails("submit", *arguments)
+    assert "/scratch/images does not exist" in fails("submit", *arguments)
     assert "SLURM refused the job" in fails("submit", *arguments, "check_images=false")
 
 
