@@ -546,5 +546,5 @@ def test_layers_of_an_encoder_have_learning_rates_of_their_own():
 
 
 def test_init_alone_is_still_dinos_own_key(fails, images):
-    assert "There is no key init. Did you mean model.init?" in fails("pretrain", images, *words("mae"), "init=x.pth")
-    assert "init=mae" not in json.dumps(str(fails("pretrain", images, *words("dino"), "objective.init=x")))
+    assert "init belongs to method=dino" in fails("pretrain", images, *words("mae"), "init=x.pth")
+    assert "objective.init must be vit or mae, not x.pth" in fails("pretrain", images, *words("dino"), "init=x.pth")
