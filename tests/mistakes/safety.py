@@ -44,10 +44,10 @@ SAFETY = [
         "tests/data/test_workers.py::test_loader_processes_end_with_a_trainer_that_is_killed_even_if_they_hang",
     ),
     Mistake(
-        "a tensor always goes through /dev/shm",
+        "a tensor that goes through a pipe loses its layout",
         "data/workers.py",
-        "    with contextlib.suppress(RuntimeError):\n        if tensor.nbytes > SMALL:",
-        "    with contextlib.suppress(ZeroDivisionError):\n        if tensor.nbytes > SMALL:",
+        "places = sorted(range(tensor.ndim), key=order.__getitem__)",
+        "places = list(range(tensor.ndim))",
         "tests/data/test_workers.py::test_tensors_arrive_as_they_were",
     ),
     Mistake(
