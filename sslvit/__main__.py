@@ -26,7 +26,7 @@ TOOLS = {
 # Modules with a Config of their own and run(config).
 PLAIN = {
     "export": ("export", "run=... to=timm,hf,onnx,torch out=<folder>", "write the encoder in forms that others load"),
-    "embed": ("tools.embed", "run=... data=... out=<file>", "features of all images in a file: .parquet, .npy or .faiss"),
+    "embed": ("tools.embed", "run=... data=... out=<file>", "features of all images: .parquet, .npy or .faiss"),
     "search": ("tools.search", "index=<file> image=...", "nearest images; duplicates; a diverse subset"),
 }
 KEYS = "Keys with their defaults; a key may be given by its last name alone:"

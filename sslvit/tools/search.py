@@ -201,7 +201,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    return np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
+    return np.asarray(np.load(path, mmap_mode="c"))
 
 
 def _read_faiss(path: Path) -> np.ndarray:
