@@ -13,8 +13,7 @@ NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # no
 def write(path: Path, content: str | bytes | Callable[[IO[bytes]], object], root: Path | None = None) -> None:
     """Write a file beside its name, sync it and rename it: so it is whole or not there, even after a power cut.
 
-    A link of this name is replaced. The file that it points to stays as it is.
-    content: a function gets the open file and writes what is too large for the memory.
+    A link of this name is replaced, not followed. content: a function gets the open file, to write what is large.
     root: a folder that the user named and that exists. Folders between it and the file are made, and may be no links.
     Default: the folder of the file. Raises OSError, whose strerror is a sentence for the user.
     """
