@@ -202,7 +202,9 @@ def swin(encoder: Encoder) -> tuple[dict[str, Any], State]:
         for j, block in enumerate(stage.blocks):
             place = f"encoder.layers.{i}.blocks.{j}."
             state |= _block(block, place, SWIN)
-            state[f"{place}attention.self.relative_position_bias_table"] = block.attn.relative_position_bias_table
+            # Version 4 needs the index too, version 5 passes over it.
+            for name in ("relative_position_bias_table", "relative_position_index"):
+                state[f"{place}attention.self.{name}"] = getattr(block.attn, name)
     return config, state | _part(model.norm, "layernorm")
 
 

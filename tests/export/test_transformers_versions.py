@@ -90,7 +90,7 @@ for folder in sorted(root.glob("*/*/")):
             found[f"{case}/torch/torch"] = torch.export.load(folder / "model.pt2").module()(images)
 assert "sslvit" not in sys.modules
 import transformers
-save_file(found, result)
+save_file({key: value.contiguous() for key, value in found.items()}, result)
 print(transformers.__version__)
 """
 
