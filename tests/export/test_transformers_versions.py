@@ -156,7 +156,7 @@ def test_every_form_of_every_encoder_loads_without_sslvit_in_transformers_4_and_
             difference = ((features - expected[case]).abs().max() / expected[case].abs().max()).item()
             columns.setdefault(column, {})[case] = difference
     names = sorted(columns, key=list(dict.fromkeys(columns)).index)
-    print("\n| | " + " | ".join(names) + " |\n|---" * 1 + "|---" * len(names) + "|")
+    print("\n| | " + " | ".join(names) + " |\n|---" + "|---" * len(names) + "|")
     for case in CASES:
         cells = [f"{columns[name][case]:.0e}" if case in columns[name] else "refused" for name in names]
         print(f"| {case} | " + " | ".join(cells) + " |")
