@@ -206,7 +206,7 @@ def test_a_config_that_cannot_be_read_gets_a_sentence(cli, fails, images, tmp_pa
     out = tmp_path / "run"
     assert cli("pretrain", images, *words("mae", f"out={out}"))[0] == 0
     (out / "config.yaml").write_text("method: [mae\n")
-    assert "config.yaml cannot be read" in fails("pretrain", images, *words("mae", f"out={out}", "epochs=3"))
+    assert "config.yaml line 2 cannot be read" in fails("pretrain", images, *words("mae", f"out={out}", "epochs=3"))
 
 
 def test_other_images_are_refused_and_the_same_elsewhere_are_not(cli, fails, images, tmp_path):

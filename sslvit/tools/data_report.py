@@ -435,7 +435,7 @@ def _recipe(found: Findings, config: RunConfig, named: set[str]) -> dict[str, An
     if not named & {"image_size", "name", "args"}:
         keys |= {"image_size": size, "model.name": f"vit_{'tiny' if size <= 64 else 'small'}_patch16_224"}
         keys |= {"model.args": f"{{patch_size: {patch}}}"} if patch != 16 else {}
-        if config.method == "dino" and "local_crop_size" not in named:
+        if hasattr(config.objective, "local_crop_size") and "local_crop_size" not in named:
             keys["local_crop_size"] = max(1, round(size * 96 / 224 / patch)) * patch
     return keys
 

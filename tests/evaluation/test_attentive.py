@@ -108,6 +108,7 @@ def test_colours_are_told_apart_and_tokens_are_kept(cli, run_words, tmp_path):
     assert json.loads(path.read_text())["results"] == first
 
 
+@pytest.mark.slow  # starts three processes
 def test_one_and_two_processes_give_the_same_and_leave_no_temporary_file(run_words, tmp_path, monkeypatch):
     place = tmp_path / "temporary"
     place.mkdir()

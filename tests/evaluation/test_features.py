@@ -7,6 +7,8 @@ import stat
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -158,9 +160,9 @@ def choose(folder: str) -> None:
         train = written(Path(folder), pool, random_features(count, width))
         sets[pool] = (train, replace(random_features(100, width), classes=train.classes))
     before = unbacked()
-    probes.choose_and_test(
-        linear.Config(), protocol.Task(None, "linear", list("abcd"), sets, {}), [{"lr": 0.1}], untrained
-    )
+    frozen: Any = SimpleNamespace(encoder=SimpleNamespace(pool="mean"))
+    task = protocol.Task(frozen, "linear", list("abcd"), sets, {})
+    probes.choose_and_test(linear.Config(), task, [{"lr": 0.1}], untrained)
     print(json.dumps([(now - before) / (4 * count * width) for now in found]))
 
 

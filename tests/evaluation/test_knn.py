@@ -159,7 +159,7 @@ def test_without_test_images_each_training_image_is_left_out_once(cli, fails, la
     assert "are the training images" in fails("knn", *labelled_sets[:2], labelled_sets[1].replace("train", "test", 1))
 
 
-@pytest.mark.parametrize("kind", ["ivf", "ivfpq"])
+@pytest.mark.parametrize("kind", ["ivf", pytest.param("ivfpq", marks=pytest.mark.slow)])
 def test_an_approximate_search_says_what_it_misses(kind):
     """With all cells searched an inverted file is exact, and with few it finds most of clustered features."""
     torch.manual_seed(0)
@@ -354,7 +354,7 @@ def test_bad_input_gets_a_sentence(fails, labelled, images, colour_run, tmp_path
     assert "are for timm: and random:" in fails(command, run, train, test, "image_size=64")
     assert "is not a run directory" in fails(command, f"run=untrained:{images}", train, test)
     assert "batch_size=0 must be 1 or above" in fails(command, run, train, test, "batch_size=0")
-    assert "workers=-1 must be 0 or above" in fails(command, run, train, test, "workers=-1")
+    assert "workers=-1 must lie between 0 and" in fails(command, run, train, test, "workers=-1")
     assert "is not a model of timm" in fails(command, "run=random:vit_tinny", train, test)
     one = tmp_path / "one" / "class0"
     shutil.copytree(labelled / "train" / "class0", one)

@@ -65,7 +65,7 @@ def test_an_empty_folder_says_what_it_found(tmp_path):
 
 
 def test_a_missing_folder_a_file_and_a_misspelt_set(tmp_path, images):
-    with pytest.raises(UserError, match="neither a folder nor one of"):
+    with pytest.raises(UserError, match="does not exist: give a folder or file of images"):
         open_source(str(tmp_path / "nowhere"), Config())
     with pytest.raises(UserError, match="is a file"):
         open_source(str(images / "000.png"), Config())
