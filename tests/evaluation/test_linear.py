@@ -151,3 +151,6 @@ def test_of_equal_poolings_the_trained_one_is_chosen():
     assert probes.best_of(rows, "mean")["pool"] == "mean"
     assert probes.best_of(rows, "cls")["pool"] == "cls"
     assert probes.best_of([*rows, {"pool": "cls", "holdout_top1": 91.0, "holdout_loss": 9.0}], "mean")["pool"] == "cls"
+    sure, unsure = ({"pool": "cls", "holdout_top1": 91.0, "holdout_loss": loss} for loss in (0.3, 0.4))
+    for pair in ([sure, unsure], [unsure, sure]):
+        assert probes.best_of(pair, "mean") is sure

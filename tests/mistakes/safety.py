@@ -1,4 +1,5 @@
-"""Mistakes in what guards a run and its user: identity of checkpoints, trust in others' files, limits of waits."""
+"""Mistakes in what guards a run and its user: identity of checkpoints, trust in others' files, limits of waits; and in
+what a run begins with and leaves."""
 
 from . import Mistake
 
@@ -6,6 +7,7 @@ IDENTITY = "tests/checkpoints/test_identity.py::"
 TRUST = "tests/test_trust.py::"
 LIMITS = "tests/data/sources/test_limits.py::"
 STOPPING = "tests/test_stopping.py::"
+START = "tests/test_start.py::"
 
 SAFETY = [
     Mistake(
@@ -176,5 +178,61 @@ SAFETY = [
         "return UNPRINTABLE.sub(escaped, text)",
         "return text",
         "tests/data/test_broken.py::test_names_of_any_bytes_are_listed_on_one_line_and_reach_no_terminal",
+    ),
+    Mistake(
+        "weights of new channels keep their size",
+        "model/weights.py",
+        "[:, :in_chans] * (channels / in_chans)",
+        "[:, :in_chans]",
+        START + "test_channels_become_what_timm_makes_of_three",
+    ),
+    Mistake(
+        "a torch file may hold any object",
+        "model/weights.py",
+        'torch.load(path, map_location="cpu", mmap=True, weights_only=True)',
+        'torch.load(path, map_location="cpu", mmap=True, weights_only=False)',
+        START + "test_a_wrong_file_is_refused_in_a_sentence_and_runs_nothing",
+    ),
+    Mistake(
+        "the first blocks learn fastest",
+        "optim.py",
+        "layer_decay ** (last - i)",
+        "layer_decay**i",
+        START + "test_layers_of_an_encoder_have_learning_rates_of_their_own",
+    ),
+    Mistake(
+        "the encoder is frozen one step too long",
+        "optim.py",
+        "frozen = step < schedule.freeze_steps",
+        "frozen = step <= schedule.freeze_steps",
+        START + "test_the_encoder_is_frozen_while_the_decoder_warms_up_then_lower_blocks_learn_slower",
+    ),
+    Mistake(
+        "a run that made its weights worse stands for the worse ones",
+        "pretrained.py",
+        'if best not in (None, record["step"]) and _stands_for_best(run_dir):',
+        "if False:",
+        START + "test_a_run_that_makes_its_weights_worse_says_so_and_stands_for_them",
+    ),
+    Mistake(
+        "a run that was never saved waits as long as any other",
+        "pretrain.py",
+        "minutes = min(minutes, FIRST_SAVE) if self.saved_step is None else minutes",
+        "pass",
+        STOPPING + "test_a_run_that_was_never_saved_is_saved_after_five_minutes",
+    ),
+    Mistake(
+        "a damaged part of embeddings is taken",
+        "tools/embed.py",
+        'same = about == {"identity": self.identity, "checksum": _checksum(values, numbers)}',
+        'same = about["identity"] == self.identity',
+        "tests/tools/test_embed.py",
+    ),
+    Mistake(
+        "parts of embeddings of another encoder are taken",
+        "tools/embed.py",
+        'same = about == {"identity": self.identity, "checksum": _checksum(values, numbers)}',
+        'same = about["checksum"] == _checksum(values, numbers)',
+        "tests/tools/test_embed.py",
     ),
 ]  # fmt: skip
