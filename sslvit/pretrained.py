@@ -290,9 +290,9 @@ def _from_timm(name: str, image_size: int | tuple[int, int] | None, args: dict[s
     with _without_retries() as lost:
         try:
             built, mean, std = _architecture(model_name, image_size, args, pretrained=True)
-        except UserError:
-            raise
         except Exception as error:  # no network, no such weights, no room on the disk ...
+            if isinstance(error, UserError) and not (lost and isinstance(error.__cause__, OSError)):
+                raise
             reason = (
                 f"{lost} cannot be reached, and they are not in this machine's cache"
                 if lost
@@ -306,8 +306,9 @@ def _from_timm(name: str, image_size: int | tuple[int, int] | None, args: dict[s
 def _without_retries() -> Iterator[str]:
     """Within it nothing is fetched if the hub cannot be reached: only what is in the cache is found. Gives the name of
     a hub that is out of reach, which would be asked again for a minute."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, utils
 
+    forget = getattr(utils, "reset_sessions", lambda: None)  # before version 1, a session stays offline or online
     hub, before, lost = urlsplit(constants.ENDPOINT), constants.HF_HUB_OFFLINE, ""
     if not getproxies():
         try:
@@ -315,10 +316,12 @@ def _without_retries() -> Iterator[str]:
         except OSError:
             lost = str(hub.hostname)
     constants.HF_HUB_OFFLINE = before or bool(lost)
+    forget()
     try:
         yield lost
     finally:
         constants.HF_HUB_OFFLINE = before
+        forget()
 
 
 def _first_line(error: Exception) -> str:
