@@ -166,13 +166,6 @@ SAFETY = [
         LIMITS + "test_hostile_files_are_refused_in_little_memory",
     ),
     Mistake(
-        "a pipe is opened as a file of images",
-        "data/sources/limits.py",
-        "if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):",
-        "if False:",
-        LIMITS + "test_pipes_and_devices_are_refused_where_a_file_is_expected",
-    ),
-    Mistake(
         "names reach the terminal as they are",
         "errors.py",
         "return UNPRINTABLE.sub(escaped, text)",
