@@ -46,7 +46,7 @@ def assignments(arguments: list[str]) -> list[tuple[str, str]]:
 
 
 def spaced(word: str, arguments: list[str]) -> str | None:
-    """What to tell who wrote `--epochs 3`, `epochs 3` or `epochs = 3`; None for any other word."""
+    """The sentence for a user who wrote `--epochs 3`, `epochs 3` or `epochs = 3`. None for any other word."""
     rest = " ".join(arguments[arguments.index(word) :])
     found = re.match(r"-*([a-z_][\w.]*)[\s=]+([^\s=]+)", rest) if "/" not in word else None
     return f"{found[0]}: write {found[1]}={found[2]}, without dashes or spaces." if found else None

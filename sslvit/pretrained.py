@@ -83,8 +83,8 @@ class Pretrained:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """For the config.json of a folder that is made of it; timm does not read it. An evaluation of the folder needs
-        the range, to read deep images as the run did."""
+        """What the config.json of an export says of its origin. timm does not read it. An evaluation of the export
+        needs the range, to read deep images as the run did."""
         return {"source": self.detail} | ({"value_range": list(self.value_range)} if self.value_range else {})
 
 
@@ -304,8 +304,8 @@ def _from_timm(name: str, image_size: int | tuple[int, int] | None, args: dict[s
 
 @contextmanager
 def _without_retries() -> Iterator[str]:
-    """Within it nothing is fetched if the hub cannot be reached: only what is in the cache is found. Gives the name of
-    a hub that is out of reach, which would be asked again for a minute."""
+    """Yields the name of the hub if it cannot be reached, else "". Then only weights in the cache are found, at once:
+    huggingface_hub would try again for a minute."""
     from huggingface_hub import constants, utils
 
     forget = getattr(utils, "reset_sessions", lambda: None)  # before version 1, a session stays offline or online

@@ -32,7 +32,7 @@ def range_that_fits(source: Source, index: int, image: Tensor, largest: float) -
 
 
 def dark_sentence(value_range: tuple[float, float], largest: float) -> str:
-    """What to tell somebody whose images need this range."""
+    """The sentence for a user whose images need this range."""
     top = value_range[1]
     kind = f"{math.ceil(math.log2(top + 1))}-bit values in deeper files" if top > 1 else "floats far below 1"
     return (

@@ -100,7 +100,7 @@ class RankMonitor:
 
 
 def warnings_of(source: Source, index: int, images: Tensor) -> Iterator[str]:
-    """Sentences for who trains on images that are all the same, or nearly black. images: [N, C, h, w]; index: of one
+    """Warnings about images that are all the same, or nearly black. images: [N, C, h, w]; index: of one
     that can be read."""
     if len(source) == 1 or (len(images) > 1 and (images == images[:1]).all()):
         what = f"all {len(images)} that were looked at are the same" if len(images) > 1 else "there is only one"

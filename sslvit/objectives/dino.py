@@ -174,8 +174,8 @@ def build(config: Config, model: factory.Config, data_config: data.Config, steps
 
 @torch.no_grad()
 def _try_crops(sizes: list[tuple[int, int]], encoder: Encoder, name: str, config: Config) -> None:
-    """Try crops of these sizes on the model itself: families differ in what they take, and few say so. Warn of local
-    crops that are larger than global ones."""
+    """Run the model on crops of these sizes: model families accept different sizes, and few of them say which. Warn if
+    local crops are larger than global ones."""
     (h, w), (H, W) = data.pair(config.local_crop_size), data.pair(config.global_crop_size or encoder.image_size)
     if config.local_crops and h * w > H * W:
         patch = encoder.patch_size[0] if encoder.is_vit else 32

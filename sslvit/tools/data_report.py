@@ -21,13 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from .. import config as configuration
@@ -46,6 +43,7 @@ from ..distributed import say
 from ..errors import UserError, check_range
 from ..evaluation import pictures
 from . import picture
+from .near import near_groups
 
 THUMBNAIL = 16  # pixels a side, gray; near duplicates have similar thumbnails
 # Correlation of thumbnails from which two images count as nearly the same. Of pairs of CIFAR-10 that were checked by
@@ -308,14 +306,8 @@ def _near(stats: list[ImageStats]) -> list[list[int]]:
     if len(vectors) >= MIN_CENTERED:
         vectors = vectors - vectors.mean(axis=0)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-6)
-    bank = faiss.IndexFlatIP(vectors.shape[1])
-    bank.add(vectors)
-    ends, _, others = bank.range_search(vectors, NEAR)
-    links = csr_matrix((np.ones(len(others), bool), others, ends.astype(np.int64)), shape=(len(found), len(found)))
-    groups: dict[int, list[int]] = {}
-    for (index, _), group in zip(found, connected_components(links, directed=False)[1].tolist(), strict=True):
-        groups.setdefault(group, []).append(index)
-    return sorted(group for group in groups.values() if len(group) > 1)
+    groups = near_groups(torch.from_numpy(vectors), NEAR)
+    return sorted([found[row][0] for row in rows.tolist()] for rows in groups)
 
 
 def lines(found: Findings, config: RunConfig, given: list[str]) -> list[str]:

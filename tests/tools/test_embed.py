@@ -35,7 +35,7 @@ def written(out: Path) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """37 images and 17 files that are none, in two class folders: all images of the second part cannot be read."""
+    """37 images and 17 broken files in two class folders. No image of the second part can be read."""
     root = tmp_path_factory.mktemp("photos")
     write_images(root / "a", 16)
     write_images(root / "b", 21, seed=1)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sslvit.tools import search
+from sslvit.tools import near, search
 from tests.conftest import write_images
 
 from .test_embed import command
@@ -95,15 +95,19 @@ def test_copies_are_one_group_and_the_subset_does_not_take_both(cli, made, photo
 @pytest.mark.parametrize("most", [2**22, 7])
 @pytest.mark.parametrize("tile", [(1024, 2**14), (5, 11)])
 def test_groups_are_those_of_a_search_from_image_to_image(monkeypatch, tile, most):
-    monkeypatch.setattr(search, "TILE", tile)
-    monkeypatch.setattr(search, "MOST_PAIRS", most)
+    monkeypatch.setattr(near, "TILE", tile)
+    monkeypatch.setattr(near, "MOST_PAIRS", most)
     vectors = F.normalize(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), dim=1)
-    first = search.group_near(vectors, 0.97)
-    near = vectors @ vectors.T >= 0.97
+    groups = near.near_groups(vectors, 0.97)
+    linked = vectors @ vectors.T >= 0.97
+    first = np.arange(60)
+    for rows in groups:
+        assert len(rows) > 1
+        first[rows] = rows.min()
     for row in range(60):
         reached, waiting = {row}, [row]
         while waiting:
-            for other in near[waiting.pop()].nonzero().flatten().tolist():
+            for other in linked[waiting.pop()].nonzero().flatten().tolist():
                 if other not in reached:
                     reached.add(other)
                     waiting.append(other)

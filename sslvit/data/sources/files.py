@@ -133,7 +133,7 @@ def _blocks(path: str, most: int) -> Iterator[bytes]:
                     file.seek(place)
                     yield file.read(BLOCK)
     except OSError:
-        pass
+        pass  # a file that cannot be read has no blocks; who opens it as an image says why
 
 
 def sample_of(count: int, bytes_of: Callable[[int], bytes]) -> list[str]:
