@@ -41,6 +41,8 @@ class Index:
                 raise ValueError(f"it has not the {self.count} vectors that {path.name}.json names")
             if not all(0 <= number < self.count + len(self.lost) for number in self.lost):
                 raise ValueError(f"{path.name}.json names unreadable images that cannot be")
+        except UserError:  # a ValueError too
+            raise
         except (ValueError, KeyError, TypeError, EOFError, RecursionError, MemoryError, struct.error) as error:
             raise UserError(f"index={name} is damaged or not what sslvit embed writes: {error}.") from error
         mapped = form == ".faiss" and values.dtype == np.float32  # these have unit length

@@ -132,7 +132,7 @@ def test_wrong_questions_are_one_sentence(fails, index, photos, tmp_path):
     assert "Give one of image=" in fails("search", index, "subset=3", "duplicates=0.9")
     assert "subset=21 is more than the 20 images" in fails("search", index, "subset=21")
     assert "must end in one of" in fails("search", "index=v.txt", "subset=3")
-    assert "There is no" in fails("search", f"index={tmp_path / 'no.npy'}", "subset=3")
+    assert fails("search", f"index={tmp_path / 'no.npy'}", "subset=3").startswith("sslvit search: There is no")
     assert "image=nowhere.jpg is not there" in fails("search", index, "image=nowhere.jpg", "picture=null")
     assert "out=x.txt must be a .csv file" in fails("search", index, "subset=3", "out=x.txt")
     change(made, weights="of another run")
