@@ -5,24 +5,18 @@ codes of MAE, DINO, iBOT, DINOv2, DINOv3 and SimMIM save (model/published.py). W
 teacher and center is loaded too, so that its pretraining can go on.
 """
 
-import json
 import math
-from pathlib import Path
-from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
-from .arguments import read_yaml
-from .checkpoints import state
-from .errors import UserError, printable, require
-from .model import factory, weights
+from .checkpoints.named import open_weights
+from .errors import UserError, printable
+from .model import weights
 from .model.encoder import Encoder, resample_positions
 from .model.weights import Weights
 from .objectives import Objective
 
-JSON_BYTES = 1 << 24  # of a config.json
 SHOWN = 3  # names in a list
 
 
@@ -38,8 +32,7 @@ def load(objective: Objective, name: str, normalization: tuple[tuple[float, ...]
     encoders = {f"{path}.model.": one for path, one in objective.named_modules() if isinstance(one, Encoder)}
     own, new, notes = objective.state_dict(), dict[str, Tensor](), dict[str, None]()
     for prefix, encoder in encoders.items():
-        source = _source(prefix, found)
-        stored = {key.removeprefix(source): value for key, value in found.tensors.items() if key.startswith(source)}
+        source, stored = found.encoder(prefix)
         try:
             fitted, changed = weights.fit(encoder, stored, found)
             _check(encoder, fitted, stored, found)
@@ -61,16 +54,6 @@ def load(objective: Objective, name: str, normalization: tuple[tuple[float, ...]
 
 def _same(own: Tensor | None, value: Tensor | None) -> bool:
     return own is not None and value is not None and own.shape == value.shape
-
-
-def _source(prefix: str, found: Weights) -> str:
-    """Where in the file the encoder with this prefix is: under its own name, or the one that its run would export."""
-    there = {key[: key.index("encoder.model.")] + "encoder.model." for key in found.tensors if "encoder.model." in key}
-    preferred = [prefix, "teacher.encoder.model.", "encoder.model.", "student.encoder.model.", *sorted(there)]
-    for one in preferred:
-        if one in there:
-            return one
-    raise UserError(f"{found.where} is {found.layout} without an encoder: give another file.")
 
 
 def _check(encoder: Encoder, fitted: dict[str, Tensor], stored: dict[str, Tensor], found: Weights) -> None:
@@ -149,105 +132,3 @@ def _other_normalization(found: Weights, ours: tuple[tuple[float, ...], ...]) ->
 
 def _names(names: list[str]) -> str:
     return printable(", ".join(names[:SHOWN]))[:300] + " ..." * (len(names) > SHOWN)
-
-
-# What the name stands for.
-
-
-def open_weights(name: str, where: str) -> Weights:
-    """The weights that `model.init=<name>` names. Raises UserError that begins with `where`."""
-    kind, colon, rest = name.partition(":")
-    path = Path(name).expanduser()
-    if colon and kind == "hf":
-        path = _download(rest, where)
-    elif (colon and kind == "timm") or (not path.exists() and timm.is_model(name.split(".")[0])):
-        return _of_timm(rest if colon else name, where)
-    if not path.exists():
-        raise UserError(f"{where} does not exist: give a file, a folder, a run, hf:<name>, or a model of timm.")
-    if (path / "checkpoints").is_dir() or (path / state.STATE).is_file():
-        return _of_run(path, where)
-    found = weights.translate(weights.read(path, where), where)
-    _read_config(path, found)
-    return found
-
-
-def _of_run(path: Path, where: str) -> Weights:
-    """A run directory, whose newest whole checkpoint is taken, or one of its checkpoints."""
-    try:
-        if (path / state.STATE).is_file():
-            run_dir, (_, (tensors,)) = path.parent.parent, state.read(path, state.MODEL)
-        else:
-            run_dir, (_, _, (tensors,), _) = path, state.latest(path, state.MODEL)
-    except state.Damaged as error:
-        raise UserError(f"{where} is damaged ({error}): give another checkpoint.") from error
-    found = weights.translate(tensors, where)
-    stored = read_yaml(run_dir / "config.yaml").get("data")
-    stored = stored if isinstance(stored, dict) else {}
-    size = stored.get("image_size")
-    found.grid, found.normalization = _grid_of(size, found), _pair(stored.get("mean"), stored.get("std"))
-    return found
-
-
-def _of_timm(name: str, where: str) -> Weights:
-    factory.check_name(name)
-    try:
-        cfg: Any = timm.get_pretrained_cfg(name)
-        size = cfg.input_size
-        encoder = factory.create(factory.Config(name), (size[1], size[2]), size[0], pretrained=True)
-    except UserError:
-        raise
-    except Exception as error:  # no network, no such weights, no room on the disk ...
-        said = f"{type(error).__name__}: {printable(str(error).strip().splitlines()[0][:200]) if str(error) else ''}"
-        raise UserError(f"{where}: timm cannot fetch these weights ({said}).") from error
-    tensors = {f"encoder.model.{key}": value for key, value in encoder.model.state_dict().items()}
-    normalization = _pair(list(cfg.mean), list(cfg.std))
-    return Weights(where, f"the weights of timm {timm.__version__}", tensors, normalization=normalization)
-
-
-def _download(name: str, where: str) -> Path:
-    """The folder of a model of the Hugging Face hub: its configuration and safetensors, nothing else."""
-    hub = require("huggingface_hub", "hf", where)
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
-    except Exception as error:  # no network, no such name, not allowed ...
-        raise UserError(f"{where} cannot be fetched ({type(error).__name__}).") from error
-
-
-def _read_config(folder: Path, found: Weights) -> None:
-    """Note what the JSON files of Hugging Face or timm say of heads, image size and normalisation."""
-    stored = _json(folder / "config.json") | _json(folder / "preprocessor_config.json")
-    of_timm: Any = stored.get("pretrained_cfg")
-    of_timm = of_timm if isinstance(of_timm, dict) else {}
-    heads, size = stored.get("num_attention_heads"), stored.get("image_size") or of_timm.get("input_size")
-    found.heads = heads if isinstance(heads, int) else None
-    found.grid = _grid_of(size[-2:] if isinstance(size, list) else size, found)
-    for source, mean, std in ((of_timm, "mean", "std"), (stored, "image_mean", "image_std")):
-        found.normalization = found.normalization or _pair(source.get(mean), source.get(std))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The dictionary in a file; empty if there is none. The weights alone are enough."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= JSON_BYTES else {}
-        return stored if isinstance(stored, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
-def _pair(mean: Any, std: Any) -> tuple[list[float], list[float]] | None:
-    """A mean and a standard deviation, if they are lists of a few numbers."""
-    for values in (mean, std):
-        if not isinstance(values, list) or len(values) > 64 or not all(isinstance(v, (int, float)) for v in values):
-            return None
-    return mean, std
-
-
-def _grid_of(size: Any, found: Weights) -> tuple[int, int] | None:
-    """The grid of patches of an image of `size`, a number or [h, w]."""
-    sides = [size, size] if isinstance(size, int) else size
-    embed = next((t for k, t in found.tensors.items() if k.endswith("encoder.model.patch_embed.proj.weight")), None)
-    if embed is None or embed.ndim != 4 or not isinstance(sides, list) or len(sides) != 2:
-        return None
-    if not all(isinstance(side, int) and side > 0 for side in sides) or not min(embed.shape[2:]):
-        return None
-    return sides[0] // embed.shape[2], sides[1] // embed.shape[3]

@@ -140,6 +140,25 @@ class Encoder(nn.Module):
                 found.append(self._tokens(vit.norm(x)))
         return found
 
+    def feature_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C, H, W] float -> [B, feature_dim] and [B, h, w, D], its tokens as a map, from one pass. Any model.
+        Raises UserError for one that gives no map."""
+        h, w = images.shape[2:]
+        if self.is_vit:
+            tokens = self(images)
+            return _pooled([tokens], self.pool), tokens.patches.unflatten(1, self.grid((h, w)))
+        x = self.model.forward_features(images)
+        pooled = self.model.forward_head(x, pre_logits=True)
+        if x.ndim == 3 and hasattr(self.model, "patch_embed"):  # other ViTs: prefix tokens first
+            x, grid = x[:, getattr(self.model, "num_prefix_tokens", 0) :], self.grid((h, w))
+            if x.shape[1] == grid[0] * grid[1]:
+                return pooled, x.unflatten(1, grid)
+        elif x.ndim == 4:
+            return pooled, x if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else x.permute(0, 2, 3, 1)
+        raise UserError(
+            f"{self.architecture} gives no map of tokens, only one feature for an image: give another model."
+        )
+
     @torch.no_grad()
     def init_xavier_sincos(self, wanted_by: str) -> None:
         """Xavier uniform weights and sin-cos positions (MAE, appendix A.1). wanted_by: a setting, named by errors."""

@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel
 from torch import Tensor
 
 from ..errors import UserError, printable
-from . import published
+from . import factory, published
 from .encoder import Encoder
 
 FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder
@@ -46,7 +46,20 @@ class Weights:
     heads: int | None = None  # attention heads, if the file says it
     grid: tuple[int, int] | None = None  # (h, w) of its patches, if it is known
     normalization: tuple[list[float], list[float]] | None = None  # mean and deviation of its images, if it is known
+    image: tuple[int, int, int] | None = None  # (channels, h, w) of its images, if it is known
     used: set[str] = field(default_factory=set)
+    model: factory.Config | None = None  # the model that it was saved from, if it is known
+    pool: str = ""  # of its encoder, if it is known
+
+    def encoder(self, prefix: str = "") -> tuple[str, dict[str, Tensor]]:
+        """(where its encoder is, {timm's name: tensor}): under this prefix, or under the one that its run would export.
+        Raises UserError if it has no encoder."""
+        inner = "encoder.model."
+        there = {key[: key.index(inner)] + inner for key in self.tensors if inner in key}
+        for one in (prefix, f"teacher.{inner}", inner, f"student.{inner}", *sorted(there)):
+            if one in there:
+                return one, {key.removeprefix(one): value for key, value in self.tensors.items() if key.startswith(one)}
+        raise UserError(f"{self.where} is {self.layout} without an encoder: give another file.")
 
 
 # Reading.
@@ -159,7 +172,7 @@ def translate(found: dict[str, Tensor], where: str) -> Weights:
 
 
 _ACCEPTED = (
-    "model.init takes a model of timm, a run or export of this package, a folder of Hugging Face (ViT, ViTMAE, DINOv2, "
+    "give a model of timm, a run or export of this package, a folder of Hugging Face (ViT, ViTMAE, DINOv2, "
     "Swin), and checkpoints of MAE, DINO, iBOT, DINOv2, DINOv3 and SimMIM"
 )
 
@@ -284,10 +297,22 @@ def _by(pair: Any) -> str:
 
 def describe(stored: Mapping[str, Tensor], heads: int | None = None) -> tuple[str, str]:
     """{timm's name: tensor} -> what it is in words, and keys of `model` that make such an encoder ("" if unknown)."""
+    words, model = recognise(stored, heads)
+    if model is None:
+        return words, ""
+    written = ", ".join(f"{key}: {str(value).lower()}" for key, value in model.args.items())
+    return words, f"model.name={model.name}" + (f" 'model.args={{{written}}}'" if written else "")
+
+
+def recognise(stored: Mapping[str, Tensor], heads: int | None = None) -> tuple[str, factory.Config | None]:
+    """{timm's name: tensor} -> what it is in words, and the model that has these tensors; None if it is no ViT.
+
+    heads: its attention heads; None: as many as models of this width have.
+    """
     embed = stored.get("patch_embed.proj.weight")
     if embed is None or embed.ndim != 4 or "blocks.0.attn.qkv.weight" not in stored:
         shown = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(stored.items())[:2])
-        return f"an encoder with {len(stored)} tensors ({printable(shown)[:200]} ...)", ""
+        return f"an encoder with {len(stored)} tensors ({printable(shown)[:200]} ...)", None
     width, depth = len(embed), 1 + max(int(m[1]) for name in stored if (m := re.match(r"blocks\.(\d{1,9})\.", name)))
     dinov3, registers = "blocks.0.gamma_1" in stored, stored["reg_token"].shape[1] if "reg_token" in stored else 0
     family, own_depth, own_heads = FAMILIES.get(width, ("", 0, 0))
@@ -314,6 +339,4 @@ def describe(stored: Mapping[str, Tensor], heads: int | None = None) -> tuple[st
         stored.get("blocks.0.mlp.fc1.weight", [])
     ):
         words.append("SwiGLU")
-    written = ", ".join(f"{key}: {str(value).lower()}" for key, value in args.items())
-    written = f" 'model.args={{{written}}}'" if args else ""
-    return ", ".join(words), f"model.name=vit_{family or 'base'}_patch16_{kind}{written}"
+    return ", ".join(words), factory.Config(f"vit_{family or 'base'}_patch16_{kind}", args)
