@@ -3,15 +3,11 @@ exported folder, `timm:<name>`, `random:<name>`, or `pixels`."""
 
 import json
 import math
-import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import timm
 import torch
@@ -19,7 +15,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import compatibility, data, objectives, rng
+from . import compatibility, data, hub, objectives, rng
 from .arguments import flatten, merge, read_yaml
 from .checkpoints import state
 from .distributed import say
@@ -27,7 +23,6 @@ from .errors import UserError
 from .model import factory
 from .model.encoder import Encoder, Pool
 
-REACH = 5.0  # seconds in which the hub has to answer
 JSON_BYTES = 1 << 24  # of the config.json of an exported folder: it may name thousands of classes
 CHOICES = (
     "a run directory, one of its checkpoints, untrained:<run directory>, an exported folder, timm:<name>, "
@@ -269,7 +264,7 @@ def _from_folder(path: Path, name: str) -> Pretrained:
         raise
     except Exception as error:  # timm raises exceptions of any kind for a configuration that it has not written
         raise UserError(
-            f"run={name} is no encoder that timm can load: {type(error).__name__}: {_first_line(error)}."
+            f"run={name} is no encoder that timm can load: {hub.why(error)}."
         ) from error
 
 
@@ -287,45 +282,14 @@ def _from_timm(name: str, image_size: int | tuple[int, int] | None, args: dict[s
         torch.manual_seed(int(rng.fold_in(seed, "weights")))
         built, mean, std = _architecture(model_name, image_size, args, pretrained=False)
         return Pretrained(built.eval(), mean, std, name, {"weights": f"random, seed {seed}"})
-    with _without_retries() as lost:
+    with hub.without_retries() as lost:
         try:
             built, mean, std = _architecture(model_name, image_size, args, pretrained=True)
         except Exception as error:  # no network, no such weights, no room on the disk ...
             if isinstance(error, UserError) and not (lost and isinstance(error.__cause__, OSError)):
                 raise
-            reason = (
-                f"{lost} cannot be reached, and they are not in this machine's cache"
-                if lost
-                else (f"{type(error).__name__}: {_first_line(error)}")
-            )
-            raise UserError(f"run={name}: timm cannot fetch these weights ({reason}).") from error
+            raise UserError(f"run={name}: timm cannot fetch these weights ({hub.why(error, lost)}).") from error
     return Pretrained(built.eval(), mean, std, name, {"weights": model_name})
-
-
-@contextmanager
-def _without_retries() -> Iterator[str]:
-    """Yields the name of the hub if it cannot be reached, else "". Then only weights in the cache are found, at once:
-    huggingface_hub would try again for a minute."""
-    from huggingface_hub import constants, utils
-
-    forget = getattr(utils, "reset_sessions", lambda: None)  # before version 1, a session stays offline or online
-    hub, before, lost = urlsplit(constants.ENDPOINT), constants.HF_HUB_OFFLINE, ""
-    if not getproxies():
-        try:
-            socket.create_connection((hub.hostname or "", hub.port or 443), timeout=REACH).close()
-        except OSError:
-            lost = str(hub.hostname)
-    constants.HF_HUB_OFFLINE = before or bool(lost)
-    forget()
-    try:
-        yield lost
-    finally:
-        constants.HF_HUB_OFFLINE = before
-        forget()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def load_weights(built: Encoder, weights: dict[str, Tensor], where: str) -> None:

@@ -5,8 +5,10 @@ import json
 import re
 import shutil
 import struct
+import threading
 import zipfile
 from argparse import Namespace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -449,7 +451,7 @@ def test_a_wrong_file_is_refused_in_a_sentence_and_runs_nothing(wrong, name):
         ("vit_smal_patch16", "does not exist"),
         ("{tmp}", "is a folder without model.safetensors or pytorch_model.bin"),
         ("timm:vit_tiny_patch16_999", "is not a model of timm"),
-        ("hf:no such/name", "cannot be fetched (HFValidationError)"),
+        ("hf:no such/name", "cannot be fetched (HFValidationError"),
     ],
 )
 def test_a_name_of_nothing_is_refused(cli, fails, images, tmp_path, name, said):
@@ -457,6 +459,64 @@ def test_a_name_of_nothing_is_refused(cli, fails, images, tmp_path, name, said):
     answer = fails("pretrain", images, *words("mae", f"out={out}"), f"model.init={name.format(tmp=tmp_path)}")
     assert said in answer
     assert not out.exists()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face Hub as a download needs."""
+
+    def do_GET(self) -> None:
+        files, name = self.server.files, self.path.rsplit("/", 1)[1]
+        if "/resolve/" in self.path:
+            return self._answer(files[name])
+        found = [{"type": "file", "path": file, "size": len(files[file]), "oid": file} for file in files]
+        named = {"id": "me/encoder", "sha": "0" * 40, "siblings": [{"rfilename": file} for file in files]}
+        return self._answer(json.dumps(found if "/tree/" in self.path else named).encode())
+
+    do_HEAD = do_GET
+
+    def _answer(self, content: bytes) -> None:
+        self.server.asked.append(self.path.rsplit("/", 1)[1])
+        self.send_response(200)
+        for key, value in {
+            "X-Repo-Commit": "0" * 40,
+            "ETag": f'"{len(content)}"',
+            "Content-Length": len(content),
+        }.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_model_of_the_hub_is_fetched_without_its_code_and_then_read_without_a_network(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    save_file(like_timm().state_dict(), tmp_path / "model.safetensors")
+    processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    files = {"config.json": b'{"num_attention_heads": 2}', "preprocessor_config.json": json.dumps(processor).encode()}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files = files | {"model.safetensors": (tmp_path / "model.safetensors").read_bytes(), "modeling.py": b"1 / 0"}
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {"ENDPOINT": address, "HF_HUB_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    wanted = load_file(tmp_path / "model.safetensors")
+    for is_up in (True, False):
+        objective = make("mae")
+        start.load(objective, "hf:me/encoder")
+        assert torch.equal(
+            objective.state_dict()["encoder.model.blocks.0.attn.qkv.weight"], wanted["blocks.0.attn.qkv.weight"]
+        )
+        if is_up:
+            assert {"config.json", "preprocessor_config.json", "model.safetensors"} <= set(server.asked)
+            assert "modeling.py" not in server.asked
+            server.shutdown(), server.server_close()
 
 
 # In a run.

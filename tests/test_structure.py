@@ -36,6 +36,7 @@ LAYERS = [
         "optim",
         "errors",
         "stopping",
+        "hub",
     },
 ]
 FAMILIES = {"objectives", "evaluation", "export"}

@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor
 
+from .. import hub
 from ..arguments import read_yaml
 from ..errors import UserError, printable, require
 from ..model import factory, weights
@@ -20,6 +21,7 @@ from ..model.weights import Weights
 from . import state
 
 JSON_BYTES = 1 << 24  # of a config.json
+FILES_OF_THE_HUB = ["config.json", "preprocessor_config.json", "*.safetensors"]  # no code
 # Arguments of an exported model that belong to its image size, channels and head.
 OF_THE_IMAGES = {"img_size", "dynamic_img_size", "strict_img_size", "in_chans", "num_classes"}
 
@@ -136,6 +138,105 @@ def _of_run(path: Path, where: str) -> Weights:
 
 def _of_timm(name: str, where: str) -> Weights:
     factory.check_name(name)
+    with hub.without_retries() as lost:
+        try:
+            cfg: Any = timm.get_pretrained_cfg(name)
+            size = cfg.input_size
+            encoder = factory.create(factory.Config(name), (size[1], size[2]), size[0], pretrained=True)
+        except Exception as error:  # no network, no such weights, no room on the disk ...
+            if isinstance(error, UserError) and not lost:
+                raise
+            raise UserError(f"{where}: timm cannot fetch these weights ({hub.why(error, lost)}).") from error
+    tensors = {f"encoder.model.{key}": value for key, value in model.model.state_dict().items()}
+        found = Weights(where, "a model of timm with random weights", tensors, model=factory.Config(rest))
+    else:
+        found = open_weights(name, where)
+    _, stored = found.encoder()
+    words, config = weights.recognise(stored, found.heads)
+    config = found.model or config
+    embed = stored.get("patch_embed.proj.weight")
+    patch = embed.shape[2:] if embed is not None and embed.ndim == 4 and min(embed.shape) > 0 else (1, 1)
+    own_chans = found.image[0] if found.image else embed.shape[1] if embed is not None and embed.ndim == 4 else in_chans
+    if config is None:
+        raise UserError(
+            f"{where} is {found.layout}, {words}: which model it is cannot be seen. Give a run or an export."
+        )
+    if found.model is None and found.heads is None and embed is not None and len(embed) not in weights.FAMILIES:
+        raise UserError(
+            f"{where} is {found.layout}, {words}. It does not say how many attention heads it has: give a run, an "
+            "export, or a folder of Hugging Face with its config.json."
+        )
+    h, w = (math.ceil(side / step) * step for side, step in zip(image_size, patch, strict=True))
+    numbers = sum(tensor.numel() for tensor in stored.values())
+    try:
+        encoder = factory.create(config, (h, w), own_chans if in_chans == 1 else in_chans, stored=numbers)
+        fitted, changed = weights.fit(encoder, stored, found)
+        own = encoder.model.state_dict()
+        wrong = [key for key, value in own.items() if key not in fitted or fitted[key].shape != value.shape]
+        if wrong:
+            raise UserError(
+                f"{where} is {found.layout}, {words}. It is not the whole of {config.name} (differs: "
+                f"{printable(', '.join(wrong[:3]))}): give a run, an export or a model of timm."
+            )
+        encoder.model.load_state_dict({key: fitted[key].to(value.dtype) for key, value in own.items()})
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:  # tensors of shapes that no model has
+        raise UserError(f"{where} is {found.layout}, whose tensors do not fit together ({error}).") from error
+    if not all(value.isfinite().all() for value in encoder.model.state_dict().values()):
+        raise UserError(f"{where} has values that are not finite: the file is damaged, or its run diverged.")
+    if found.pool in encoder.pools():
+        encoder.pool = found.pool  # type: ignore[assignment]  # it is one of them
+    elif encoder.is_vit and ("decoder_embed.weight" in found.tensors or encoder.model.global_pool == "avg"):
+        encoder.pool = "mean"
+    trained = found.image[1:] if found.image else None
+    return Named(encoder.eval(), found.normalization, trained, _checksum(stored), changed)
+
+
+def _checksum(stored: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(stored.items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def open_weights(name: str, where: str) -> Weights:
+    """The weights that `model.init=<name>` names. Raises UserError that begins with `where`."""
+    kind, colon, rest = name.partition(":")
+    path = Path(name).expanduser()
+    if colon and kind == "hf":
+        path = _download(rest, where)
+    elif (colon and kind == "timm") or (not path.exists() and timm.is_model(name.split(".")[0])):
+        return _of_timm(rest if colon else name, where)
+    if not path.exists():
+        raise UserError(f"{where} does not exist: give a file, a folder, a run, hf:<name>, or a model of timm.")
+    if (path / "checkpoints").is_dir() or (path / state.STATE).is_file():
+        return _of_run(path, where)
+    found = weights.translate(weights.read(path, where), where)
+    _read_config(path, found)
+    return found
+
+
+def _of_run(path: Path, where: str) -> Weights:
+    """A run directory, whose newest whole checkpoint is taken, or one of its checkpoints."""
+    try:
+        if (path / state.STATE).is_file():
+            run_dir, (record, (tensors,)) = path.parent.parent, state.read(path, state.MODEL)
+        else:
+            run_dir, (_, record, (tensors,), _) = path, state.latest(path, state.MODEL)
+    except state.Damaged as error:
+        raise UserError(f"{where} is damaged ({error}): give another checkpoint.") from error
+    found = weights.translate(tensors, where)
+    config, encoder = read_yaml(run_dir / "config.yaml"), record.get("encoder")
+    stored, model = (part if isinstance(part := config.get(key), dict) else {} for key in ("data", "model"))
+    size, chans = stored.get("image_size"), stored.get("in_chans")
+    found.grid, found.normalization = _grid_of(size, found), _pair(stored.get("mean"), stored.get("std"))
+    found.image, found.model = _image(chans, size), _model(model.get("name"), model.get("args"))
+    found.pool = str(encoder.get("pool")) if isinstance(encoder, dict) else ""
+    return found
+
+
+def _of_timm(name: str, where: str) -> Weights:
+    factory.check_name(name)
     try:
         cfg: Any = timm.get_pretrained_cfg(name)
         size = cfg.input_size
@@ -153,11 +254,12 @@ def _of_timm(name: str, where: str) -> Weights:
 
 def _download(name: str, where: str) -> Path:
     """The folder of a model of the Hugging Face hub: its configuration and safetensors, nothing else."""
-    hub = require("huggingface_hub", "hf", where)
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
-    except Exception as error:  # no network, no such name, not allowed ...
-        raise UserError(f"{where} cannot be fetched ({type(error).__name__}).") from error
+    huggingface_hub = require("huggingface_hub", "hf", where)
+    with hub.without_retries() as lost:
+        try:
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES_OF_THE_HUB))
+        except Exception as error:  # no network, no such name, not allowed ...
+            raise UserError(f"{where} cannot be fetched ({hub.why(error, lost)}).") from error
 
 
 def _read_config(folder: Path, found: Weights) -> None:
