@@ -263,9 +263,7 @@ def _from_folder(path: Path, name: str) -> Pretrained:
     except UserError:
         raise
     except Exception as error:  # timm raises exceptions of any kind for a configuration that it has not written
-        raise UserError(
-            f"run={name} is no encoder that timm can load: {hub.why(error)}."
-        ) from error
+        raise UserError(f"run={name} is no encoder that timm can load: {hub.why(error)}.") from error
 
 
 def _floats(cfg: dict[str, Any], key: str) -> tuple[float, ...]:
