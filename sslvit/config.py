@@ -200,8 +200,10 @@ def check(config: RunConfig) -> None:
     if not config.data.train:
         raise UserError("data.train is missing: name the images to train on, as in `sslvit pretrain path/to/images`.")
     check_limits("", config)
-    for name in ("data", "log", "save", "eval", "optim"):
+    for name in ("model", "data", "log", "save", "eval", "optim"):
         check_limits(f"{name}.", getattr(config, name))
+    if (config.model.lora_rank or config.model.anchor) and (config.shard or not config.model.init):
+        raise UserError("model.lora_rank and model.anchor need model.init=<weights that stay>, and cannot be sharded.")
     if config.data.value_range is not None:
         check_value_range("data.value_range", config.data.value_range)
     if config.save.keep_best and not config.eval.test:

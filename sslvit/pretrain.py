@@ -223,9 +223,9 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
 
     # The model and its optimizer, as the seed makes them.
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps)
-    if config.model.init and not state.steps_saved(Path(config.out)):  # a run that goes on has weights of its own
-        say(*start.load(objective, config.model.init, data.normalization(config.data)))
     choose_attention(objective, device, accelerator.mixed_precision)
+    if config.model.init:
+        say(*start.begin(objective, config))
     eval_encoder: EvalEncoder = lambda: nullcontext(objective.exported_encoder())  # noqa: E731
     if config.shard:
         eval_encoder = sharding.place(objective, device, config.shard)

@@ -20,7 +20,7 @@ from .arguments import flatten, merge, read_yaml
 from .checkpoints import state
 from .distributed import say
 from .errors import UserError
-from .model import factory
+from .model import factory, lora
 from .model.encoder import Encoder, Pool
 
 JSON_BYTES = 1 << 24  # of the config.json of an exported folder: it may name thousands of classes
@@ -169,7 +169,7 @@ def _from_run(run_dir: Path, checkpoint: Path | None = None) -> Pretrained:
         raise UserError(f"{folder} does not name the weights of its encoder: it was not written by a run.") from error
     if pool not in get_args(Pool):
         raise UserError(f"{folder} has the pooling {pool}, which is none of {', '.join(get_args(Pool))}.")
-    weights = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+    weights = {key[len(prefix) :]: value for key, value in lora.merge(tensors).items() if key.startswith(prefix)}
     stored = sum(value.numel() for value in weights.values())
     built = factory.create(model_config, data.image_size(data_config), data_config.in_chans, stored=stored)
     built.pool = pool

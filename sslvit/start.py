@@ -5,19 +5,59 @@ codes of MAE, DINO, iBOT, DINOv2, DINOv3 and SimMIM save (model/published.py). W
 teacher and center is loaded too, so that its pretraining can go on.
 """
 
+import copy
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import data
+from .checkpoints import state
 from .checkpoints.named import open_weights
 from .errors import UserError, printable
-from .model import weights
+from .model import lora, weights
+from .model.anchor import Anchor
 from .model.encoder import Encoder, resample_positions
 from .model.weights import Weights
 from .objectives import Objective
 
 SHOWN = 3  # names in a list
+
+
+def begin(objective: Objective, config: Any) -> list[str]:
+    """Put what `model.init` of a RunConfig names into a new objective, and prepare it for model.lora_rank and
+    model.anchor. Returns what was loaded, as sentences. Raises UserError."""
+    said, model, run_dir = list[str](), config.model, Path(config.out)
+    if not (saved := state.steps_saved(run_dir)):  # a run that goes on has weights of its own
+        said = load(objective, model.init, data.normalization(config.data))
+    if model.anchor:
+        if not objective.takes_anchor:
+            raise UserError(f"model.anchor={model.anchor:g}: method={config.method} has no anchor, leave it out.")
+        frozen = copy.deepcopy(objective.exported_encoder())
+        if saved:
+            frozen.model.load_state_dict(_began_with(run_dir, objective))
+        objective.anchor = Anchor(frozen, model.anchor)
+    if model.lora_rank:
+        for encoder in [one for one in objective.modules() if isinstance(one, Encoder)]:
+            lora.add(encoder, model.lora_rank, config.seed)
+    return said
+
+
+def _began_with(run_dir: Path, objective: Objective) -> dict[str, Tensor]:
+    """The exported encoder in the checkpoint of step 0, which a run with model.init keeps. Raises UserError."""
+    folder, encoder = state.folder_of(run_dir, 0), objective.exported_encoder()
+    prefix = f"{next(path for path, one in objective.named_modules() if one is encoder)}.model."
+    try:
+        _, (tensors,) = state.read(folder, state.MODEL)
+        tensors = lora.merge(tensors)
+        return {key: tensors[prefix + key] for key in encoder.model.state_dict()}
+    except (state.Damaged, KeyError) as error:
+        raise UserError(
+            f"model.anchor needs the weights that the run began with, and {folder} cannot be read ({error}): restore "
+            "it from a copy, or begin a new run from the newest checkpoint, model.init=<this run> and another out=."
+        ) from error
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sslvit import data, objectives, optim, pretrained, start
 from sslvit.__main__ import main
 from sslvit.errors import UserError
-from sslvit.model import factory, weights
+from sslvit.model import factory, lora, weights
 from sslvit.objectives import Objective
 from sslvit.pretrain import Result, summary
 
@@ -608,3 +608,57 @@ def test_layers_of_an_encoder_have_learning_rates_of_their_own():
 def test_init_alone_is_still_dinos_own_key(fails, images):
     assert "init belongs to method=dino" in fails("pretrain", images, *words("mae"), "init=x.pth")
     assert "objective.init must be vit or mae, not x.pth" in fails("pretrain", images, *words("dino"), "init=x.pth")
+
+
+@pytest.mark.parametrize("method", ["mae", "dino"])
+def test_a_run_with_low_rank_matrices_and_an_anchor_resumes_exactly(cli, fails, labelled, colour_run, tmp_path, method):
+    file, out = tmp_path / "begin.safetensors", tmp_path / "run"
+    begin = pretrained.load(str(colour_run)).encoder.model.state_dict()
+    save_file(begin, file)
+    more = ["model.lora_rank=2", "model.anchor=0.5", "steps=4", "warmup_epochs=0.2", "optim.base_lr=0.1"]
+    more += [f"model.init={file}", f"out={out}", "save.every_steps=2", "save.keep_last=2"]
+    more += ["objective.drop_path=0"] * (method == "dino")
+    command = ["pretrain", labelled / "train", *words(method, *more)]
+    assert cli(*command)[0] == 0
+    folder = out / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == [f"step_00000000{step}" for step in (0, 2, 4)]
+    first, *_, last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert abs(first["anchor"]) < 1e-5 < last["anchor"]
+    # The encoder that leaves the run has plain names, sums of rank 2, and all else as it was.
+    end = pretrained.load(str(out)).encoder.model.state_dict()
+    changed = {name for name in begin if not torch.equal(begin[name], end[name])}
+    assert changed == {name for name in begin if re.search(r"blocks.*(qkv|proj|fc1|fc2).weight", name)}
+    assert torch.linalg.svdvals(end["blocks.0.attn.qkv.weight"] - begin["blocks.0.attn.qkv.weight"])[2] < 1e-5
+    # The second half again, without the file that the run began with.
+    whole = load_file(folder / "step_000000004" / "model.safetensors")
+    file.unlink()
+    shutil.rmtree(folder / "step_000000004")
+    assert cli(*command)[0] == 0
+    again = load_file(folder / "step_000000004" / "model.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    shutil.rmtree(folder / "step_000000000")
+    assert "model.anchor needs the weights that the run began with" in fails(*command)
+
+
+@pytest.mark.parametrize(("name", "args"), [(VIT, SMALL), SWIN])
+def test_low_rank_matrices_change_nothing_at_first_and_merge(name, args):
+    encoder, images = factory.create(factory.Config(name, args), (32, 32)).eval(), torch.randn(2, 3, 32, 32)
+    plain, before = encoder.model.state_dict(), encoder.features(images)
+    lora.add(encoder, 2, seed=0)
+    assert torch.equal(encoder.features(images), before)
+    assert all(torch.equal(plain[key], value) for key, value in lora.merge(encoder.model.state_dict()).items())
+    learning = {key for key, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert {key.rsplit(".", 1)[1] for key in learning} == {"up", "down"}
+    for key in learning:
+        nn.init.normal_(encoder.get_parameter(key), std=0.1)
+    after = encoder.features(images)
+    assert not torch.allclose(after, before, atol=1e-3)
+    merged = factory.create(factory.Config(name, args), (32, 32)).eval()
+    pretrained.load_weights(merged, lora.merge(encoder.model.state_dict()), "merged")
+    assert torch.allclose(merged.features(images), after, rtol=0, atol=1e-6)
+
+
+def test_low_rank_matrices_and_an_anchor_need_weights_to_begin_with(fails, images):
+    for key in ("model.lora_rank=2", "model.anchor=1"):
+        assert "need model.init=" in fails("pretrain", images, *words("mae", key))

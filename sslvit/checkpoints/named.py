@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import hub
 from ..arguments import read_yaml
 from ..errors import UserError, printable, require
-from ..model import factory, weights
+from ..model import factory, lora, weights
 from ..model.encoder import Encoder
 from ..model.weights import Weights
 from . import state
@@ -126,7 +126,7 @@ def _of_run(path: Path, where: str) -> Weights:
             run_dir, (_, record, (tensors,), _) = path, state.latest(path, state.MODEL)
     except state.Damaged as error:
         raise UserError(f"{where} is damaged ({error}): give another checkpoint.") from error
-    found = weights.translate(tensors, where)
+    found = weights.translate(lora.merge(tensors), where)
     config, encoder = read_yaml(run_dir / "config.yaml"), record.get("encoder")
     stored, model = (part if isinstance(part := config.get(key), dict) else {} for key in ("data", "model"))
     size, chans = stored.get("image_size"), stored.get("in_chans")

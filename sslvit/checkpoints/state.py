@@ -166,13 +166,14 @@ def prune(
     best: int | None = None,
     check: Callable[[], None] = _unchecked,
 ) -> None:
-    """Delete old checkpoints. Kept are the last `keep_last`, multiples of `every`, and that of step `best`.
+    """Delete old checkpoints. Kept are the last `keep_last`, multiples of `every`, that of step `best`, and that of
+    step 0, which has the weights that a run with model.init began with.
 
     Checkpoints of later steps are damaged, since the run did not resume from them. They do not count, and stay until
     the run has passed them. check: as in `write`.
     """
     for old in [saved for saved in steps_saved(run_dir) if saved <= step][: -max(1, keep_last)]:
-        if old != best and not (every and old % every == 0):
+        if old not in (0, best) and not (every and old % every == 0):
             check()
             _remove(folder_of(run_dir, old))
 

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..arguments import scalars
-from ..errors import UserError, did_you_mean
+from ..errors import Limits, UserError, did_you_mean
 from .encoder import Encoder, pools_by_itself
 
 # Arguments of timm.create_model that are keys here.
@@ -38,6 +38,10 @@ class Config:
     args: dict[str, Any] = field(default_factory=dict)  # more for timm.create_model: {patch_size: 4, reg_tokens: 4}
     grad_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     init: str = ""  # weights to begin with: a timm model, a run, an export, a file or folder, hf:<name>; empty: random
+    lora_rank: int = 0  # with init: learn only matrices of this rank beside the linear layers of the blocks; 0: all
+    anchor: float = 0.0  # with init: weight of the cosine distance of features from those of the start; 0: none
+
+    LIMITS: ClassVar[Limits] = [(0, None, "lora_rank", "anchor")]
 
 
 def create(

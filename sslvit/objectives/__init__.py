@@ -57,6 +57,7 @@ from torch import Tensor, nn
 from .. import rng
 from ..distributed import say
 from ..errors import UserError, did_you_mean
+from ..model.anchor import Anchor
 from ..model.encoder import Encoder
 from ..model.factory import Bounded
 
@@ -69,6 +70,9 @@ class Objective(nn.Module):
     With shard=true each process has a part of each parameter (distributed.local_shard). A parameter is whole only while
     its block or head runs; those outside of blocks and heads are whole within `forward`.
     """
+
+    takes_anchor = False  # whether `forward` adds that of model.anchor to its values
+    anchor: Anchor | None = None
 
     def forward(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """{"key": [B] int64, name: [V, B, C, h, w] float32} -> {"loss": scalar, others to log} of one micro-batch.

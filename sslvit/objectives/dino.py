@@ -27,6 +27,7 @@ from ..model.heads import PrototypeHead, koleo
 from . import Objective
 
 Preset = Literal["photo", "gray", "xray", "microscopy", "satellite", "channels", "dinov2_released"]
+Resolutions = list[tuple[Tensor, Tensor]]  # crops [R, C, h, w] of one size and their keys [R], for each size
 ENOUGH_IMAGES = 8  # in a micro-batch, for its mean output to be logged
 
 
@@ -204,27 +205,28 @@ class Network(nn.Module):
         widths = config.prototypes, config.hidden_dim, config.bottleneck_dim, config.head_layers
         self.head = PrototypeHead(encoder.feature_dim(), *widths, train_gain)
 
-    def features(self, resolutions: list[tuple[Tensor, Tensor]], keep: float = 1.0) -> Tensor:
+    def features(self, resolutions: Resolutions, keep: float = 1.0, encoder: Encoder | None = None) -> Tensor:
         """For each resolution crops [R, C, h, w] and their keys [R] -> [sum of R, D] float32 features.
 
         Crops of one resolution pass the encoder together (section 3.2). keep: share of the patches of the first
-        resolution that the encoder sees, others for each crop.
+        resolution that the encoder sees, others for each crop. encoder: another one, in the place of its own.
         """
-        features = []
+        encoder, features = encoder or self.encoder, []
         for i, (crops, key) in enumerate(resolutions):
             kept = None
             if keep < 1 and i == 0:
-                num_patches = math.prod(self.encoder.grid((crops.shape[-2], crops.shape[-1])))
+                num_patches = math.prod(encoder.grid((crops.shape[-2], crops.shape[-1])))
                 kept = rng.permutation(rng.fold_in(key, "mask"), num_patches)[:, : max(1, round(num_patches * keep))]
-            features.append(self.encoder.features(crops, key=key, keep=kept, resampling=self.resampling).float())
+            features.append(encoder.features(crops, key=key, keep=kept, resampling=self.resampling).float())
         return torch.cat(features)
 
-    def forward(self, resolutions: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(self, resolutions: Resolutions) -> Tensor:
         """The same -> [sum of R, K] float32 logits; all crops pass the head together."""
         return self.head(self.features(resolutions))
 
 
 class DINO(Objective):
+    takes_anchor = True
     center: Tensor
     logit_sum: Tensor
     logit_count: Tensor
@@ -264,7 +266,15 @@ class DINO(Objective):
             spread = koleo(features[: len(teacher_logits)].unflatten(0, (2, -1)))
             values["koleo"] = spread
             values["loss"] = values["loss"] + self.config.koleo_weight * spread
+        if self.anchor:
+            self._hold(values, features[: len(teacher_logits)], resolutions[:1])
         return values
+
+    def _hold(self, values: dict[str, Tensor], features: Tensor, resolutions: Resolutions) -> None:
+        """Add the anchor's term for the global crops, of which the frozen encoder sees the same patches."""
+        assert self.anchor is not None
+        keep = self.config.student_keep
+        self.anchor.add(values, features, lambda start: self.student.features(resolutions, keep, start))
 
     def loss(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> dict[str, Tensor]:
         """[(2 + V) * B, K] and [2 * B, K], view after view -> the cross-entropy -P_t log P_s (equation 3): the mean

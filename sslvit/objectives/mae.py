@@ -91,6 +91,8 @@ def build(config: Config, model: factory.Config, data_config: data.Config, steps
 
 
 class MAE(Objective):
+    takes_anchor = True
+
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
@@ -134,10 +136,15 @@ class MAE(Objective):
         latent = self.encode(images, keep)
         prediction = self.predict(self.decode(latent, keep, hide, hidden_only=True))
         loss = (prediction.float() - take(self.target(images), hide)).square().mean()
-        if not self.config.koleo_weight:
+        if not (self.config.koleo_weight or self.anchor):
             return {"loss": loss}
-        spread = koleo(latent[:, -keep.shape[1] :].float().mean(dim=1).unsqueeze(0))
-        return {"loss": loss + self.config.koleo_weight * spread, "reconstruction": loss, "koleo": spread}
+        values, features = {"loss": loss, "reconstruction": loss}, latent[:, -keep.shape[1] :].float().mean(dim=1)
+        if self.config.koleo_weight:
+            values["koleo"] = koleo(features.unsqueeze(0))
+            values["loss"] = loss + self.config.koleo_weight * values["koleo"]
+        if self.anchor:
+            self.anchor.add(values, features, lambda start: start.features(images, keep=keep))
+        return values
 
     def encode(self, images: Tensor, keep: Tensor) -> Tensor:
         """[B, C, H, W], [B, K] -> [B, P + K, D]: prefix tokens and kept patches, normalised ("MAE encoder")."""
