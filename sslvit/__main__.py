@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -14,6 +15,7 @@ from .errors import UserError, did_you_mean, printable
 from .evaluation import commands as evaluations
 from .stopping import EXIT_REQUEUE, Stopped
 
+BEGAN = time.monotonic()  # from where minutes= counts
 HELP = ("-h", "--help", "help")
 RECIPE = "[recipe] [images] [key=value ...]"
 Command = Callable[[list[str]], int | None]
@@ -110,10 +112,11 @@ def _pretrain(arguments: list[str]) -> None:
         print(f"sslvit pretrain {RECIPE}\n")
         print(config.help_text([argument for argument in arguments if argument not in HELP]))
         return
+    from . import settings
     from .distributed import say
     from .pretrain import pretrain, summary
 
-    result = pretrain(config.load(arguments))
+    result = pretrain(settings.load(arguments, BEGAN), BEGAN)
     if result.stopped:
         raise Stopped(f"Stopped by {result.stopped} after step {result.steps}, which is saved in {result.run_dir}.")
     say(*summary(result))
@@ -161,6 +164,8 @@ def _tool(name: str, arguments: list[str]) -> None:
         _print_help(f"{name} {RECIPE}", module, "The arguments are those of sslvit pretrain, and these keys:")
         return
     own, rest = split_own(arguments, module.Config(), name)
+    if asked := [word for word in rest if word.lstrip("-").startswith(("minutes=", "hours="))]:
+        raise UserError(f"{asked[0]} is for `sslvit pretrain`: give {name} epochs=, steps= or images=.")
     module.run(config.load(rest, name, vars(module.Config())), parse(module.Config(), own, name), rest)
 
 

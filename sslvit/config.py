@@ -30,7 +30,7 @@ from .checkpoints.state import Config as SaveConfig
 from .data import Config as DataConfig
 from .data import check_value_range, kind_of
 from .data.loader import Layout, make_layout
-from .errors import Limits, UserError, check_limits, did_you_mean
+from .errors import ABOVE_0, Limits, UserError, check_limits, did_you_mean
 from .evaluation.online import Config as EvalConfig
 from .hardware import Precision
 from .metrics import Config as LogConfig
@@ -48,6 +48,10 @@ class RunConfig:
     epochs: float | None = None  # length of the run in passes over the images; give one of epochs, steps, images
     steps: int | None = None  # length of the run in optimizer steps
     images: int | None = None  # length of the run in images seen
+    minutes: float | None = None  # time of the whole command, from which its length follows; in place of the three
+    hours: float | None = None  # the same in hours
+    # What is not given follows from the images, the machine and the time, if neither a recipe nor a length is given.
+    settings: Literal["auto", "paper"] | None = None  # auto: in any case; paper: never, the defaults are the papers'
     max_hours: float | None = None  # save and end after so many hours, with exit status 75; the same command resumes
     global_batch_size: int = 256  # images of one optimizer step, over all processes
     batch_size: int | Literal["auto"] | None = None  # images one process holds at once; auto: as many as fit on a GPU
@@ -62,7 +66,11 @@ class RunConfig:
     save: SaveConfig = field(default_factory=SaveConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
-    LIMITS: ClassVar[Limits] = [(0, None, "max_hours"), (1, None, "global_batch_size")]
+    LIMITS: ClassVar[Limits] = [
+        (0, None, "max_hours"),
+        (1, None, "global_batch_size"),
+        (ABOVE_0, None, "minutes", "hours"),
+    ]
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Plan:
 def load(arguments: list[str], command: str = "pretrain", own: Iterable[str] = ()) -> RunConfig:
     """The configuration of a command line: a recipe (*.yaml), images, key=value. Raises UserError.
     own: further keys that the command has."""
-    recipe, values, given = _sort(arguments)
+    recipe, values, given = sort(arguments)
     config = _defaults(*_method_and_preset(recipe, values, given))
     keys = list(flatten(config))
     values = compatibility.modernise(values, str(recipe))
@@ -101,13 +109,13 @@ def load(arguments: list[str], command: str = "pretrain", own: Iterable[str] = (
     return loaded
 
 
-def _sort(arguments: list[str]) -> tuple[Path | None, dict[str, Any], list[tuple[str, str]]]:
+def sort(arguments: list[str]) -> tuple[Path | None, dict[str, Any], list[tuple[str, str]]]:
     """(the recipe, its {full key: value}, the (key, text) pairs of key=value in order). Images count as data.train=."""
     recipes = [Path(word) for word in arguments if word.endswith((".yaml", ".yml")) and "=" not in word]
     images = [word for word in arguments if "=" not in word and Path(word) not in recipes]
     for word in images:
         if kind_of(word) is None:
-            return _sort(_with_recipe(word, arguments))
+            return sort(_with_recipe(word, arguments))
     if len(recipes) > 1 or len(images) > 1:
         raise UserError(f"Give one recipe and one folder at most, not {', '.join([*map(str, recipes), *images])}.")
     given = [("data.train", word) for word in images] + assignments([word for word in arguments if "=" in word])
@@ -188,7 +196,7 @@ def differences(old: Path, new: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 def help_text(arguments: list[str]) -> str:
     """All keys with their defaults and meaning, of the method and preset that the command line or its recipe names."""
-    method, preset = _method_and_preset(*_sort(arguments))
+    method, preset = _method_and_preset(*sort(arguments))
     lines = help_lines(OmegaConf.to_object(_defaults(method, preset)))
     chosen = f"method={method}" + (f" preset={preset}" if preset else "")
     title = f"Keys with their defaults for {chosen}; a key may be given by its last name alone:"

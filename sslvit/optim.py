@@ -18,7 +18,8 @@ from .errors import ABOVE_0, BELOW_1, Limits
 
 FUSED = {"cuda", "cpu"}  # devices with AdamW as one kernel, which can also leave out a step by itself
 REFERENCE_BATCH = 256  # base_lr is the learning rate at this global batch size
-Shape = Literal["warmup_cosine", "linspace_cosine"]
+Shape = Literal["warmup_cosine", "linspace_cosine", "hold"]
+HOLD = 0.7  # share of a run after which the learning rate of lr_schedule=hold falls
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Config:
     base_lr: float = 1.5e-4  # learning rate at a global batch of 256 images; scaled linearly
     min_lr: float = 0.0  # at the end of the run
     warmup_epochs: float = 40.0  # linear warm-up of the learning rate from 0
-    lr_schedule: Shape = "warmup_cosine"  # or linspace_cosine (DINO), whose warm-up reaches its peak one step earlier
+    # linspace_cosine (DINO): the warm-up reaches its peak one step earlier. hold: constant until 70 % of the run.
+    lr_schedule: Shape = "warmup_cosine"  # or linspace_cosine (DINO), or hold, whose run may change its length
     weight_decay: float = 0.05  # of everything but biases and one-dimensional parameters
     weight_decay_end: float | None = None  # reached on half a cosine; null: constant
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
@@ -59,6 +61,17 @@ def warmup_cosine(
     return cosine(peak, end, (step - warmup_steps) / max(1, total_steps - warmup_steps))
 
 
+def warmup_hold(step: int, peak: float, end: float, warmup_steps: int, total_steps: int) -> float:
+    """Linear from 0 to `peak` at step `warmup_steps`, constant until HOLD of the run, then half a cosine to `end`.
+
+    Until it falls, nothing depends on the length of the run.
+    """
+    held = max(warmup_steps, math.ceil(HOLD * total_steps))
+    if step < held:
+        return warmup_cosine(step, peak, peak, warmup_steps, total_steps)
+    return cosine(peak, end, (step - held) / max(1, total_steps - held))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate and weight decay as functions of the step."""
@@ -75,6 +88,8 @@ class Schedule:
 
     def lr(self, step: int) -> float:
         config, linspace = self.config, self.config.lr_schedule == "linspace_cosine"
+        if config.lr_schedule == "hold":
+            return warmup_hold(step, self.peak_lr, config.min_lr, self.warmup_steps, self.total_steps)
         return warmup_cosine(step, self.peak_lr, config.min_lr, self.warmup_steps, self.total_steps, linspace)
 
     def weight_decay(self, step: int) -> float:

@@ -5,6 +5,7 @@
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -42,6 +43,7 @@ from .hardware import (
 from .metrics import format_duration
 from .model.encoder import Encoder
 from .objectives import Objective
+from .pace import Pace, unchanged
 from .run import BadImages, Recorder, check_images, describe, images_record, open_run, resuming
 from .step import CutShort, train_step
 from .stopping import Stopped, StopRequest, stop_requests
@@ -123,6 +125,7 @@ class Training:
     record: dict[str, Any]  # what a checkpoint holds beside tensors and progress
     last_save: float = field(default_factory=time.perf_counter)  # when, by this clock
     saved_step: int | None = None  # the newest checkpoint; None: the run has never been saved
+    pace: Pace | None = None  # of a run that has to end in time
 
     def micro_batches(self, stop: StopRequest) -> Iterator[dict[str, Tensor]]:
         """The micro-batches of one step, augmented, on the device; fewer if `stop` asks for an end."""
@@ -140,8 +143,10 @@ class Training:
         run = self.progress
         assert self.knn_monitor is not None
         self.saver.check(wait=True)  # the evaluation starts loader processes by fork: no thread may be writing then
+        began = time.monotonic()
         with self.recorder.watch.pausing(), self.eval_encoder() as encoder:
             top1 = self.knn_monitor(encoder)
+        self.record["knn_seconds"] = time.monotonic() - began
         if (run.step or self.config.model.init) and top1 > (run.best_knn or 0.0):
             run.best_step, run.best_knn = run.step, top1
         say(f"step {run.step}/{self.plan.steps}  k-NN {top1:.1f}% (k={self.config.eval.k}) of {self.config.eval.test}")
@@ -153,6 +158,8 @@ class Training:
 
         Returns why the run has to stop here, or None.
         """
+        if self.pace:
+            self.keep(self.pace)
         config, plan, run, recorder = self.config, self.plan, self.progress, self.recorder
         save_now = self.saver.due(run.step, plan.steps)
         if recorder.due(run.step):
@@ -177,6 +184,17 @@ class Training:
             self.save()
         return stopped
 
+    def keep(self, pace: Pace) -> None:
+        """Change the length of the run, if it would not end in time and no step so far would have been another one."""
+        step = self.progress.step
+        if not (steps := pace.steps(step, self.plan.steps, self.record["knn_seconds"] or 0.0)):
+            return
+        if schedule := unchanged(self.schedule, self.objective, step, steps):
+            self.schedule = self.recorder.schedule = schedule
+            self.plan = self.recorder.plan = replace(self.plan, steps=steps)
+            self.config = replace(self.config, steps=steps, epochs=None, images=None)
+            self.recorder.rewrite(self.config)
+
     def leave_step(self, stop: StopRequest) -> str:
         """Save the last whole step, after a step that `stop` has cut short. Returns why. Raises Stopped if no step is
         whole yet."""
@@ -196,11 +214,16 @@ class Training:
         self.last_save, self.saved_step = time.perf_counter(), self.progress.step
 
 
-def pretrain(config: RunConfig) -> Result:
-    """Train to the configured end, from the newest checkpoint of the run directory if it has one. Raises UserError."""
+def pretrain(config: RunConfig, began: float | None = None) -> Result:
+    """Train to the configured end, from the newest checkpoint of the run directory if it has one. Raises UserError.
+    began: by time.monotonic(), from where the minutes of a run count that has to end in time; None: from here."""
+    began = time.monotonic() if began is None else began
     try:
         with stop_requests(config.max_hours) as stop, Saver(Path(config.out), config.save) as saver:
-            return train(set_up(config, saver), stop)
+            training = set_up(config, saver)
+            if config.minutes:
+                training.pace = Pace(began + 60 * config.minutes, training.progress, training.plan)
+            return train(training, stop)
     except (RuntimeError, MemoryError) as error:
         explanation = memory.explain(error, config) or explain_lost_process(error)
         if explanation is None:
@@ -261,7 +284,7 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     images = on_device(source, config.data.cache, device, workers)
     workers = 0 if isinstance(images, OnDevice) else workers
     say(*describe(config, plan, schedule, objective, images, accelerator, workers))
-    scaling, steps = config.data.jpeg_scaling, (run.step, plan.steps)
+    scaling, steps = config.data.jpeg_scaling, (run.step, sys.maxsize // 2**20 if config.minutes else plan.steps)
     batches = iter(make_loader(images, views, plan.layout, config.seed, steps, workers, device, scaling=scaling))
     keep_memory(device)
     recorder = Recorder(run_dir, config, plan, schedule, run, source, lock, objective)
@@ -269,7 +292,7 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     rank_monitor = None
     if config.log.rank_every_steps:
         rank_monitor = RankMonitor(source, objective.exported_encoder(), normalize, config.seed, accelerator)
-    record = {name: saved.get(name) for name in ("knn_before", "knn_after", "knn_due")}
+    record = {name: saved.get(name) for name in ("knn_before", "knn_after", "knn_due", "knn_seconds")}
     record |= {"images": images_record(source), "encoder": objectives.location(objective), "versions": versions()}
     return Training(
         config, plan, accelerator, objective, model, optimizer, schedule, batches, views, normalize, eval_encoder,
@@ -290,8 +313,8 @@ def train(training: Training, stop: StopRequest) -> Result:
         record["knn_after"] = training.evaluate()
     training.objective.train()
     stopped = None
-    for step in range(run.step, plan.steps):
-        began = time.perf_counter()
+    while run.step < training.plan.steps:
+        step, began = run.step, time.perf_counter()
         optim.set_schedule(optimizer, training.schedule, step)
         try:
             train_step(

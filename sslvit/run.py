@@ -40,7 +40,8 @@ from .step import SkippedSteps
 # Keys that may change when a run resumes: how long, on what machine and how it is watched. data.train may name another
 # place, but the images must be the same (check_images).
 MUTABLE_ON_RESUME = {
-    "out", "max_hours", "epochs", "steps", "images", "batch_size", "precision", "compile", "shard",
+    "out", "max_hours", "epochs", "steps", "images", "minutes", "hours", "settings", "batch_size", "precision",
+    "compile", "shard",
     "model.grad_checkpointing", "data.train", "data.workers", "data.cache", "data.download_dir",
     "data.bad_ratio",
 }  # fmt: skip
@@ -294,6 +295,10 @@ class Recorder:
 
     def _on_first_process(self, work: Callable[[], None]) -> None:
         on_first_process(lambda: write_or_explain(self.run_dir, work, self.lock), all_cores=False)
+
+    def rewrite(self, config: RunConfig) -> None:
+        """Write a config.yaml whose number of steps has changed. All processes call this."""
+        self._on_first_process(partial(configuration.save, config, self.run_dir / "config.yaml"))
 
     def flush_skipped(self, run: RunState) -> None:
         """Write down the steps that were skipped since the last call. All processes call this.

@@ -18,9 +18,10 @@ ROOT = Path(sslvit.__file__).parent
 # Top to bottom. A module may import from its own layer and from those below; families never import one another.
 LAYERS = [
     {"__main__"},
+    {"settings"},
     {"tools"},
     {"pretrain"},
-    {"run", "config", "memory", "sharding"},
+    {"run", "config", "memory", "sharding", "pace"},
     {"evaluation", "export"},
     {"pretrained", "start"},
     {"objectives"},

@@ -92,6 +92,10 @@ class Objective(nn.Module):
     def after_step(self, step: int) -> None:
         """The optimizer has stepped, or skipped the step. Called once a step."""
 
+    def set_steps(self, steps: int) -> bool:
+        """The run now has so many steps. False: this method cannot change its length."""
+        return False
+
     def scheduled(self, step: int) -> dict[str, float]:
         """Values of the method's own schedules, for the log."""
         return {}

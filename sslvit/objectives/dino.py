@@ -7,7 +7,7 @@ teacher's distributions are added up first, so each student crop needs one. Loss
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -324,6 +324,10 @@ class DINO(Objective):
 
     def shard_units(self) -> list[nn.Module]:
         return [self.student.head, self.teacher.head]
+
+    def set_steps(self, steps: int) -> bool:
+        self.ema = replace(self.ema, steps=steps)
+        return True
 
     def scheduled(self, step: int) -> dict[str, float]:
         return {"momentum": self.ema.momentum(step), "teacher_temp": self.teacher_temp(step)}

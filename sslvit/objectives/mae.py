@@ -182,6 +182,9 @@ class MAE(Objective):
     def exported_encoder(self) -> Encoder:
         return self.encoder
 
+    def set_steps(self, steps: int) -> bool:
+        return True  # nothing here depends on it
+
 
 def hidden(config: Config, encoder: Encoder, key: Tensor) -> Tensor:
     """[B] -> [B, N] bool, the patches that `forward` hides of the images with these keys."""

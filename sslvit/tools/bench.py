@@ -299,10 +299,10 @@ def advice(report: Report, config: RunConfig) -> list[str]:
     return found or ["nothing stands out: the time goes into the model itself."]
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> float:
     """FLOP/s of the fastest of a few square matrix products."""
     best = 0.0
-    for n in (4096, 8192) if device.type == "cuda" else (768, 1536, 2048):
+    for n in sizes or ((4096, 8192) if device.type == "cuda" else (768, 1536, 2048)):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         spent: list[float] = []
         for _ in range(8):
