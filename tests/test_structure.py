@@ -17,7 +17,7 @@ from sslvit.data.augment import per_channel
 ROOT = Path(sslvit.__file__).parent
 # Top to bottom. A module may import from its own layer and from those below; families never import one another.
 LAYERS = [
-    {"__main__"},
+    {"__main__", "api"},
     {"settings"},
     {"tools"},
     {"pretrain"},

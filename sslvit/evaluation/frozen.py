@@ -204,6 +204,11 @@ def load_frozen(config: EncoderConfig) -> Frozen:
     )
     if subject.results and not config.out:
         records.make_folder(subject.results, pretrained.root_of(subject.results))
+    return place(subject, config)
+
+
+def place(subject: Pretrained, config: EncoderConfig) -> Frozen:
+    """An encoder that is loaded, on its device. Raises UserError."""
     encoder = subject.encoder
     pool = encoder.pool if config.pool == "auto" else check_pool("pool", config.pool, encoder, config.run)
     accelerator = start_accelerator(config.precision, long_waits=True)
