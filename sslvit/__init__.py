@@ -1,4 +1,4 @@
-"""Self-supervised pretraining of vision transformers on unlabeled images. Start reading at `sslvit/pretrain.py`."""
+"""Self-supervised pretraining of vision transformers on unlabeled images. Start reading at `sslvit/pretraining.py`."""
 
 from .api import Embeddings, Run, embed, evaluate, load, pretrain
 from .errors import UserError

@@ -114,7 +114,7 @@ def _pretrain(arguments: list[str]) -> None:
         return
     from . import settings
     from .distributed import say
-    from .pretrain import pretrain, summary
+    from .pretraining import pretrain, summary
 
     result = pretrain(settings.load(arguments, BEGAN), BEGAN)
     if result.stopped:

@@ -94,8 +94,8 @@ def pretrain(images: Images | None = None, /, *, recipe: str | Path | None = Non
     the run; the same call goes on.
     """
     from .config import load as load_config
-    from .pretrain import pretrain as train
-    from .pretrain import summary
+    from .pretraining import pretrain as train
+    from .pretraining import summary
 
     images = str(images) if isinstance(images, Path) else images
     first = [] if recipe is None else [str(recipe)]

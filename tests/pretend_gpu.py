@@ -28,12 +28,12 @@ from torch.utils.backend_registration import (  # noqa: E402
     _setup_privateuseone_for_python_backend,
 )
 
-from sslvit import optim, pretrain  # noqa: E402
+from sslvit import optim, pretraining  # noqa: E402
 from sslvit.__main__ import main  # noqa: E402
 
 aten = torch.ops.aten
 NAME = "gpu"
-PACKAGE = pretrain.__file__.rsplit("/", 1)[0] + "/"
+PACKAGE = pretraining.__file__.rsplit("/", 1)[0] + "/"
 # The host has to see their result, or how large it is.
 LOOKS = {
     aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim,
@@ -151,14 +151,14 @@ def present() -> Iterator[None]:
     _setup_privateuseone_for_python_backend(NAME, Module())
     optim.FUSED.add(NAME)
     PartialState(cpu=True).device = torch.device(NAME, 0)
-    plain_step = pretrain.train_step
+    plain_step = pretraining.train_step
 
     def step(*args: Any, **keywords: Any) -> None:
         running.append(args[4])
         plain_step(*args, **keywords)
         running.clear()
 
-    pretrain.train_step = step
+    pretraining.train_step = step
     with torch.autograd.set_multithreading_enabled(False), Operations(), Calls():
         yield
 

@@ -19,7 +19,7 @@ from sslvit.__main__ import main
 from sslvit.checkpoints import state
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sslvit.__main__", "sslvit.pretrain", "sslvit.evaluation.knn", "tests.processes"])
+CONTEXT.set_forkserver_preload(["sslvit.__main__", "sslvit.pretraining", "sslvit.evaluation.knn", "tests.processes"])
 
 
 def _child(work: Callable[..., int | None], arguments: tuple, output: str, environment: dict[str, str]) -> None:

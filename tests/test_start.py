@@ -25,7 +25,7 @@ from sslvit.__main__ import main
 from sslvit.errors import UserError
 from sslvit.model import factory, lora, weights
 from sslvit.objectives import Objective
-from sslvit.pretrain import Result, summary
+from sslvit.pretraining import Result, summary
 
 from .conftest import words
 

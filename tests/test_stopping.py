@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from sslvit import distributed, pretrain, stopping
+from sslvit import distributed, pretraining, stopping
 from sslvit.__main__ import main
 from sslvit.checkpoints import state
 from sslvit.data.workers import compute
@@ -81,9 +81,9 @@ def test_a_step_is_left_between_any_two_micro_batches(cli, images, tmp_path, mon
 
 
 def test_a_run_that_was_never_saved_is_saved_after_five_minutes(cli, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "FIRST_SAVE", 0.0)
+    monkeypatch.setattr(pretraining, "FIRST_SAVE", 0.0)
     saved = []
-    monkeypatch.setattr(pretrain.Saver, "save", lambda self, model, optimizer, run, extra: saved.append(run.step))
+    monkeypatch.setattr(pretraining.Saver, "save", lambda self, model, optimizer, run, extra: saved.append(run.step))
     assert cli("pretrain", images, *words("mae", "workers=0", f"out={tmp_path / 'run'}", "every_minutes=null"))[0] == 0
     assert saved == [1, 8]  # the first, and the last as ever
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"__main__", "api"},
     {"settings"},
     {"tools"},
-    {"pretrain"},
+    {"pretraining"},
     {"run", "config", "memory", "sharding", "pace"},
     {"evaluation", "export"},
     {"pretrained", "start"},

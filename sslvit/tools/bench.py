@@ -1,6 +1,6 @@
 """How fast this machine runs a recipe: the time of each stage, what to change first, the time of the whole run.
 
-It measures the parts of pretrain.py. It writes nothing but the report that is asked for.
+It measures the parts of pretraining.py. It writes nothing but the report that is asked for.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from ..hardware import (
     versions,
 )
 from ..metrics import Window, format_duration
-from ..pretrain import compiled
+from ..pretraining import compiled
 from ..step import train_step, update
 
 SAMPLE = 64  # images read and cut to measure one core

@@ -1,7 +1,7 @@
 """`sslvit submit`: a pretraining as a job of a SLURM cluster, through submitit.
 
 When its time is over, or when it must make room for another job, the run saves a checkpoint and ends. The job is queued
-again until the run is done. Read pretrain.py and stopping.py first.
+again until the run is done. Read pretraining.py and stopping.py first.
 
 One task of the job is one process of the training, without torchrun: torchrun would take the scheduler's signal for a
 failure, and kill its processes half a minute later, saved or not.
@@ -32,7 +32,7 @@ from ..distributed import rank, say
 from ..errors import UserError, printable, require
 from ..evaluation.online import KnnMonitor
 from ..hardware import blocks_of, resolve_precision, start_accelerator
-from ..pretrain import Result, pretrain, summary
+from ..pretraining import Result, pretrain, summary
 from ..run import check_directory, check_images
 from ..stopping import EXIT_REQUEUE
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit import config as configuration
-from sslvit import objectives, optim, pretrain
+from sslvit import objectives, optim, pretraining
 from sslvit.hardware import choose_attention, keep_memory, peak_memory, start_accelerator
 from sslvit.metrics import Window
 from sslvit.model import masks
@@ -110,7 +110,7 @@ def ours(case: Case, precision: str, drop_path: float, compiled: bool = False) -
     model, optimizer = accelerator.prepare(objective, optimizer)
     if compiled:
         views = objectives.find(config.method).views(config.objective, config.data)
-        print(pretrain.compiled(config, plan, accelerator, model, optimizer, views), flush=True)
+        print(pretraining.compiled(config, plan, accelerator, model, optimizer, views), flush=True)
     objective.train()
     keep_memory(accelerator.device)
     window = Window()

@@ -209,7 +209,7 @@ SAFETY = [
     ),
     Mistake(
         "a run that was never saved waits as long as any other",
-        "pretrain.py",
+        "pretraining.py",
         "minutes = min(minutes, FIRST_SAVE) if self.saved_step is None else minutes",
         "pass",
         STOPPING + "test_a_run_that_was_never_saved_is_saved_after_five_minutes",

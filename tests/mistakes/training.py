@@ -20,7 +20,7 @@ LOOP = [
     ),
     Mistake(
         "the loop uses the schedule of step + 1",
-        "pretrain.py",
+        "pretraining.py",
         "optim.set_schedule(optimizer, training.schedule, step)",
         "optim.set_schedule(optimizer, training.schedule, step + 1)",
         MAE,
@@ -93,21 +93,21 @@ LOOP = [
     ),
     Mistake(
         "a resumed run reads the images of its first step",
-        "pretrain.py",
+        "pretraining.py",
         "config.data.jpeg_scaling, (run.step, plan.steps)",
         "config.data.jpeg_scaling, (0, plan.steps)",
         "tests/test_run.py::test_a_line_of_the_log_that_a_kill_interrupts_is_the_same_line",
     ),
     Mistake(
         "images of one micro-batch are counted as those of a step",
-        "pretrain.py",
+        "pretraining.py",
         "run.images_seen + plan.layout.global_batch_size",
         "run.images_seen + plan.layout.batch_size",
         MAE,
     ),
     Mistake(
         "k-NN is asked one step late",
-        "pretrain.py",
+        "pretraining.py",
         "run.step % evaluate_every == 0",
         "(run.step - 1) % evaluate_every == 0",
         MAE,
@@ -498,7 +498,7 @@ CHECKPOINTS = [
     ),
     Mistake(
         "the worst checkpoint counts as the best",
-        "pretrain.py",
+        "pretraining.py",
         "top1 > (run.best_knn or 0.0)",
         "top1 < (run.best_knn or 100.0)",
         "tests/checkpoints/test_saving.py",
