@@ -4,7 +4,7 @@
     run = sslvit.pretrain("images/", hours=1)
     run.knn("labelled/train", "labelled/test")
     encoder = sslvit.load(run)
-    features = sslvit.embed(encoder, "images/")
+    features = sslvit.embed(encoder, "images/")  # .vectors, .paths, .labels
 
 A keyword is a key of the command, as `sslvit pretrain --help` lists them: `epochs=100`, `optim={"base_lr": 1e-3}`. All
 raise sslvit.UserError, with the sentence that the command would print. `import sslvit` takes no time: torch is imported
@@ -73,7 +73,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Features of images. `numpy.asarray(embeddings)` is `vectors`, so scikit-learn takes it as it is."""
+    """Features of images, with what they belong to."""
 
     vectors: "np.ndarray"  # [N, D] float32
     paths: list[str]  # N
@@ -81,9 +81,6 @@ class Embeddings:
 
     def __len__(self) -> int:
         return len(self.vectors)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> "np.ndarray":
-        return self.vectors.astype(dtype or self.vectors.dtype, copy=bool(copy))
 
 
 def pretrain(images: Images | None = None, /, *, recipe: str | Path | None = None, **keys: Any) -> Run:

@@ -34,11 +34,11 @@ def test_a_run_is_trained_measured_loaded_and_embedded(images, labelled, tmp_pat
     encoder = sslvit.load(run)
     features = sslvit.embed(encoder, labelled / "test", batch_size=7)
     assert cli("embed", f"run={run.folder}", f"data={labelled / 'test'}", f"out={tmp_path / 'all.npy'}")[0] == 0
-    assert np.allclose(np.asarray(features), np.load(tmp_path / "all.npy"), atol=1e-5)
+    assert np.allclose(features.vectors, np.load(tmp_path / "all.npy"), atol=1e-5)
     assert features.paths[0].endswith(".png")
     assert set(features.labels) == {path.name for path in (labelled / "test").iterdir()}
     encoder.encoder.model.patch_embed.proj.weight.data.neg_()  # embed takes the encoder as it is now, not its file
-    assert not np.allclose(np.asarray(sslvit.embed(encoder, labelled / "test")), np.asarray(features), atol=1e-2)
+    assert not np.allclose(sslvit.embed(encoder, labelled / "test").vectors, features.vectors, atol=1e-2)
     assert run.attention(labelled / "test", images=2).width > 64
     assert (run.export(tmp_path / "exported") / "config.json").is_file()
     with pytest.raises(sslvit.UserError, match=r"There is no key epohcs.*Did you mean epochs"):
@@ -53,9 +53,10 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     """Its cells in their order, with fewer images and a shorter run."""
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    short = code.replace("count=10000", "count=64").replace("count=2000", "count=64")
+    short = code.replace("count=10000", "count=24").replace("count=2000", "count=24")
     shorter = short.replace(
-        'out="runs', 'images=192, warmup_epochs=0.5, workers=0, **{"eval.train": TRAIN, "eval.test": TEST}, out="runs'
+        'out="runs',
+        'images=48, global_batch_size=24, warmup_epochs=0.5, workers=0, **{"eval.train": TRAIN, "eval.test": TEST}, out="runs',
     )
     assert len({code, short, shorter}) == 3
     monkeypatch.chdir(tmp_path)
