@@ -12,6 +12,7 @@ by what needs it.
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -87,16 +88,16 @@ def pretrain(images: Images | None = None, /, *, recipe: str | Path | None = Non
     """`sslvit pretrain`: train an encoder, or go on with the run in the directory `out`.
 
     images: a folder, or whatever else data.train takes; None: the recipe names them. recipe: a name of `sslvit recipes`
-    or a .yaml file. keys: all others, for example epochs=100, method="dino", out="runs/first". Ctrl-C saves and returns
+    or a .yaml file. keys: all others, for example minutes=10, method="dino", out="runs/first". Ctrl-C saves and returns
     the run; the same call goes on.
     """
-    from .config import load as load_config
+    from . import settings
     from .pretraining import pretrain as train
     from .pretraining import summary
 
-    images = str(images) if isinstance(images, Path) else images
-    first = [] if recipe is None else [str(recipe)]
-    result = train(load_config([*first, *_words(({} if images is None else {"data.train": images}) | keys)]))
+    began = time.monotonic()
+    words = _words(({} if images is None else {"data.train": images}) | keys)
+    result = train(settings.load([str(recipe), *words] if recipe else words, began), began)
     print(*summary(result), sep="\n")
     return Run(result.run_dir, result.stopped)
 
