@@ -54,10 +54,9 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     short = code.replace("count=10000", "count=24").replace("count=2000", "count=24")
-    shorter = short.replace(
-        'out="runs',
-        'images=48, global_batch_size=24, warmup_epochs=0.5, workers=0, **{"eval.train": TRAIN, "eval.test": TEST}, out="runs',
-    )
+    sets = '**{"eval.train": TRAIN, "eval.test": TEST}'
+    few = f"images=48, global_batch_size=24, warmup_epochs=0.5, workers=0, {sets}"
+    shorter = short.replace('out="runs', f'{few}, out="runs')
     assert len({code, short, shorter}) == 3
     monkeypatch.chdir(tmp_path)
     names: dict = {}
