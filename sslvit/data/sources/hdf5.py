@@ -12,7 +12,7 @@ from ...errors import UserError, require
 from ..config import Config
 from .array import check_shape, classes_of
 from .decode import decode
-from .files import fingerprint_of
+from .files import fingerprint_of, sample_of
 from .limits import HOW, MAX_BYTES, size_text, unpacked_limit
 from .limits import LABELS as LABEL_BYTES
 from .pixels import from_array
@@ -62,6 +62,9 @@ class Hdf5(Source):
 
     def fingerprint(self) -> str:
         return fingerprint_of(f"{self.identity()},{self.dataset}", [str(self.path)])
+
+    def sample(self) -> list[str]:
+        return sample_of(len(self), lambda index: self.read(index).numpy().tobytes())
 
     def read(self, index: int) -> Tensor:
         try:

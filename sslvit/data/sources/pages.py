@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..config import Config
 from . import open_source
-from .files import Files, fingerprint_of
+from .files import Files, fingerprint_of, sample_of
 from .limits import regular
 from .names import Names, top_folders
 from .pixels import from_array
@@ -53,6 +53,9 @@ class Pages(Source):
 
     def fingerprint(self) -> str:
         return fingerprint_of(self.identity(), self.names, self.root)
+
+    def sample(self) -> list[str]:
+        return sample_of(len(self), lambda index: self.read(index).numpy().tobytes())
 
     def read(self, index: int) -> Tensor:
         number, page = self.places[index].tolist()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sslvit.config import load, save
 from sslvit.data import Config, Source, open_source
@@ -246,8 +246,19 @@ NAMED = ("folder", "list", "pattern", "pattern of folders", "braces", "txt", "cs
          "tar with long names", "parquet")  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def inverted(root, tmp_path_factory) -> Path:
+    """Other images of the same names and sizes."""
+    folder = tmp_path_factory.mktemp("inverted") / root.name
+    shutil.copytree(root, folder)
+    for path in folder.rglob("*.png"):
+        with Image.open(path) as image:
+            ImageOps.invert(image).save(path)
+    return folder
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gives_the_same_images(kind, root, tmp_path):
+def test_every_kind_gives_the_same_images(kind, root, inverted, tmp_path):
     write, labelled = KINDS[kind]
     source = open_source(write(root, tmp_path), config(tmp_path))
     names, pixels, labels = truth(root)
@@ -266,6 +277,13 @@ def test_every_kind_gives_the_same_images(kind, root, tmp_path):
     again = open_source(write(root, tmp_path), config(tmp_path))
     assert again.identity() == source.identity()
     assert_workers_agree(source)
+    # A run that goes on would notice others in their place.
+    sample = source.sample()
+    assert again.sample() == sample
+    (tmp_path / "others").mkdir()
+    others = open_source(write(inverted, tmp_path / "others"), config(tmp_path / "others")).sample()
+    assert len(others) == len(sample) == 13
+    assert all(one != other for one, other in zip(sample, others, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
