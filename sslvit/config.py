@@ -214,7 +214,7 @@ def check(config: RunConfig) -> None:
         raise UserError("model.lora_rank and model.anchor need model.init=<weights that stay>, and cannot be sharded.")
     if config.data.value_range is not None:
         check_value_range("data.value_range", config.data.value_range)
-    if config.save.keep_best and not config.eval.test:
+    if config.save.keep_best and not (config.eval.test or config.model.init):
         raise UserError("save.keep_best=true chooses by k-NN accuracy: give eval.train and eval.test.")
     if config.shard and config.precision == "fp16":
         raise UserError("shard=true does not work with precision=fp16: use bf16 or float32.")

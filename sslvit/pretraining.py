@@ -29,7 +29,8 @@ from .data.crops import Views, random_batch
 from .data.loader import make_loader
 from .distributed import any_process, explain_lost_process, gather_objects, say, world_size
 from .errors import UserError
-from .evaluation.online import KnnMonitor, RankMonitor
+from .evaluation import online
+from .evaluation.online import RankMonitor, ViewMonitor
 from .hardware import (
     blocks_of,
     choose_attention,
@@ -62,11 +63,12 @@ class Result:
     steps: int
     images_seen: int
     seconds: float  # of training, over all starts
-    knn_before: float | None  # k-NN accuracy of the untrained encoder, percent
+    knn_before: float | None  # k-NN accuracy of the untrained encoder, percent, or what stands for it without labels
     knn_after: float | None  # and of the trained one
     stopped: str | None = None  # why it ended before its last step: a signal's name or max_hours
     best: tuple[int, float | None] | None = None  # with save.keep_best: the step of the best k-NN, and that k-NN
     began_with: str = ""  # model.init
+    labels: bool = True  # whether it was measured with labels
 
 
 def summary(result: Result) -> list[str]:
@@ -75,13 +77,15 @@ def summary(result: Result) -> list[str]:
     if result.knn_before is not None and result.knn_after is not None:
         gain = result.knn_after - result.knn_before
         lines.append(
-            "k-NN accuracy on images it never trained on: "
+            f"{'k-NN accuracy on images' if result.labels else ViewMonitor.WHAT + ', of images'} it never trained on: "
             f"{'the start' if result.began_with else 'untrained encoder'} {result.knn_before:.1f}%, "
             f"trained encoder {result.knn_after:.1f}% ({gain:+.1f} points)."
         )
     if result.best and result.began_with:
         lines += _verdict(result, *result.best)
-    if result.best:
+    if result.best and not result.labels:
+        lines.append(f"{ViewMonitor.WHAT} is not accuracy: if you have labels, `sslvit knn` says what was gained.")
+    elif result.best:
         lines.append(
             "save.keep_best chose its checkpoint by this k-NN accuracy, so for that checkpoint it is too high: measure "
             "it on other test images."
@@ -92,12 +96,13 @@ def summary(result: Result) -> list[str]:
 def _verdict(result: Result, best_step: int, best_knn: float | None) -> list[str]:
     """What a run that began with pretrained weights says of its best state, which its directory stands for."""
     best = f"{result.run_dir} stands for step {best_step} when it is measured, exported or fine-tuned"
+    measure = "k-NN" if result.labels else ViewMonitor.WHAT
     if best_step:
-        return [f"{best}: k-NN {best_knn:.1f}%."]
+        return [f"{best}: {measure} {best_knn:.1f}%."]
     return [
-        f"Training made these weights worse: no step had a k-NN above the start's {best_knn:.1f}%. So {best}, which is "
-        f"model.init={result.began_with} itself. To gain, try optim.base_lr divided by 10, optim.freeze_epochs, "
-        "optim.layer_decay=0.75, or more images."
+        f"Training made these weights worse: no step had a {measure} above the start's {best_knn:.1f}%. So {best}, "
+        f"which is model.init={result.began_with} itself. To gain, try optim.base_lr divided by 10, "
+        "optim.freeze_epochs, optim.layer_decay=0.75, model.lora_rank=8, model.anchor=1, or more images."
     ]
 
 
@@ -116,7 +121,7 @@ class Training:
     views: Views
     normalize: Normalize
     eval_encoder: EvalEncoder
-    knn_monitor: KnnMonitor | None
+    monitor: online.Monitor | None
     rank_monitor: RankMonitor | None
     progress: state.RunState
     recorder: Recorder
@@ -139,18 +144,18 @@ class Training:
             yield augment(batch, self.views, self.normalize, self.accelerator.device)
 
     def evaluate(self) -> float:
-        """k-NN accuracy of the encoder as it is, in percent. Only for a run with labelled images."""
+        """k-NN accuracy of the encoder as it is, or what stands for it without labels, in percent."""
         run = self.progress
-        assert self.knn_monitor is not None
+        assert self.monitor is not None
         self.saver.check(wait=True)  # the evaluation starts loader processes by fork: no thread may be writing then
         began = time.monotonic()
         with self.recorder.watch.pausing(), self.eval_encoder() as encoder:
-            top1 = self.knn_monitor(encoder)
+            top1 = self.monitor(encoder)
         self.record["knn_seconds"] = time.monotonic() - began
         if (run.step or self.config.model.init) and top1 > (run.best_knn or 0.0):
             run.best_step, run.best_knn = run.step, top1
-        say(f"step {run.step}/{self.plan.steps}  k-NN {top1:.1f}% (k={self.config.eval.k}) of {self.config.eval.test}")
-        self.recorder.write({"step": run.step, "images": run.images_seen, "knn/top1": top1})
+        say(f"step {run.step}/{self.plan.steps}  {self.monitor.line(top1)}")
+        self.recorder.write({"step": run.step, "images": run.images_seen, self.monitor.KEY: top1})
         return top1
 
     def after_step(self, stop: StopRequest) -> str | None:
@@ -176,7 +181,7 @@ class Training:
         stopped = stop.reason_at(run.step) if run.step < plan.steps else None
         evaluate_every = round((config.eval.every_epochs or 0) * plan.steps_per_epoch) or plan.steps
         due = run.step % evaluate_every == 0 or run.step == plan.steps
-        self.record["knn_due"] = due and self.knn_monitor is not None
+        self.record["knn_due"] = due and self.monitor is not None
         if self.record["knn_due"] and not stopped:
             self.record["knn_after"], self.record["knn_due"] = self.evaluate(), False
             save_now |= self.saver.is_best(run)
@@ -238,11 +243,11 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     accelerator = start_accelerator(config.precision)
     device, budget = accelerator.device, MemoryBudget()
     source = first_on_each_machine(accelerator, lambda: data.open_source(config.data.train, config.data))
+    source, held_out = online.hold_out(source, config)
     plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
     views = objectives.find(config.method).views(config.objective, config.data)
     normalize = Normalize(*data.normalization(config.data))
-    has_labels = bool(config.eval.train or config.eval.test)
-    knn_monitor = KnnMonitor(config.eval, config.data, config.seed, budget, accelerator) if has_labels else None
+    monitor = online.monitor(config, held_out, budget, accelerator)
 
     # The model and its optimizer, as the seed makes them.
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps)
@@ -296,7 +301,7 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
     record |= {"images": images_record(source), "encoder": objectives.location(objective), "versions": versions()}
     return Training(
         config, plan, accelerator, objective, model, optimizer, schedule, batches, views, normalize, eval_encoder,
-        knn_monitor, rank_monitor, run, recorder, BadImages(run_dir, config.data, source, lock), saver, record,
+        monitor, rank_monitor, run, recorder, BadImages(run_dir, config.data, source, lock), saver, record,
         saved_step=run.step or None,
     )  # fmt: skip
 
@@ -305,11 +310,11 @@ def train(training: Training, stop: StopRequest) -> Result:
     """The loop: to the last step, or until `stop` asks for an earlier end."""
     config, plan, run, record = training.config, training.plan, training.progress, training.record
     recorder, optimizer = training.recorder, training.optimizer
-    if run.step == 0 and record["knn_before"] is None and training.knn_monitor:
+    if run.step == 0 and record["knn_before"] is None and training.monitor:
         record["knn_before"] = training.evaluate()
     if config.model.init and not state.steps_saved(Path(config.out)):
         training.save()  # the weights that it begins with: their file may go, and they may be the best
-    if record["knn_due"] and training.knn_monitor:  # the run was asked to stop when it should have evaluated
+    if record["knn_due"] and training.monitor:  # the run was asked to stop when it should have evaluated
         record["knn_after"] = training.evaluate()
     training.objective.train()
     stopped = None
@@ -335,7 +340,7 @@ def train(training: Training, stop: StopRequest) -> Result:
     knn = record["knn_before"], record["knn_after"]
     best = (run.best_step, run.best_knn) if config.save.keep_best and run.best_step is not None else None
     totals = run.step, run.images_seen, run.seconds
-    return Result(Path(config.out), *totals, *knn, stopped, best, config.model.init)
+    return Result(Path(config.out), *totals, *knn, stopped, best, config.model.init, bool(config.eval.test))
 
 
 def compiled(

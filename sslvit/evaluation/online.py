@@ -1,21 +1,24 @@
-"""Measurements of the encoder during training: k-NN by the protocol of `sslvit knn`, and the effective rank of its
-features, which needs no labels."""
+"""Measurements of the encoder during training: k-NN by the protocol of `sslvit knn`. Without labels the effective rank
+of its features, and for a run that continues from pretrained weights whether two views of an image are neighbours."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
 from .. import data, rng
 from ..data import Source, open_source
-from ..data.augment import Normalize
+from ..data.augment import Normalize, augment
 from ..data.cache import MemoryBudget, cached
+from ..data.crops import Crop
 from ..data.depth import DARK, dark_sentence, range_that_fits
+from ..data.loader import Cropped
 from ..distributed import gather_objects, say
 from ..errors import Limits, UserError
 from ..hardware import first_on_each_machine
@@ -24,6 +27,7 @@ from .classes import align_classes
 from .features import CentreCropped, extract
 from .knn import TEMPERATURE, classify, labelled, top_accuracy
 from .quality import effective_rank
+from .subset import Subset
 
 
 @dataclass
@@ -40,6 +44,8 @@ class KnnMonitor:
     """Classifies `test` by its neighbours in `train`. Opens the sources at once, so mistakes show at the start of the
     run."""
 
+    KEY = "knn/top1"  # in metrics.jsonl
+
     def __init__(
         self, config: Config, data_config: data.Config, seed: int, budget: MemoryBudget, accelerator: Accelerator
     ) -> None:
@@ -55,6 +61,9 @@ class KnnMonitor:
         if config.k > len(train):
             raise UserError(f"eval.k={config.k} is larger than the {len(train)} images of {config.train}.")
 
+    def line(self, value: float) -> str:
+        return f"k-NN {value:.1f}% (k={self.config.k}) of {self.config.test}"
+
     def __call__(self, encoder: Encoder) -> float:
         """Top-1 accuracy in percent, the same on every process."""
         pool, k = encoder.pool, self.config.k
@@ -64,6 +73,81 @@ class KnnMonitor:
         )
         found = classify(bank, queries, len(self.sources[0].classes), (k,), (TEMPERATURE,))
         return top_accuracy(found[k, TEMPERATURE].rank, 1)
+
+
+class ViewMonitor:
+    """What stands for k-NN where there are no labels: whether an image is found by another view of itself, and rank.
+
+    Images that are never trained on are cut, flipped and changed in colour twice, always in the same way. Of the second
+    views of all, the nearest to a first view should be that of the same image. The score is the geometric mean of the
+    share of images for which it is, and of the effective rank as a share of the width.
+    """
+
+    KEY, WHAT = "score/unlabelled", "score without labels"  # in metrics.jsonl, and in words
+    FEWEST, MOST = 32, 1000  # images that are held out, else a tenth of all
+    BATCH = 64
+
+    def __init__(self, held_out: Source, data_config: data.Config, seed: int, accelerator: Accelerator) -> None:
+        colours = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_prob": 0.8, "gray_prob": 0.2}  # as in quality.py
+        self.views = {"view": [Crop(data.image_size(data_config), (0.4, 1.0), **colours)] * 2}
+        self.normalize, self.accelerator = Normalize(*data.normalization(data_config)), accelerator
+        mine = torch.arange(accelerator.process_index, len(held_out), accelerator.num_processes)
+        crops = Cropped(held_out, self.views, seed)
+        self.batches = [batch for part in mine.split(self.BATCH) if not (batch := crops[0, part]).pop("failed", False)]
+
+    def line(self, value: float) -> str:
+        return f"{self.WHAT} {value:.1f}%"
+
+    @torch.inference_mode()
+    def __call__(self, encoder: Encoder) -> float:
+        """Percent, the same on every process; 0 if a feature is not finite."""
+        was_training, parts = encoder.training, []
+        encoder.eval()
+        for batch in self.batches:
+            x = augment(batch, self.views, self.normalize, self.accelerator.device)["view"]
+            with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+                parts.append(encoder.features(x.flatten(0, 1)).float().cpu().unflatten(0, x.shape[:2]))
+        encoder.train(was_training)
+        views = torch.cat([part for parts in gather_objects(parts) for part in parts], dim=1)
+        return unlabelled_score(views) if torch.isfinite(views).all() else 0.0
+
+
+def unlabelled_score(views: Tensor) -> float:
+    """[2, N, D] -> percent: 100 if all images are found by another view and all of the width is used."""
+    rank = effective_rank(torch.linalg.svdvals(views.flatten(0, 1).double()))
+    return 100 * (found_again(views) * rank / views.shape[-1]) ** 0.5
+
+
+def found_again(views: Tensor) -> float:
+    """[2, N, D] -> share of the images whose first view is nearer to their own second view than to any other's."""
+    first, second = F.normalize(views, dim=-1)
+    return ((first @ second.T).argmax(dim=1) == torch.arange(len(first))).double().mean().item()
+
+
+Monitor = KnnMonitor | ViewMonitor
+
+
+def monitor(config: Any, held_out: Source | None, budget: MemoryBudget, accelerator: Accelerator) -> Monitor | None:
+    """What a RunConfig asks for. held_out: see there."""
+    if config.eval.train or config.eval.test:
+        return KnnMonitor(config.eval, config.data, config.seed, budget, accelerator)
+    return ViewMonitor(held_out, config.data, config.seed, accelerator) if held_out else None
+
+
+def hold_out(source: Source, config: Any) -> tuple[Source, Source | None]:
+    """The images to train on and, if a RunConfig keeps its best checkpoint without labels, those of a ViewMonitor."""
+    return _parts(source, config) if config.save.keep_best and not config.eval.test else (source, None)
+
+
+def _parts(source: Source, config: Any) -> tuple[Source, Source]:
+    count = min(len(source) // 10, ViewMonitor.MOST)
+    if count < ViewMonitor.FEWEST:
+        raise UserError(
+            f"save.keep_best=true without labels holds a tenth of the images out, and {config.data.train} has only "
+            f"{len(source)}: give {10 * ViewMonitor.FEWEST} or more, or eval.train and eval.test, or keep_best=false."
+        )
+    order = rng.permutation(rng.fold_in(config.seed, "held_out"), len(source))
+    return Subset(source, order[count:].sort().values), Subset(source, order[:count].sort().values)
 
 
 class RankMonitor:

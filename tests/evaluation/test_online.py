@@ -6,13 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from sslvit import data
+from sslvit import data, pretrained
 from sslvit.data.augment import Normalize
-from sslvit.evaluation.online import RankMonitor, rank_alarm
+from sslvit.evaluation.online import RankMonitor, rank_alarm, unlabelled_score
 from sslvit.evaluation.quality import effective_rank
 
 from .. import processes
-from ..conftest import METHODS, words
+from ..conftest import METHODS, words, write_images
 from ..processes import final_weights, moments
 
 
@@ -60,3 +60,30 @@ def test_features_that_are_not_finite_have_no_rank():
     rank.images, rank.normalize = torch.ones(3, 3, 8, 8), lambda x: x * torch.nan
     rank.accelerator = Accelerator(cpu=True)
     assert math.isnan(rank(Linear(False)))
+
+
+def test_without_labels_a_run_that_destroys_its_weights_stands_for_its_start(cli, fails, colour_run, images, tmp_path):
+    """The guard holds a tenth of the images out, and looks for each by another view of itself."""
+    many, out = write_images(tmp_path / "many", 320, (32, 32)), tmp_path / "run"
+    wild = ["steps=4", "warmup_epochs=0", "optim.base_lr=300", "optim.clip=null", "eval.every_epochs=0.05"]
+    arguments = words("mae", f"out={out}", f"model.init={colour_run}", "save.keep_best=true", *wild)
+    assert "holds a tenth of the images out" in fails("pretrain", images, *arguments)
+    status, printed, _ = cli("pretrain", many, *arguments)
+    assert status == 0
+    assert "288 images of" in printed
+    assert "Training made these weights worse: no step had a score without labels above the start's" in printed
+    found = {line["step"]: line["score/unlabelled"] for line in processes.lines(out) if "score/unlabelled" in line}
+    assert list(found) == [0, 2, 4]
+    assert found[0] > max(found[2], found[4])
+    begun, now = (pretrained.load(str(path)).encoder.model.state_dict() for path in (colour_run, out))
+    assert all(torch.equal(now[name], value) for name, value in begun.items())
+
+
+def test_the_score_without_labels_asks_for_views_that_agree_and_for_rank():
+    generator = torch.Generator().manual_seed(0)
+    images, noise = torch.randn(200, 16, generator=generator), torch.randn(2, 200, 16, generator=generator)
+    score = {share: unlabelled_score(images + share * noise) for share in (0.0, 0.7, 50.0)}
+    assert 95 < score[0.0] <= 100
+    assert score[0.0] > 1.1 * score[0.7] > 2 * score[50.0]
+    flat = torch.cat([images[:, :2], torch.zeros(200, 14)], dim=1).expand(2, -1, -1)
+    assert unlabelled_score(flat) == pytest.approx(100 * (2 / 16) ** 0.5, abs=1)
