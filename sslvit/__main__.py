@@ -31,6 +31,13 @@ PLAIN = {
     "embed": ("tools.embed", "run=... data=... out=<file>", "features of all images: .parquet, .npy or .faiss"),
     "search": ("tools.search", "index=<file> image=...", "nearest images; duplicates; a diverse subset"),
 }
+# Modules with a Config of their own and a function of the command's name, which takes runs and the Config.
+RUNS = {
+    "compare": ("evaluation.compare", "<run> <run> ...", "results of runs side by side, with the intervals of the "
+                "differences"),
+    "report": ("report", "<run or folder> ... out=report.html", "one page that says whether runs learn, with pictures"),
+    "watch": ("report.watch", "<run or folder> ...", "the same page in a browser, while the runs go on"),
+}  # fmt: skip
 KEYS = "Keys with their defaults; a key may be given by its last name alone:"
 
 
@@ -39,8 +46,7 @@ def usage() -> str:
     rows = [
         ("pretrain", RECIPE, "train an encoder on unlabeled images"),
         *((name, command.usage, command.help) for name, command in evaluations().items()),
-        ("compare", "<run> <run> ...", "results of runs side by side, with the intervals of the differences"),
-        *((name, *row[1:]) for name, row in (PLAIN | TOOLS).items()),
+        *((name, *row[1:]) for name, row in (RUNS | PLAIN | TOOLS).items()),
         ("recipes", "", "the recipes that come with sslvit, for pretrain, data, bench and submit"),
     ]
     return (
@@ -136,14 +142,14 @@ def evaluate(script: str) -> None:
         sys.exit(main([Path(script).stem, *sys.argv[1:]]))
 
 
-def _compare(arguments: list[str]) -> None:
-    from .evaluation import compare
-
+def _runs(name: str, arguments: list[str]) -> None:
+    """A command that takes runs and keys of its own."""
+    module = import_module(f".{RUNS[name][0]}", __package__)
     if _help(arguments):
-        _print_help("compare <run> <run> ... [key=value ...]", compare, "Keys with their defaults:")
+        _print_help(f"{name} {RUNS[name][1]} [key=value ...]", module, "Keys with their defaults:")
         return
     own = [word for word in arguments if "=" in word and not os.path.lexists(word.removeprefix("untrained:"))]
-    compare.compare([word for word in arguments if word not in own], parse(compare.Config(), own, "compare"))
+    getattr(module, name)([word for word in arguments if word not in own], parse(module.Config(), own, name))
 
 
 def _plain(name: str, arguments: list[str]) -> None:
@@ -182,8 +188,8 @@ def _print_help(usage: str, module: ModuleType, keys: str) -> None:
 
 COMMANDS: dict[str, Command] = {
     "pretrain": _pretrain,
-    "compare": _compare,
     "recipes": _recipes,
+    **{name: partial(_runs, name) for name in RUNS},
     **{name: partial(_plain, name) for name in PLAIN},
     **{name: partial(_tool, name) for name in TOOLS},
 }

@@ -27,6 +27,7 @@ class Config:
     max_nonfinite: int = 10  # steps in a row without finite loss and gradients, each skipped, that end the run
     rank_every_steps: int | None = 1000  # log the effective rank of 512 training images' features; null: never
     on_collapse: Literal["warn", "stop"] = "warn"  # when the numbers of a line say that the features have collapsed
+    report: bool = True  # write <run>/report.html, every few minutes and at the end
     profile: bool = False  # write <run>/trace.json: what the processor does in three steps, for ui.perfetto.dev
 
     LIMITS: ClassVar[Limits] = [(1, None, "every_steps", "rank_every_steps", "max_nonfinite")]

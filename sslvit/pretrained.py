@@ -210,10 +210,13 @@ def _section(run_dir: Path, key: str, schema: type) -> Any:
     return OmegaConf.to_object(merge(OmegaConf.structured(schema), values, str(where)))
 
 
-def _untrained(run_dir: Path, name: str, allow_method: str) -> Pretrained:
-    """The encoder of a run before its first step: same seed, same initialisation."""
+def settings_of(run_dir: Path, name: str = "", allow_method: str = "") -> SimpleNamespace:
+    """method, seed, objective, model and data of a run, as in its RunConfig. Raises UserError.
+
+    name: how the user named the run. allow_method: the module of a method of your own.
+    """
     if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"run={name}: {run_dir} has no config.yaml, so it is not a run directory.")
+        raise UserError(f"run={name or run_dir}: {run_dir} has no config.yaml, so it is not a run directory.")
     stored = read_yaml(run_dir / "config.yaml")
     method, seed = str(stored.get("method")), stored.get("seed")
     if method != allow_method:
@@ -222,13 +225,22 @@ def _untrained(run_dir: Path, name: str, allow_method: str) -> Pretrained:
         raise UserError(f"{run_dir / 'config.yaml'} has no seed: it was not written by a run.")
     schemas = {"objective": objectives.find(method).Config, "model": factory.Config, "data": data.Config}
     parts = {key: _section(run_dir, key, schema) for key, schema in schemas.items()}
-    if init := parts["model"].init:
+    return SimpleNamespace(method=method, seed=seed, **parts)
+
+
+def objective_of(config: SimpleNamespace) -> objectives.Objective:
+    """The objective of `settings_of` before its first step. Raises UserError."""
+    return objectives.start(config, steps_per_epoch=10**6, steps=10**9)  # the weights do not depend on them
+
+
+def _untrained(run_dir: Path, name: str, allow_method: str) -> Pretrained:
+    """The encoder of a run before its first step: same seed, same initialisation."""
+    config = settings_of(run_dir, name, allow_method)
+    if init := config.model.init:
         raise UserError(f"run={name} began with model.init={init}: to measure these weights, give run={init}.")
-    config = SimpleNamespace(method=method, seed=seed, **parts)
-    objective = objectives.start(config, steps_per_epoch=10**6, steps=10**9)  # the weights do not depend on them
     mean, std = data.normalization(config.data)
     detail = {"weights": f"untrained, seed {config.seed}"}
-    encoder, results = objective.exported_encoder().eval(), results_folder(name)
+    encoder, results = objective_of(config).exported_encoder().eval(), results_folder(name)
     return Pretrained(encoder, mean, std, name, detail, results=results, value_range=config.data.value_range)
 
 

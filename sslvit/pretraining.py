@@ -336,7 +336,7 @@ def train(training: Training, stop: StopRequest) -> Result:
         if stopped := training.after_step(stop):
             break
     training.saver.check(wait=True)  # when one process ends, a launcher ends all: first the checkpoint must be written
-    recorder.close()
+    recorder.close(0.0 if stopped else run.seconds)
     knn = record["knn_before"], record["knn_after"]
     best = (run.best_step, run.best_knn) if config.save.keep_best and run.best_step is not None else None
     totals = run.step, run.images_seen, run.seconds

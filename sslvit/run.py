@@ -1,7 +1,7 @@
 """The run directory: what is written into it, and which settings may change when a run resumes.
 
 config.yaml (resolved), starts.jsonl (command, versions and hardware of every start), metrics.jsonl, tensorboard/,
-checkpoints/, bad_images.txt, nonfinite.jsonl, eval/*.json.
+checkpoints/, bad_images.txt, nonfinite.jsonl, report.html, eval/*.json.
 """
 
 import math
@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from . import config as configuration
 from . import data
 from .checkpoints import journal, state
-from .checkpoints.journal import BAD_IMAGES, NONFINITE, STARTS, append
+from .checkpoints.journal import BAD_IMAGES, NONFINITE, REPORT, STARTS, append
 from .checkpoints.lock import Lock, create_and_acquire
 from .checkpoints.saving import free_space, os_error_text
 from .checkpoints.state import RunState, steps_saved
@@ -31,7 +31,7 @@ from .data.cache import Cached, OnDevice
 from .distributed import barrier, gather_objects, on_first_process, rank, say
 from .errors import UserError, printable
 from .evaluation.online import rank_alarm
-from .hardware import versions
+from .hardware import peak_memory, versions
 from .metrics import MetricsLog, Stopwatch, Window, console_line, format_bytes, start_trace
 from .objectives import Objective
 from .optim import Schedule
@@ -48,8 +48,10 @@ MUTABLE_ON_RESUME = {
 MUTABLE_SECTIONS = ("save.", "log.", "eval.")
 # What a run directory may hold before its first checkpoint: of a run killed at its start, or one in a queue (submit).
 BEFORE_FIRST_CHECKPOINT = {".lock", STARTS, "config.yaml.tmp", "submit", "checkpoints"}
-FILES = {"config.yaml", ".lock", "trace.json", STARTS, *journal.NAMES}  # that a run writes ...
+FILES = {"config.yaml", ".lock", "trace.json", REPORT, STARTS, *journal.NAMES}  # that a run writes ...
 FOLDERS = {"checkpoints", "tensorboard"}  # ... in its directory
+REPORT_EVERY = 300.0  # seconds between two reports of a run that goes on
+REPORT_SHARE, REPORT_SECONDS = 0.02, 60.0  # of the time of training, and at most, for the pictures at its end
 
 
 def open_run(run_dir: Path, config: RunConfig, device: str) -> Lock | None:
@@ -228,7 +230,9 @@ def write_or_explain(run_dir: Path, work: Callable[[], None], lock: Lock | None)
 
 
 class Recorder:
-    """Writes the lines of a run to metrics.jsonl, TensorBoard and the console."""
+    """Writes the lines of a run to metrics.jsonl, TensorBoard and the console, and its report."""
+
+    next_report: float | None = None  # by time.perf_counter()
 
     def __init__(
         self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, source: Source,
@@ -238,7 +242,7 @@ class Recorder:
         self.lock = lock  # held until close()
         self.objective, self.stop_on_collapse, self.warned = objective, config.log.on_collapse == "stop", False
         self.log = MetricsLog(run_dir, run.step, config.log.tensorboard) if rank() == 0 else None
-        self.window, self.watch = Window(), Stopwatch()
+        self.window, self.watch, self.reports = Window(), Stopwatch(), config.log.report
         self.skipped = SkippedSteps(run_dir, source, config.log.max_nonfinite)
         self.trace = start_trace(run_dir / "trace.json") if config.log.profile and rank() == 0 else None
         self.window.load(run.window)
@@ -269,6 +273,22 @@ class Recorder:
         self._warn(self.objective.alarm(record) if "loss" in record else None, run.step)
         epochs = self.plan.steps / self.plan.steps_per_epoch
         say(console_line({**record, "seconds_left": left}, self.plan.steps, epochs))
+        self._refresh_report()
+
+    def _refresh_report(self) -> None:
+        """Write report.html anew from time to time, without pictures: half a percent of the time at most."""
+        from .report import of_run
+
+        now = time.perf_counter()
+        if self.next_report is None:
+            self.next_report = now + REPORT_EVERY
+        if self.log and self.reports and now >= self.next_report:
+            with self.watch.pausing():
+                took = of_run(self.run_dir, True, self.lock, memory=self._peak_memory())
+            self.next_report = now + max(REPORT_EVERY, 200 * took)
+
+    def _peak_memory(self) -> int:
+        return peak_memory(next(self.objective.parameters()).device)
 
     def rank(self, run: RunState, rankme: float) -> None:
         """Write a line with the effective rank of the features."""
@@ -311,11 +331,18 @@ class Recorder:
         say(*warnings)
         self.skipped.stop_if_too_many(run)
 
-    def close(self) -> None:
+    def close(self, seconds: float) -> None:
+        """Close all files, after a last report. All processes call it. seconds: of training, which bound the time that
+        its pictures may take; 0: no pictures, for a run that was asked to stop."""
         if self.trace:
             self.trace.stop()
         if self.log:
             self.log.close()
+        if self.reports:
+            from .report import of_run
+
+            share = min(REPORT_SECONDS, REPORT_SHARE * seconds)
+            on_first_process(lambda: of_run(self.run_dir, False, self.lock, share, self._peak_memory()))
         if self.lock:
             self.lock.close()
 

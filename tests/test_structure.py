@@ -22,6 +22,7 @@ LAYERS = [
     {"tools"},
     {"pretraining"},
     {"run", "config", "memory", "sharding", "pace"},
+    {"report"},
     {"evaluation", "export"},
     {"pretrained", "start"},
     {"objectives"},

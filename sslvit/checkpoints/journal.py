@@ -15,6 +15,7 @@ from ..metrics import METRICS
 from . import textfile
 
 STARTS, BAD_IMAGES, NONFINITE = "starts.jsonl", "bad_images.txt", "nonfinite.jsonl"
+REPORT = "report.html"  # written anew, see report/
 NAMES = (METRICS, BAD_IMAGES, NONFINITE)
 LARGEST_STARTS = 2**24  # bytes of starts.jsonl; a start takes a thousand
 

@@ -11,9 +11,10 @@ rollout   (rollout=true) the product over the blocks of half their mean attentio
           for the skip connection: Abnar and Zuidema, ACL 2020 (arXiv 2005.00928), section 3
 0, 1, ... attention of each head (Caron et al., DINO, figure 3)
 
-Attention is softmax(q k^T / sqrt(d)) of a block, in float32. Each map is drawn from black (0) to white (its largest
-hundredth). Without a class token, or with query=mean, the map is the mean over all patches as queries: how much
-attention each patch gets. MAE's loss does not use the class token, so query=mean may say more there.
+Attention is softmax(q k^T / sqrt(d)) of a block, in float32. Each map is drawn from violet (its 2nd percentile) to
+yellow (its 98th): a map that is nearly even shows its differences too, so compare colours within a map only. Without a
+class token, or with query=mean, the map is the mean over all patches as queries: how much attention each patch gets.
+MAE's loss does not use the class token, so query=mean may say more there.
 
 The numbers are means over these images, for each head: entropy of the attention in bits, mean distance in patches from
 a patch to what it attends to (Dosovitskiy et al., ICLR 2021, figure 7), and the share of the attention that goes to

@@ -113,7 +113,7 @@ def _read(name: str, columns: list[tuple[str, Column]]) -> Records:
         if path.is_file():
             try:
                 records[file] = json.loads(path.read_text(encoding="utf-8"))
-                found = [cell for of, column in columns if of == file for cell in _cells(records[file], file, column)]
+                found = [cell for of, column in columns if of == file for cell in cells_of(records[file], file, column)]
                 for cell in found:  # what else is read later
                     unpack_bits(cell.right or "0:")
                     _protocol(cell.record, cell.column)
@@ -130,7 +130,7 @@ def _notes(record: dict[str, Any]) -> list[str]:
     return [printable(str(note)) for note in (*record.get("notes", ()), record.get("note")) if note]
 
 
-def _cells(record: dict[str, Any], file: str, column: Column) -> Iterator[Cell]:
+def cells_of(record: dict[str, Any], file: str, column: Column) -> Iterator[Cell]:
     """The numbers of a column in a record, one for each row. Raises KeyError, TypeError, ValueError or AttributeError
     for a record that is no result of the evaluation."""
     results = record["results"]
@@ -142,7 +142,7 @@ def _cells(record: dict[str, Any], file: str, column: Column) -> Iterator[Cell]:
 
 def _select(records: dict[str, Records], file: str, column: Column) -> dict[str, Cell]:
     """{run: its cell of the column}. Of the settings that all runs have it takes the usual ones, or else the first."""
-    found = {run: {cell.settings: cell for cell in _cells(own[file], file, column)}
+    found = {run: {cell.settings: cell for cell in cells_of(own[file], file, column)}
              for run, own in records.items() if file in own}  # fmt: skip
     found = {run: cells for run, cells in found.items() if cells}
     shared = [key for key in next(iter(found.values()), {}) if all(key in cells for cells in found.values())]

@@ -121,11 +121,19 @@ def cell_size(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
+# Viridis (of matplotlib, CC0), which rises evenly in brightness and is readable without red and green.
+VIRIDIS = "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725"
+
+
 def heat(values: Tensor) -> Tensor:
-    """[H, W] float, not negative -> [3, H, W] float in [0, 255]: from black over red and yellow to white. The largest
-    hundredth of the values is white: so one extreme pixel does not darken all others."""
-    x = values.float() / values.float().quantile(0.99).clamp(min=1e-12)
-    return 255 * torch.stack([3 * x, 3 * x - 1, 3 * x - 2]).clamp(0, 1)
+    """[H, W] float -> [3, H, W] float in [0, 255]: from violet over green to yellow, between the 2nd and the 98th
+    percentile of these values. So a map that is nearly even shows its differences too."""
+    low, high = values.float().quantile(torch.tensor([0.02, 0.98]))
+    stops = torch.tensor([list(bytes.fromhex(colour)) for colour in VIRIDIS.split()], dtype=torch.float32)
+    x = ((values.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) * (len(stops) - 1)
+    below = x.floor().clamp(max=len(stops) - 2).long()
+    share = (x - below).unsqueeze(-1)
+    return (stops[below] * (1 - share) + stops[below + 1] * share).permute(2, 0, 1)
 
 
 def montage(

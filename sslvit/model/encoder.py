@@ -273,6 +273,12 @@ def patchify(images: Tensor, patch_size: tuple[int, int], channels_last: bool = 
     return grid.permute(order).flatten(3).flatten(1, 2)
 
 
+def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """[B, N, p*q*C], pixels of a patch in row, column, channel order -> [B, C, H, W]."""
+    pixels = patches.unflatten(2, (*patch_size, -1)).unflatten(1, grid)  # [B, h, w, p, q, C]
+    return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
 def take(tokens: Tensor, index: Tensor) -> Tensor:
     """[B, N, D], [B, K] int64 -> [B, K, D]."""
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -13,6 +13,7 @@ and may define
     PRESETS    {name: values of its keys} for `objective.preset`, which is then a key of its Config
     SMALL      values of its keys that make it small, for the tests that every method has to pass
     hidden     (config, encoder, keys [B]) -> [B, N] bool, the patches that `sslvit data picture=` shows as hidden
+    alarm      (config, values of a line of the log) -> what they say of collapse, for reports of runs that have ended
 
 The smallest one, which pulls two crops of an image together (and would collapse):
 
@@ -103,6 +104,11 @@ class Objective(nn.Module):
     def alarm(self, values: dict[str, float]) -> str | None:
         """What the means of a logged line say of collapse, as a sentence with what to change; None if all is well."""
         return None
+
+    @torch.no_grad()
+    def pictures(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What it makes of images, for the report: {title: [B, C, H, W] normalised}. views: as in `forward`."""
+        return {}
 
     def shard_units(self) -> list[nn.Module]:
         """Large modules, beside transformer blocks, that shard=true splits by themselves, such as a head."""

@@ -333,21 +333,25 @@ class DINO(Objective):
         return {"momentum": self.ema.momentum(step), "teacher_temp": self.teacher_temp(step)}
 
     def alarm(self, values: dict[str, float]) -> str | None:
-        """See section 5.3, "avoiding collapse"."""
-        highest = math.log(self.config.prototypes)
-        if values["teacher_entropy"] > 0.99 * highest:
-            return (
-                f"DINO has collapsed to one even answer: the teacher's entropy is {values['teacher_entropy']:.3f} of "
-                f"ln({self.config.prototypes}) = {highest:.3f}, so it tells no images apart. Lower objective."
-                "teacher_temp or optim.base_lr, or raise optim.warmup_epochs."
-            )
-        if values.get("teacher_mean_entropy", highest) < 0.1:
-            return (
-                "DINO has collapsed to one prototype: the teacher gives it to all images (entropy of its mean answer "
-                f"{values['teacher_mean_entropy']:.3f}). Lower objective.center_momentum to 0.9, raise objective."
-                "teacher_temp, lower optim.base_lr, or freeze the prototypes longer (freeze_last_layer_epochs)."
-            )
-        return None
+        return alarm(self.config, values)
+
+
+def alarm(config: Config, values: dict[str, float]) -> str | None:
+    """See section 5.3, "avoiding collapse"."""
+    highest = math.log(config.prototypes)
+    if values["teacher_entropy"] > 0.99 * highest:
+        return (
+            f"DINO has collapsed to one even answer: the teacher's entropy is {values['teacher_entropy']:.3f} of "
+            f"ln({config.prototypes}) = {highest:.3f}, so it tells no images apart. Lower objective."
+            "teacher_temp or optim.base_lr, or raise optim.warmup_epochs."
+        )
+    if values.get("teacher_mean_entropy", highest) < 0.1:
+        return (
+            "DINO has collapsed to one prototype: the teacher gives it to all images (entropy of its mean answer "
+            f"{values['teacher_mean_entropy']:.3f}). Lower objective.center_momentum to 0.9, raise objective."
+            "teacher_temp, lower optim.base_lr, or freeze the prototypes longer (freeze_last_layer_epochs)."
+        )
+    return None
 
 
 def _entropy(p: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .. import data
 from ..data.crops import Crop, Views
 from ..errors import ABOVE_0, BELOW_1, Limits, UserError, check_limits, check_share
 from ..model import blocks, factory, masks
-from ..model.encoder import Encoder, patchify, sincos, take, xavier
+from ..model.encoder import Encoder, patchify, sincos, take, unpatchify, xavier
 from ..model.heads import koleo
 from . import Objective
 
@@ -184,6 +184,24 @@ class MAE(Objective):
 
     def set_steps(self, steps: int) -> bool:
         return True  # nothing here depends on it
+
+    @torch.no_grad()
+    def pictures(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The visible patches, and the hidden ones as predicted. With norm_pix the mean and the deviation of each
+        hidden patch are those of the image: the model does not predict them."""
+        images = views["image"][0]
+        order = masks.random_order(views["key"], self.num_patches)
+        keep, hide = masks.split(order, self.num_kept)
+        patches = patchify(images, self.patch_size, True)
+        predicted = self.predict(self.decode(self.encode(images, keep), keep, hide, hidden_only=True)).float()
+        if self.config.norm_pix:
+            variance, mean = torch.var_mean(take(patches, hide), dim=-1, keepdim=True)
+            predicted = predicted * variance.add(1e-6).sqrt() + mean
+        index = hide.unsqueeze(-1).expand_as(predicted)
+        filled, grid = patches.scatter(1, index, predicted), self.encoder.grid()
+        visible = patches.scatter(1, index, 0.0)
+        restored = (unpatchify(part, self.patch_size, grid) for part in (visible, filled))
+        return dict(zip(("what it sees", "what it predicts"), restored, strict=True))
 
 
 def hidden(config: Config, encoder: Encoder, key: Tensor) -> Tensor:

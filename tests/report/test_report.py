@@ -1,0 +1,241 @@
+"""The report of runs: real ones, broken ones, and those of somebody who means harm."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sslvit import report
+from sslvit.report import curves
+from sslvit.report.facts import gather
+
+from ..conftest import words
+
+HOSTILE = "</script><script>alert(1)</script>'\"<img src=x onerror=alert(2)>.png"
+
+
+def write_run(folder, lines=(), **settings):
+    folder.mkdir(parents=True)
+    values = {"method": "mae", "global_batch_size": 8, "steps": 100, "seed": 0, **settings}
+    (folder / "config.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()))
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def lines(count: int, **more):
+    for n in range(1, count + 1):
+        record = {"step": n, "epoch": n / 10, "images": 8 * n, "seconds": 0.5 * n, "loss": 1 + 1 / n, "lr": 0.1, **more}
+        yield json.dumps(record) + "\n"
+
+
+def text_of(*paths, **settings) -> str:
+    out = paths[0].parent / "report.html"
+    report.report([str(path) for path in paths], report.Config(out=str(out), pictures=False, **settings))
+    return out.read_text()
+
+
+def data_of(text: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+@pytest.fixture(scope="module")
+def whole(colour_run, tmp_path_factory):
+    """The report with pictures of a finished run, measured by k-NN."""
+    out = tmp_path_factory.mktemp("report") / "whole.html"
+    report.report([str(colour_run)], report.Config(out=str(out)))
+    return out.read_text()
+
+
+def test_every_picture_is_in_the_file_and_can_be_read(whole):
+    addresses = re.findall(r'src="([^"]*)"', whole) + [data_of(whole)["maps"]["0"]["sheet"]]
+    assert len(addresses) > 100
+    for address in addresses:
+        head, _, content = address.partition(",")
+        assert head == "data:image/webp;base64"
+        Image.open(io.BytesIO(base64.b64decode(content))).load()
+    for title in ("What it predicts", "What it attends to", "Nearest neighbours", "Map of the images", "Clusters"):
+        assert f"<h2>{title}</h2>" in whole
+    assert "There is no picture" not in whole
+
+
+def test_labels_are_said_in_words(whole):
+    assert "✓ same" in whole
+    assert data_of(whole)["maps"]["0"]["classes"] == ["class0", "class1", "class2"]
+
+
+def test_the_page_allows_its_script_and_no_connection(whole):
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', whole)[1].replace("&#x27;", "'")
+    script = re.findall(r"<script>(.*?)</script>", whole, re.DOTALL)
+    assert len(script) == 1
+    digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert "connect-src 'none'" in policy
+    assert not re.search(r'(src|href)="(?!data:|#)', whole)
+
+
+def test_a_run_writes_its_report_at_its_end(colour_run, cli, images, tmp_path):
+    text = (colour_run / "report.html").read_text()
+    assert report.MARK in text
+    assert 'data-state="' in text
+    assert len(text) < 300_000
+    assert (
+        cli(
+            "pretrain",
+            images,
+            *words("mae", "steps=1", "warmup_epochs=0", "log.report=false", f"out={tmp_path / 'run'}"),
+        )[0]
+        == 0
+    )
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_report_that_fails_does_not_fail_its_run(tmp_path, capsys):
+    assert report.of_run(tmp_path / "missing", False, None) < 5
+    assert "No report" in capsys.readouterr().out
+
+
+def test_names_and_settings_are_escaped(tmp_path):
+    run = write_run(tmp_path / HOSTILE.replace("/", "_"), lines(5, **{HOSTILE: 1}), **{"data": {"train": HOSTILE}})
+    (run / "bad_images.txt").write_text(f"{HOSTILE}\t{HOSTILE}\n")
+    (run / "starts.jsonl").write_text(json.dumps({"command": HOSTILE, "device": HOSTILE}) + "\n")
+    (run / "eval").mkdir()
+    result = {"results": {"top1": 50, "by_class": {HOSTILE: 1.0}}, "test": {"data": HOSTILE, "images": 3}}
+    (run / "eval" / "linear.json").write_text(json.dumps(result))
+    text = text_of(run)
+    assert text.count("<script") == 2
+    assert "<img" not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 5
+    data_of(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda run: (run / "metrics.jsonl").unlink(), "There are no curves"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "has not written a line"),
+        (
+            lambda run: (run / "metrics.jsonl").open("a").write('{"step": 6, "lo'),
+            "One line of metrics.jsonl cannot be read",
+        ),
+        (lambda run: (run / "config.yaml").write_text("[1"), "The settings are not known"),
+        (lambda run: None, "There is no checkpoint"),
+        (
+            lambda run: (run / "eval").mkdir() or (run / "eval" / "knn.json").write_text("[]"),
+            "eval/knn.json is no result",
+        ),
+        (
+            lambda run: (
+                (run / "eval").mkdir() or (run / "eval" / "knn.json").write_text('{"results": {"neighbours": 7}}')
+            ),
+            "no result",
+        ),
+    ],
+)
+def test_what_is_missing_or_broken_is_said(change, said, tmp_path):
+    run = write_run(tmp_path / "run", lines(5))
+    change(run)
+    assert said in text_of(run)
+
+
+def test_values_that_are_no_numbers_become_gaps(tmp_path):
+    odd = [
+        '{"step": 6, "loss": NaN, "lr": Infinity}\n',
+        '{"step": 7, "loss": "x"}\n',
+        '{"step": true}\n',
+        '{"step": -1}\n',
+        "[]\n",
+        "7\n",
+        f'{{"step": 8, "loss": {10**400}}}\n',
+        '{"step": 9, "loss": 1.0}\n',
+        '{"step": 3, "loss": 5.0}\n',
+        "[" * 100_000 + "\n",
+    ]
+    text = text_of(write_run(tmp_path / "run", [*lines(5), *odd]))
+    steps, values = data_of(text)["curves"]["runs"][0]["columns"]["loss"]
+    assert steps == sorted(steps)
+    assert None in values
+    assert "4 lines of metrics.jsonl cannot be read" in text
+
+
+def test_a_link_is_not_followed(tmp_path):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    write_run(secret / "run", lines(5), note="xyzzy")
+    (secret / "bad").write_text("xyzzy\txyzzy\n")
+    run = write_run(tmp_path / "runs" / "run", lines(5))
+    for name, target in (
+        ("metrics.jsonl", "run/metrics.jsonl"),
+        ("config.yaml", "run/config.yaml"),
+        ("bad_images.txt", "bad"),
+    ):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(secret / target)
+    (run / "starts.jsonl").write_text("")
+    assert "xyzzy" not in text_of(run)
+    out = tmp_path / "runs" / "link.html"
+    out.symlink_to(secret / "bad")
+    with pytest.raises(report.UserError, match="is no report of sslvit"):
+        report.report([str(run)], report.Config(out=str(out), pictures=False))
+
+
+def test_only_images_of_this_machine_are_opened(tmp_path):
+    run = write_run(tmp_path / "run", lines(5), data={"train": "https://example.com/images.tar"})
+    out = tmp_path / "report.html"
+    report.report([str(run)], report.Config(out=str(out)))
+    assert "is no file or folder here: give data=" in out.read_text() or "has no section" in out.read_text()
+
+
+def test_twenty_runs_take_seconds_and_little_room(tmp_path):
+    for n in range(20):
+        write_run(tmp_path / "runs" / f"run{n}", lines(300, grad_norm=1.0, koleo=0.1 * n), optim={"base_lr": n})
+    began = time.perf_counter()
+    text = text_of(tmp_path / "runs")
+    assert time.perf_counter() - began < 10
+    assert len(text) < 300_000
+    assert '<button type="button">optim.base_lr</button>' in text
+    assert len(data_of(text)["curves"]["runs"]) == 20
+
+
+def test_mistakes_are_one_sentence(fails, tmp_path):
+    assert "report needs runs" in fails("report")
+    assert "is no folder" in fails("report", tmp_path / "none")
+    assert "is no run, and holds none" in fails("report", tmp_path)
+    (tmp_path / "mine.html").write_text("<p>mine")
+    run = write_run(tmp_path / "run", lines(3))
+    assert "is no report of sslvit" in fails("report", run, f"out={tmp_path / 'mine.html'}")
+    assert "must be a file in a folder that exists" in fails("report", run, f"out={tmp_path / 'none' / 'r.html'}")
+
+
+def test_peaks_survive_thinning():
+    values = np.ones(100_000)
+    values[51_234], values[70_000] = 9.0, np.nan
+    steps, kept = curves.thin(np.arange(100_000.0), values, 200)
+    assert len(steps) < 410
+    assert (steps[0], steps[-1]) == (0, 99_999)
+    assert max(value for value in kept if value is not None) == 9
+    assert None in kept
+
+
+@pytest.mark.slow
+def test_half_a_million_lines_take_less_than_ten_seconds(tmp_path):
+    more = dict.fromkeys(
+        ("grad_norm", "koleo", "reconstruction", "weight_decay", "images_per_second", "data_wait"), 0.1234567
+    )
+    run = write_run(tmp_path / "run", lines(500_000, **more))
+    began = time.perf_counter()
+    text = text_of(run)
+    assert time.perf_counter() - began < 10
+    assert len(text) < 300_000
+
+
+def test_a_lock_that_is_held_is_a_run_that_goes_on(tmp_path):
+    run = write_run(tmp_path / "run", lines(5))
+    assert gather(run).verdict.state == "stopped"
+    assert gather(run, running=True).verdict.state == "learning"
