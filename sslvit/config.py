@@ -215,7 +215,7 @@ def check(config: RunConfig) -> None:
     if config.data.value_range is not None:
         check_value_range("data.value_range", config.data.value_range)
     if config.save.keep_best and not (config.eval.test or config.model.init):
-        raise UserError("save.keep_best=true chooses by k-NN accuracy: give eval.train and eval.test.")
+        raise UserError("save.keep_best=true chooses by k-NN accuracy: give eval.train and eval.test, or model.init.")
     if config.shard and config.precision == "fp16":
         raise UserError("shard=true does not work with precision=fp16: use bf16 or float32.")
     if config.shard and config.batch_size == "auto":

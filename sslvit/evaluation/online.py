@@ -88,8 +88,8 @@ class ViewMonitor:
     BATCH = 64
 
     def __init__(self, held_out: Source, data_config: data.Config, seed: int, accelerator: Accelerator) -> None:
-        colours = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_prob": 0.8, "gray_prob": 0.2}  # as in quality.py
-        self.views = {"view": [Crop(data.image_size(data_config), (0.4, 1.0), **colours)] * 2}
+        crop = partial(Crop, jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8, gray_prob=0.2)  # as in quality.py
+        self.views = {"view": [crop(data.image_size(data_config), (0.4, 1.0))] * 2}
         self.normalize, self.accelerator = Normalize(*data.normalization(data_config)), accelerator
         mine = torch.arange(accelerator.process_index, len(held_out), accelerator.num_processes)
         crops = Cropped(held_out, self.views, seed)

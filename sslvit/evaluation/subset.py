@@ -1,9 +1,12 @@
 """Some images of a source, as a source."""
 
+from hashlib import sha256
+
 from torch import Tensor
 
 from .. import rng
 from ..data import Source
+from ..data.sources.source import Reduction
 
 
 class Subset(Source):
@@ -20,11 +23,17 @@ class Subset(Source):
     def read(self, index: int) -> Tensor:
         return self.source.read(self.index[index])
 
+    def read_smaller(self, index: int, reduction: Reduction) -> tuple[Tensor, tuple[int, int]]:
+        return self.source.read_smaller(self.index[index], reduction)
+
     def name(self, index: int) -> str:
         return self.source.name(self.index[index])
 
     def identity(self) -> str:
-        return f"{self.source.identity()} {self.index}"
+        return f"{self.source.identity()} {sha256(str(self.index).encode()).hexdigest()[:16]}"
+
+    def sample(self) -> list[str]:
+        return self.source.sample()
 
     def fingerprint(self) -> str:
         return f"{self.source.fingerprint()} {self.index}"
