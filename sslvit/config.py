@@ -42,7 +42,7 @@ DURATIONS = ("epochs", "steps", "images")
 
 @dataclass
 class RunConfig:
-    method: str = "mae"  # mae, dino, or the dotted name of a module of your own
+    method: str = "mae"  # mae, dino, distill, or the dotted name of a module of your own
     out: str = ""  # the run directory; empty: runs/ and the name of the recipe
     seed: int = 0  # of all random numbers
     epochs: float | None = None  # length of the run in passes over the images; give one of epochs, steps, images

@@ -37,13 +37,13 @@ from .objectives import Objective
 from .optim import Schedule
 from .step import SkippedSteps
 
-# Keys that may change when a run resumes: how long, on what machine and how it is watched. data.train may name another
-# place, but the images must be the same (check_images).
+# Keys that may change when a run resumes: how long, on what machine and how it is watched. data.train and a teacher may
+# be at another place, but the images (check_images) and the teacher's weights must be the same.
 MUTABLE_ON_RESUME = {
     "out", "max_hours", "epochs", "steps", "images", "minutes", "hours", "settings", "batch_size", "precision",
     "compile", "shard",
     "model.grad_checkpointing", "data.train", "data.workers", "data.cache", "data.download_dir",
-    "data.bad_ratio",
+    "data.bad_ratio", "objective.teacher",
 }  # fmt: skip
 MUTABLE_SECTIONS = ("save.", "log.", "eval.")
 # What a run directory may hold before its first checkpoint: of a run killed at its start, or one in a queue (submit).

@@ -84,7 +84,9 @@ def load(objective: Objective, name: str, normalization: tuple[tuple[float, ...]
         notes |= dict.fromkeys(changed)
     inside = tuple(encoders)
     for key in own:
-        if not key.startswith(inside) and (taken := _other(key, own[key], found, objective)) is not None:
+        if key.startswith(inside) or not own[key].is_floating_point():  # integers say what a run is
+            continue
+        if (taken := _other(key, own[key], found, objective)) is not None:
             new[key] = taken
     if wrong := next((key for key, value in new.items() if not value.isfinite().all()), None):
         raise UserError(f"{where}: {wrong} has values that are not finite: the file is damaged, or its run diverged.")

@@ -29,16 +29,14 @@ def test_a_recipe_loads_and_its_header_is_a_lab_note(path):
 def test_a_recipe_takes_a_step(cli, images, tmp_path, path):
     """With its own crops and objective, on a small encoder and a small head."""
     small = ["model.args={embed_dim: 48, depth: 2, num_heads: 2}", "global_batch_size=4", "steps=1", "warmup_epochs=0"]
-    head = ["prototypes=32"] if load(path).method == "dino" else []
-    temperature = ["teacher_temp_warmup_epochs=0"] if head else []
+    head = {"dino": ["prototypes=32", "teacher_temp_warmup_epochs=0"], "distill": ["teacher=random:test_vit"]}
     words = [
         f"data.train={images}",
         f"out={tmp_path / 'run'}",
         "eval.train=",
         "eval.test=",
         *small,
-        *head,
-        *temperature,
+        *head.get(load(path).method, []),
     ]
     status, printed, _ = cli("pretrain", path, *words)
     assert status == 0

@@ -6,6 +6,7 @@ GOLDEN = "tests/test_golden_runs.py::"
 DINO = GOLDEN + "test_a_run_gives_the_stored_numbers[dino]"
 OTHER = GOLDEN + "test_a_run_gives_the_stored_numbers[dino_other]"
 MAE = GOLDEN + "test_a_run_gives_the_stored_numbers[mae]"
+DISTILL = "tests/objectives/test_distill.py::"
 PIXELS = GOLDEN + "test_a_run_gives_the_stored_numbers[mae_other]"
 TWO = GOLDEN + "test_two_processes_give_the_numbers_of_two_micro_batches[dino]"
 
@@ -428,6 +429,34 @@ OPTIMIZER = [
         'if group["decayed"]:',
         "if True:",
         MAE,
+    ),
+    Mistake(
+        "the teacher of a distillation is in training mode",
+        "checkpoints/named.py",
+        "Named(encoder.eval(),",
+        "Named(encoder.train(),",
+        DISTILL + "test_the_student_and_its_projections_learn_and_the_teacher_stays",
+    ),
+    Mistake(
+        "the projections of a distillation do not learn",
+        "objectives/distill.py",
+        "            nn.init.zeros_(layer.bias)\n",
+        "            layer.requires_grad_(False)\n",
+        DISTILL + "test_the_student_and_its_projections_learn_and_the_teacher_stays",
+    ),
+    Mistake(
+        "a distillation does not centre its teacher's features",
+        "objectives/distill.py",
+        "centred = theirs - mean",
+        "centred = theirs",
+        DISTILL + "test_the_loss_is_the_share_of_the_teachers_variance_that_the_student_does_not_explain",
+    ),
+    Mistake(
+        "a run goes on with another teacher",
+        "objectives/distill.py",
+        'if not torch.equal(state_dict["teacher_sha256"].cpu(), self.teacher_sha256.cpu()):',
+        "if False:",
+        DISTILL + "test_a_run_goes_on_bit_for_bit_with_its_teacher_only_and_its_student_is_exported",
     ),
     Mistake("AdamW takes MAE's betas for DINO", "objectives/dino.py", "(0.9, 0.999)", "(0.9, 0.95)", DINO),
     Mistake(

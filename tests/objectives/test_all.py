@@ -120,7 +120,8 @@ def test_the_same_keys_give_the_same_loss_and_others_another(method):
     objective, batch = build(method)
     first, again = objective(batch, 0)["loss"], objective(batch, 0)["loss"]
     assert torch.equal(first, again)
-    assert not torch.equal(first, objective({**batch, "key": torch.arange(10, 16)}, 0)["loss"])
+    if hasattr(objective.config, "mask_ratio") or hasattr(objective.config, "drop_path"):  # something is drawn
+        assert not torch.equal(first, objective({**batch, "key": torch.arange(10, 16)}, 0)["loss"])
 
 
 @pytest.mark.parametrize("method", [*METHODS, OUTSIDE])
