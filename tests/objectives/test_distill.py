@@ -271,7 +271,7 @@ def test_a_student_may_begin_with_weights_and_another_run_of_the_method(cli, ima
     assert cli(*run, f"out={tmp_path / 'first'}")[0] == 0
     status, printed, _ = cli(*run, "seed=1", f"model.init={tmp_path / 'first'}", f"out={tmp_path / 'second'}")
     assert status == 0
-    assert "28 of 28 tensors of the encoder" in printed
+    assert "28 of 28 tensors of the encoder, 8 of 9 others" in printed, printed
 
 
 def test_a_teacher_that_sees_much_smaller_images_than_it_knows_is_a_warning(theirs, capsys):
