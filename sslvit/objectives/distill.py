@@ -22,6 +22,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from .. import data
+from ..arguments import first_line
 from ..checkpoints import named
 from ..data.crops import Crop, Views
 from ..distributed import all_reduce_sum, say
@@ -89,8 +90,8 @@ def build(
 
 
 class Teacher:
-    """The frozen encoder. It is no part of the objective's module: nothing trains it, averages it, splits it, saves it
-    or puts it into training mode."""
+    """The frozen encoder. It is no part of the objective's module: nothing trains it, saves it, splits it or puts it
+    into training mode. Each process has it whole, in float32, and keeps none of its activations."""
 
     def __init__(self, config: Config, data_config: data.Config) -> None:
         """Raises UserError if there is no such encoder."""
@@ -140,12 +141,7 @@ class Distill(Objective):
         self.config, self.encoder, self.teacher = config, encoder, teacher
         if teacher.encoder.pool in encoder.pools():
             encoder.pool = teacher.encoder.pool
-        widths = []
-        for one in (encoder, teacher.encoder):  # families have maps of different widths
-            with torch.no_grad():
-                image = torch.zeros(1, one.in_chans, *one.image_size)
-                widths.append([part.shape[-1] for part in one.eval().feature_and_map(image)])
-        encoder.train()
+        widths = output_widths(encoder, "the student"), output_widths(teacher.encoder, teacher.where)
         self.parts = ["feature", "patches"] if config.patch_weight else ["feature"]
         pairs = zip(self.parts, *widths, strict=False)
         self.projections = nn.ModuleDict({name: nn.Linear(own, theirs) for name, own, theirs in pairs})
@@ -213,6 +209,25 @@ class Distill(Objective):
                 "(of a run that has gone on, the checkpoint), or another out= for a new run."
             )
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+@torch.no_grad()
+def output_widths(encoder: Encoder, what: str) -> list[int]:
+    """Channels of its feature and of its map, found by trying: families differ. Leaves it in its mode. Raises
+    UserError for a model that does not take images of its size."""
+    training, (h, w) = encoder.training, encoder.image_size
+    try:
+        found = encoder.eval().feature_and_map(torch.zeros(1, encoder.in_chans, h, w))
+        return [part.shape[-1] for part in found]
+    except UserError:
+        raise
+    except Exception as error:  # timm's families refuse sizes in many ways
+        raise UserError(
+            f"{encoder.architecture}, {what}, cannot take images of {h}x{w} pixels ({first_line(error)}): change "
+            "data.image_size or objective.teacher_size."
+        ) from error
+    finally:
+        encoder.train(training)
 
 
 def resample(tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
