@@ -153,7 +153,7 @@ def test_a_run_says_which_model_it_is_and_bare_weights_of_an_odd_width_do_not(ki
     if kind in ("safetensors", "pth"):
         file = tmp_path / f"a.{kind}"
         save_file(weights, file) if kind == "safetensors" else torch.save({"model": weights}, file)
-        with pytest.raises(UserError, match="width 48, .*does not say how many attention heads it has: give a run"):
+        with pytest.raises(UserError, match=r"width 48, .*does not say how many attention heads it has: give a run"):
             build(str(file))
         return
     encoder = build(str(colour_run if kind == "run" else checkpoint)).teacher.encoder
@@ -185,7 +185,7 @@ def test_other_families_are_students_and_teachers(name, args, size):
 
 
 def test_a_model_that_cannot_take_the_images_is_one_sentence():
-    with pytest.raises(UserError, match="mobilevit_xxs, objective.teacher=random:mobilevit_xxs, cannot take images of"):
+    with pytest.raises(UserError, match=r"mobilevit_xxs, objective.teacher=random:mobilevit_xxs, cannot take images of"):
         build("random:mobilevit_xxs", teacher_size=1)
 
 
