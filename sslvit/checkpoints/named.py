@@ -46,12 +46,7 @@ def open_encoder(name: str, where: str, image_size: tuple[int, int], in_chans: i
     keeps the channels that it has. Raises UserError that begins with `where`.
     """
     kind, colon, rest = name.partition(":")
-    if colon and kind == "random":
-        model = factory.create(factory.Config(rest), image_size, in_chans)
-        tensors = {f"encoder.model.{key}": value for key, value in model.model.state_dict().items()}
-        found = Weights(where, "a model of timm with random weights", tensors, model=factory.Config(rest))
-    else:
-        found = open_weights(name, where)
+    found = _of_timm(rest, where, pretrained=False) if colon and kind == "random" else open_weights(name, where)
     _, stored = found.encoder()
     words, config = weights.recognise(stored, found.heads)
     config = found.model or config
@@ -136,19 +131,24 @@ def _of_run(path: Path, where: str) -> Weights:
     return found
 
 
-def _of_timm(name: str, where: str) -> Weights:
+def _of_timm(name: str, where: str, pretrained: bool = True) -> Weights:
     factory.check_name(name)
     with hub.without_retries() as lost:
         try:
             cfg: Any = timm.get_pretrained_cfg(name)
             size = cfg.input_size
-            encoder = factory.create(factory.Config(name), (size[1], size[2]), size[0], pretrained=True)
+            encoder = factory.create(factory.Config(name), (size[1], size[2]), size[0], pretrained=pretrained)
         except Exception as error:  # no network, no such weights, no room on the disk ...
             if isinstance(error, UserError) and not lost:
                 raise
             raise UserError(f"{where}: timm cannot fetch these weights ({hub.why(error, lost)}).") from error
     tensors = {f"encoder.model.{key}": value for key, value in encoder.model.state_dict().items()}
-    found = Weights(where, f"the weights of timm {timm.__version__}", tensors, model=factory.Config(name))
+    found = Weights(
+        where,
+        f"{'the' if pretrained else 'random'} weights of timm {timm.__version__}",
+        tensors,
+        model=factory.Config(name),
+    )
     found.normalization, found.image = _pair(list(cfg.mean), list(cfg.std)), size
     return found
 
