@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sslvit import data, objectives, optim, pretrained, start
 from sslvit.__main__ import main
+from sslvit.checkpoints.named import open_weights
 from sslvit.errors import UserError
 from sslvit.model import factory, lora, weights
 from sslvit.objectives import Objective
@@ -629,6 +630,7 @@ def test_a_run_with_low_rank_matrices_and_an_anchor_resumes_exactly(cli, fails, 
     changed = {name for name in begin if not torch.equal(begin[name], end[name])}
     assert changed == {name for name in begin if re.search(r"blocks.*(qkv|proj|fc1|fc2).weight", name)}
     assert torch.linalg.svdvals(end["blocks.0.attn.qkv.weight"] - begin["blocks.0.attn.qkv.weight"])[2] < 1e-5
+    assert not any("parametrizations" in name for name in open_weights(str(out), "").tensors)
     # The second half again, without the file that the run began with.
     whole = load_file(folder / "step_000000004" / "model.safetensors")
     file.unlink()

@@ -146,6 +146,7 @@ def _parts(source: Source, config: Any) -> tuple[Source, Source]:
             f"save.keep_best=true without labels holds a tenth of the images out, and {config.data.train} has only "
             f"{len(source)}: give {10 * ViewMonitor.FEWEST} or more, or eval.train and eval.test, or keep_best=false."
         )
+    say(f"{count} of the {len(source)} images are held out, to compare the encoder with its start.")
     order = rng.permutation(rng.fold_in(config.seed, "held_out"), len(source))
     return Subset(source, order[count:].sort().values), Subset(source, order[:count].sort().values)
 
