@@ -18,6 +18,7 @@ from .optim import HOLD, Schedule
 
 BETWEEN = 1.15  # a correction comes after so many times the steps of the one before ...
 EARLIEST = 0.04  # ... and not before this share of the time is over: the first steps say little
+CLOSE = 0.005  # of the number of steps; a smaller correction is not worth a new config.yaml
 CLOSING = 2.0  # seconds for the last checkpoint and the end of the process
 COMPARED = 100  # steps so far whose schedules are compared
 
@@ -42,8 +43,9 @@ class Pace:
         spent = now - self.marks[0][1]
         enough = spent > EARLIEST * (end - self.marks[0][1]) and step > before
         wanted = step + max(0.0, end - now) * (step - before) / max(1e-6, now - then) if enough else steps
-        new = max(math.ceil(gather_objects(wanted)[0]), math.ceil(max(step, self.warmup_steps) / HOLD) + 1)
-        return new if new != steps and step < steps else None
+        least = math.ceil(max(step, self.warmup_steps) / HOLD) + 1
+        new = max(math.ceil(gather_objects(wanted)[0]), min(steps, least))
+        return new if abs(new - steps) > CLOSE * steps and step < steps else None
 
 
 def unchanged(schedule: Schedule, objective: Objective, step: int, steps: int) -> Schedule | None:

@@ -16,17 +16,17 @@ MOST_CHANNELS = 64
 TRIED = 8  # images, to find the number of channels
 
 
-def look(config: RunConfig, sample: int = SAMPLE) -> Facts:
-    """The facts of the images of data.train. in_chans and value_range count where they are given. Raises UserError."""
-    channels = _channels(config)
+def look(config: RunConfig, channels: int | None = None) -> Facts:
+    """The facts of the images of data.train. channels: data.in_chans, if it is given. Raises UserError."""
+    given, channels = channels, channels or _channels(config)
     config = replace(config, data=replace(config.data, in_chans=channels, mean=None, std=None))
-    found = data_report.examine(config, data_report.Config(sample=sample))
+    found = data_report.examine(config, data_report.Config(sample=SAMPLE))
     if not found.mean:
         name, reason = found.broken[0]
         where = f"{found.examined} images of {config.data.train}"
         raise UserError(f"None of {where} can be read, for example {name}: {reason}.")
     mean, std = found.mean, found.std
-    if channels == 3 and len(set(mean)) == 1 and len(set(std)) == 1:  # gray ones, as three equal channels
+    if channels == 3 and not given and len(set(mean)) == 1 and len(set(std)) == 1:  # gray ones, as three equal channels
         channels = 1
     gain = 1.0
     if found.value_range:

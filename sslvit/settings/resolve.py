@@ -14,6 +14,7 @@ from ..checkpoints.state import steps_saved
 from ..config import DURATIONS, RunConfig
 from ..distributed import gather_objects, say, world_size
 from ..errors import UserError
+from ..hardware import start_accelerator
 from ..pace import CLOSING
 from . import choose, look, speed
 
@@ -30,21 +31,23 @@ EPOCHS = {"optim": ("warmup_epochs", "freeze_epochs"),
 def automatic(words: list[str], pairs: Pairs, began: float) -> RunConfig:
     """What is not given is chosen. words: of the command line, of which pairs are the keys. began: by time.monotonic().
     Raises UserError."""
-    given = dict(pairs)
+    recipe, of_recipe, _ = configuration.sort(words)  # with settings=auto, its keys count as given
+    given = {**of_recipe, **dict(pairs)}
     base = configuration.load([word for word in words if word.partition("=")[0].lstrip("-") not in TIMES])
     configuration.check(base)
-    if "out" not in given:
-        base.out = f"runs/{_name(base.data.train)}"
-    minutes, by = _minutes(given)
-    if config := going_on(base.out, pairs, minutes):
+    out = base.out if "out" in given else f"runs/{_name(base.data.train)}"
+    minutes, by = _minutes(dict(pairs))
+    if config := going_on(out, pairs, None if by else minutes):
         return config
-    facts, machine = look.look(base), speed.machine(base)
-    made = gather_objects(choose.choose(facts, machine, minutes, given_values(base, pairs)))[0]
+    machine, values = speed.machine(base), given_values(base, list(given))
+    facts = look.look(base, values.get("data.in_chans"))
+    made = gather_objects(choose.choose(facts, machine, minutes, values))[0]
     say(*heading(base, facts, machine, minutes, by), *[choice.line() for choice in made], "")
-    timed = not any(getattr(base, key) is not None for key in DURATIONS if key in given)
+    timed = given.keys().isdisjoint(DURATIONS)
     chosen = [f"{key}={format_value(value)}" for choice in made for key, value in choice.keys.items()]
-    extra = [f"out={base.out}", "settings=auto", *([f"minutes={minutes:g}"] if timed else [])]
-    config = configuration.load([*chosen, *[f"{k}={v}" for k, v in pairs if k not in TIMES], *extra])
+    extra = [f"out={out}", "settings=auto", *([f"minutes={minutes:g}"] if timed else [])]
+    files = [str(recipe)] if recipe else []
+    config = configuration.load([*files, *chosen, *[f"{k}={v}" for k, v in pairs if k not in TIMES], *extra])
     if timed and config.method not in choose.STEPS:  # of your own: its length may not be corrected
         config = replace(config, steps=speed.steps_in(config, _end(began, minutes), _seconds(minutes)))
     return config
@@ -60,6 +63,7 @@ def timed(words: list[str], pairs: Pairs, began: float) -> RunConfig:
         return stored
     if any(key in given for key in DURATIONS):
         raise UserError("Give a time (minutes, hours) or a length (epochs, steps, images), not both.")
+    start_accelerator(config.precision)  # from here on one process speaks
     say(*_long(minutes), f"Measuring the speed of this recipe, to end after {minutes:g} minutes.")
     count = len(data.open_source(config.data.train, config.data))
     plan = configuration.make_plan(config, count, world_size(), 0)
@@ -76,8 +80,9 @@ def timed(words: list[str], pairs: Pairs, began: float) -> RunConfig:
     return config
 
 
-def going_on(out: str, pairs: Pairs, minutes: float) -> RunConfig | None:
-    """The settings that were chosen for the run of this directory, if it has a checkpoint of such a run."""
+def going_on(out: str, pairs: Pairs, minutes: float | None) -> RunConfig | None:
+    """The settings that were chosen for the run of this directory, if it has a checkpoint of such a run. minutes: that
+    are given now."""
     path = Path(out) / "config.yaml"
     if not (steps_saved(Path(out)) and path.is_file()):
         return None
@@ -88,16 +93,16 @@ def going_on(out: str, pairs: Pairs, minutes: float) -> RunConfig | None:
     words = [f"{key}={value}" for key, value in pairs if key not in TIMES]
     config = configuration.load([str(path), *words, f"out={out}"])
     say(f"{out} goes on with the settings of its first start, which are in {path}; nothing is measured again.")
-    if before and minutes != before and config.steps:
+    if before and minutes and minutes != before and config.steps:
         config = replace(config, minutes=minutes, steps=max(1, round(config.steps * minutes / before)))
         say(f"{minutes:g} minutes in place of {before:g}: about {config.steps:,} steps.")
     return config
 
 
-def given_values(base: RunConfig, pairs: Pairs) -> dict[str, Any]:
-    """{full key: value} of the keys of the command line, those of model.args one by one."""
+def given_values(base: RunConfig, named: list[str]) -> dict[str, Any]:
+    """{full key: value} of the keys that are named, those of model.args one by one."""
     values = flatten(OmegaConf.structured(base))
-    keys = {full_key(key, list(values), "pretrain") for key, _ in pairs} - {*TIMES, "settings"}
+    keys = {full_key(key, list(values), "pretrain") for key in named} - {*TIMES, "settings"}
     found = {key: values[key] for key in keys if key in values}
     args = values["model.args"] if any(key.startswith("model.args") for key in keys) else {}
     found.pop("model.args", None)

@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from .. import data
 from ..config import RunConfig
 from ..distributed import gather_objects
 from ..hardware import cores, free_memory, start_accelerator
@@ -34,7 +35,8 @@ def steps_in(config: RunConfig, end: float, seconds: float) -> int:
     """How many steps of this configuration end by `end`, of time.monotonic(), measured for some seconds."""
     with contextlib.redirect_stdout(io.StringIO()):
         report = bench.bench(config, bench.Config(seconds=seconds))
-    left = end - time.monotonic()
+    labelled = [data.open_source(spec, config.data) for spec in (config.eval.train, config.eval.test) if spec]
+    left = end - time.monotonic() - 2 * sum(map(len, labelled)) * report.forward  # k-NN at both ends, roughly
     first = min(report.epoch, left / report.first) if report.first else 0.0  # images that are also decoded
     images = first + max(0.0, left - first * (report.first or 0.0)) / report.loop
     return max(1, math.floor(images / config.global_batch_size))
