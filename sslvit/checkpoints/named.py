@@ -80,10 +80,10 @@ def open_encoder(name: str, where: str, image_size: tuple[int, int], in_chans: i
     if not all(value.isfinite().all() for value in encoder.model.state_dict().values()):
         raise UserError(f"{where} has values that are not finite: the file is damaged, or its run diverged.")
     if found.pool in encoder.pools():
-        encoder.pool = found.pool  # type: ignore[assignment]  # it is one of them
+        encoder.pool = found.pool
     elif encoder.is_vit and ("decoder_embed.weight" in found.tensors or encoder.model.global_pool == "avg"):
         encoder.pool = "mean"
-    trained = found.image[1:] if found.image else None
+    trained = found.image[1:] if found.image and kind != "random" else None
     return Named(encoder.eval(), found.normalization, trained, _checksum(stored), changed)
 
 
@@ -91,7 +91,7 @@ def _checksum(stored: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(stored.items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -136,6 +136,8 @@ class Teacher:
 
 
 class Distill(Objective):
+    teacher_sha256: Tensor
+
     def __init__(self, config: Config, encoder: Encoder, teacher: Teacher) -> None:
         super().__init__()
         self.config, self.encoder, self.teacher = config, encoder, teacher
@@ -144,8 +146,9 @@ class Distill(Objective):
         widths = output_widths(encoder, "the student"), output_widths(teacher.encoder, teacher.where)
         self.parts = ["feature", "patches"] if config.patch_weight else ["feature"]
         pairs = zip(self.parts, *widths, strict=False)
-        self.projections = nn.ModuleDict({name: nn.Linear(own, theirs) for name, own, theirs in pairs})
-        for name, layer in self.projections.items():
+        layers = {name: nn.Linear(own, theirs) for name, own, theirs in pairs}
+        self.projections = nn.ModuleDict(layers)
+        for name, layer in layers.items():
             trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
             # Mean and variance of the teacher's features, and what the micro-batches of a step leave for after_step.
