@@ -192,12 +192,21 @@ def test_a_model_that_cannot_take_the_images_is_one_sentence():
     assert encoder.training
 
 
+class Payload:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
 WRONG = {
     "": "objective.teacher is missing: give the encoder to learn from, as in teacher=runs/mae",
     "nowhere.pth": "objective.teacher=nowhere.pth does not exist: give a file, a folder, a run, hf:<name>",
     "timm:vit_tiny_patch16_999": "is not a model of timm",
     "random:vit_tinny_patch16_224": "is not a model of timm",
     "{tmp}/text.pth": "objective.teacher={tmp}/text.pth is neither safetensors nor what torch.save has written",
+    "{tmp}/code.pth": "objective.teacher={tmp}/code.pth needs code to be read (",
     "{tmp}/part.safetensors": "It is not the whole of vit_tiny_patch16_224 (differs: blocks.0.norm1.weight",
     "{tmp}/nan.safetensors": "has values that are not finite",
 }
@@ -208,12 +217,14 @@ def test_a_teacher_that_cannot_be_is_one_sentence_and_nothing_is_written(name, f
     model = timm.create_model(VIT, num_classes=0, img_size=32, patch_size=8, depth=1)
     (tmp_path / "text.pth").write_text("hello\n")
     weights = model.state_dict()
+    torch.save(weights | {"more": Payload(tmp_path / "ran")}, tmp_path / "code.pth")
     save_file({key: value for key, value in weights.items() if "norm1" not in key}, tmp_path / "part.safetensors")
     save_file(weights | {"norm.bias": weights["norm.bias"] * float("nan")}, tmp_path / "nan.safetensors")
     given = words("distill", f"out={tmp_path / 'out'}", f"teacher={name.format(tmp=tmp_path)}")
     said = fails("pretrain", images, *given)
     assert WRONG[name].format(tmp=tmp_path) in said
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_run_goes_on_bit_for_bit_with_its_teacher_only_and_its_student_is_exported(
