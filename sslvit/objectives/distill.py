@@ -185,7 +185,7 @@ class Distill(Objective):
         self.get_buffer(f"{name}_squares").add_(rows.square().sum() / rows.shape[1])
         self.get_buffer(f"{name}_count").add_(len(rows))
         predicted = self.projections[name](own).float()
-        return (predicted - centred / (variance + 1e-6).sqrt()).square().mean()
+        return (predicted - centred / variance.clamp(min=1e-6).sqrt()).square().mean()
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
