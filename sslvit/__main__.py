@@ -15,7 +15,7 @@ from .errors import UserError, did_you_mean, printable
 from .evaluation import commands as evaluations
 from .stopping import EXIT_REQUEUE, Stopped
 
-BEGAN = time.monotonic()  # from where minutes= counts
+BEGAN = time.monotonic()  # from where the minutes of a command count
 HELP = ("-h", "--help", "help")
 RECIPE = "[recipe] [images] [key=value ...]"
 Command = Callable[[list[str]], int | None]
@@ -122,7 +122,8 @@ def _pretrain(arguments: list[str]) -> None:
     from .distributed import say
     from .pretraining import pretrain, summary
 
-    result = pretrain(settings.load(arguments, BEGAN), BEGAN)
+    began = BEGAN if sys.argv[2:] == arguments else time.monotonic()  # main() may be called late in a process
+    result = pretrain(settings.load(arguments, began), began)
     if result.stopped:
         raise Stopped(f"Stopped by {result.stopped} after step {result.steps}, which is saved in {result.run_dir}.")
     say(*summary(result))

@@ -18,8 +18,9 @@ from .optim import HOLD, Schedule
 
 BETWEEN = 1.15  # a correction comes after so many times the steps of the one before ...
 EARLIEST = 0.04  # ... and not before this share of the time is over: the first steps say little
+RECENT = 0.3  # share of the steps so far in which the speed is measured
 CLOSE = 0.005  # of the number of steps; a smaller correction is not worth a new config.yaml
-CLOSING = 2.0  # seconds for the last checkpoint and the end of the process
+CLOSING = 4.0  # seconds for the last checkpoint and the end of the process
 COMPARED = 100  # steps so far whose schedules are compared
 
 
@@ -39,7 +40,10 @@ class Pace:
         self.marks.append((step, time.monotonic()))  # the first step, which is slower than others, is not measured
         self.next = max(step + 1, math.ceil(self.marks[0][0] + BETWEEN * (step - self.marks[0][0])))
         now, end = self.marks[-1][1], self.end - closing
-        before, then = next(mark for mark in self.marks if 2 * mark[0] >= step + self.marks[0][0] or mark[0] == step)
+        since = step - RECENT * (step - self.marks[0][0])
+        before, then = next(mark for mark in self.marks if mark[0] >= since)
+        if before == step and len(self.marks) > 1:
+            before, then = self.marks[-2]
         spent = now - self.marks[0][1]
         enough = spent > EARLIEST * (end - self.marks[0][1]) and step > before
         wanted = step + max(0.0, end - now) * (step - before) / max(1e-6, now - then) if enough else steps

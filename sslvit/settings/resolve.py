@@ -114,8 +114,8 @@ def heading(base: RunConfig, facts: choose.Facts, machine: choose.Machine, minut
     return [
         *_long(minutes),
         f"{facts.count:,} images of {base.data.train}{copies}; {machine.name}, {machine.rate / 1e9:,.0f} GFLOP/s; "
-        f"{minutes:g} minutes{by}.",
-        "Chosen settings (keys that you give win; settings=paper takes the paper's):",
+        f"{minutes:g} minute{'s' * (minutes != 1)}{by}.",
+        "Chosen settings (keys that you give win; settings=paper takes the papers'):",
     ]
 
 

@@ -34,7 +34,7 @@ def machine(config: RunConfig) -> Machine:
 def steps_in(config: RunConfig, end: float, seconds: float) -> int:
     """How many steps of this configuration end by `end`, of time.monotonic(), measured for some seconds."""
     with contextlib.redirect_stdout(io.StringIO()):
-        report = bench.bench(config, bench.Config(seconds=seconds))
+        report = bench.bench(config, bench.Config(seconds=seconds), sizes=(256,))
     labelled = [data.open_source(spec, config.data) for spec in (config.eval.train, config.eval.test) if spec]
     left = end - time.monotonic() - 2 * sum(map(len, labelled)) * report.forward  # k-NN at both ends, roughly
     first = min(report.epoch, left / report.first) if report.first else 0.0  # images that are also decoded

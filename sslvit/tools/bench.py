@@ -118,8 +118,9 @@ def run(config: RunConfig, settings: Config, arguments: list[str]) -> None:
         save(report, Path(settings.report))
 
 
-def bench(config: RunConfig, settings: Config) -> Report:
-    """Measure a configuration on this machine, on as many processes as were started. Raises UserError."""
+def bench(config: RunConfig, settings: Config, sizes: tuple[int, ...] = ()) -> Report:
+    """Measure a configuration on this machine, on as many processes as were started. sizes: see `matmul_rate`. Raises
+    UserError."""
     _check(config, settings)
     # As pretrain.set_up does, without a run directory.
     accelerator = start_accelerator(config.precision)
@@ -202,7 +203,7 @@ def bench(config: RunConfig, settings: Config) -> Report:
         first=first,
         waiting=waiting,
         flop=counter.get_total_flops() / batch_size,
-        matmul=matmul_rate(device, dtype),
+        matmul=matmul_rate(device, dtype, sizes),
         memory=memory,
         memory_total=torch.cuda.get_device_properties(device).total_memory if gpu else psutil.virtual_memory().total,
         images=plan.steps * plan.layout.global_batch_size,

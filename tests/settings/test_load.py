@@ -22,7 +22,7 @@ def test_a_folder_is_enough_and_the_same_command_goes_on(images, tmp_path, capsy
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "37 images of" in printed
-    assert "image_size 36: the images are 36 x 40 pixels (measured on CIFAR-10)" in printed
+    assert "image_size 32: the images are 36 x 40 pixels (measured on CIFAR-10)" in printed
     assert "patch" not in printed.split("mae: vit_tiny")[0].replace("patches", "")  # it is given
     stored = read_yaml(tmp_path / "run" / "config.yaml")
     assert (stored["settings"], stored["minutes"], stored["method"]) == ("auto", 0.02, "mae")
