@@ -35,6 +35,7 @@ def test_a_recipe_takes_a_step(cli, images, tmp_path, path):
         f"out={tmp_path / 'run'}",
         "eval.train=",
         "eval.test=",
+        "save.keep_best=false",
         *small,
         *head.get(load(path).method, []),
     ]

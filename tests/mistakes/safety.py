@@ -208,6 +208,27 @@ SAFETY = [
         START + "test_a_run_that_makes_its_weights_worse_says_so_and_stands_for_them",
     ),
     Mistake(
+        "low-rank matrices are left out where a run is read",
+        "pretrained.py",
+        "lora.merge(tensors).items()",
+        "tensors.items()",
+        START + "test_a_run_with_low_rank_matrices_and_an_anchor_resumes_exactly",
+    ),
+    Mistake(
+        "after a resume the anchor is the encoder as it is now",
+        "start.py",
+        "            frozen.model.load_state_dict(_began_with(run_dir, objective))\n",
+        "            pass\n",
+        START + "test_a_run_with_low_rank_matrices_and_an_anchor_resumes_exactly",
+    ),
+    Mistake(
+        "without labels any state is better than the start",
+        "evaluation/online.py",
+        "return unlabelled_score(views) if",
+        "return 100 - unlabelled_score(views) if",
+        "tests/evaluation/test_online.py::test_without_labels_a_run_that_destroys_its_weights_stands_for_its_start",
+    ),
+    Mistake(
         "a run that was never saved waits as long as any other",
         "pretraining.py",
         "minutes = min(minutes, FIRST_SAVE) if self.saved_step is None else minutes",
