@@ -81,6 +81,12 @@ class ViewMonitor:
     Images that are never trained on are cut, flipped and changed in colour twice, always in the same way. Of the second
     views of all, the nearest to a first view should be that of the same image. The score is the geometric mean of the
     share of images for which it is, and of the effective rank as a share of the width.
+
+    It tells ruin from gain, and does not rank recipes. On CIFAR-10 (configs/continue.yaml, 600 images, one seed) the
+    start had k-NN 67.2 % and score 37; two states that training had made better 68.2, 69.9 % and 39, 40; two that it
+    had ruined 39.2, 40.3 % and 4. Differences of a point are noise. Alone, each half puts one of the better states in
+    the wrong place. Neighbours cannot decide: those that two views share, and those that the start had, become fewer
+    while k-NN rises (8.3 to 7.9 % and 100 to 46 % while k-NN rose from 71.2 to 73.6 %).
     """
 
     KEY, WHAT = "score/unlabelled", "score without labels"  # in metrics.jsonl, and in words
