@@ -158,7 +158,7 @@ def _json(value: Any) -> str:
 
 def _made(facts: Sequence[Facts]) -> str:
     s, running = facts[0].settings, sum(one.running for one in facts)
-    parts = [s.get("method"), s.get("model.name"), s.get("data.image_size"), s.get("data.train")]
+    parts = [s.get("method"), s.get("model.name"), f"{s.get('data.image_size')} pixels", s.get("data.train")]
     what = ", ".join(str(part)[:200] for part in parts if part) + ". " if len(facts) == 1 and s else ""
     still = "" if not running else " The run goes on." if len(facts) == 1 else f" {running} of the runs go on."
     return f"{what}As of {time.strftime('%F %H:%M')}.{still}"
@@ -476,10 +476,10 @@ def _pictures(found: Pictures, n: int) -> list[Html]:
             _section(
                 "What it attends to",
                 f"{found.attention_of}, laid over the image: yellow is much, violet little. Each map has its own "
-                "scale, from its 2nd to its 98th percentile, so "
-                "even a nearly even one shows something: compare within a map only. A trained encoder follows "
-                "objects. In `patches`, patches of one colour "
-                f"have similar features, in all images ({found.spec}) together.",
+                "scale, from its 2nd to its 98th percentile, so even a nearly even one shows something: compare "
+                "within a map only. A trained encoder follows objects. In the row `patches`, one colour stands for "
+                "similar features, in all images together. If it is the same smooth rainbow in all of them, the "
+                "features say where a patch is, and little of what it shows.",
                 _grid(found.attention),
             )
         )

@@ -80,14 +80,14 @@ def judge(m: Measured) -> Verdict:
             "Limit the gradient: optim.clip=1. If the loss overflows in bf16 or fp16, try precision=float32.",
         ]
         return Verdict("diverged", f"It has diverged at {end}: {reason}.", evidence, advice)
-    if reason := _collapsed(m):
+    if found := _collapsed(m):
+        reason, _, remedy = found.partition(". ")  # in all such sentences the advice comes last
         first = f" The first line that shows it is of step {m.first_alarm:,}." if m.first_alarm is not None else ""
-        advice = [
-            "Start it again with these changes: features of a collapsed run are of no use.",
-            "log.on_collapse=stop ends such a run at once.",
-        ]
         return Verdict(
-            "collapsed", "It has collapsed: it hardly tells images apart.", [reason + first, *evidence], advice
+            "collapsed",
+            "It has collapsed: it hardly tells images apart.",
+            [f"{reason.rstrip('.')}.{first}", *evidence],
+            [remedy or "Lower optim.base_lr.", "Then start anew, with another out=: a collapsed run seldom recovers."],
         )
     if m.running and (m.step <= m.warmup or len(m.loss[0]) < FEW_LINES):
         until = f" until step {m.warmup:,.0f}" if m.step <= m.warmup else ""
