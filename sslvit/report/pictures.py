@@ -35,6 +35,8 @@ SIDE, TILE = 112, 40  # pixels of an image, and of one on the map
 MOST_HEADS, MOST_STEPS = 12, 4
 NEAREST, CLUSTERS, MEMBERS = 6, 8, 6
 BATCH = 64
+LARGEST_SETTING = 2**22  # a million local crops would take all memory
+VALUES_READ, VALUES_RUN = 2**28, 2**25  # of the images of a map that are held in memory, and run at once
 
 
 @dataclass
@@ -114,6 +116,8 @@ def make(facts: Facts, seconds: float, spec: str = "") -> Pictures:
 
     with part("picture"):
         config = pretrained.settings_of(facts.path)
+        if max(filter(lambda one: isinstance(one, int), vars(config.objective).values()), default=0) > LARGEST_SETTING:
+            raise UserError("the settings of the objective have a number that is too large.")
         found.spec = spec or _local(facts)
         source = open_source(found.spec, config.data)
         chosen = readable(source, config.seed, GALLERY)
@@ -311,19 +315,21 @@ def _map(facts: Facts, source: Source, seed: int, clock: Clock) -> Map:
 
     subject = _load(facts)
     encoder, normalize = subject.encoder.eval(), Normalize(subject.mean, subject.std)
-    order = rng.shuffled(rng.fold_in(seed, "report"), len(source), torch.arange(min(MAPPED, len(source)))).tolist()
+    each = encoder.in_chans * math.prod(encoder.image_size)
+    many, batch = min(MAPPED, len(source), VALUES_READ // each), max(1, min(BATCH, VALUES_RUN // each))
+    order = rng.shuffled(rng.fold_in(seed, "report"), len(source), torch.arange(many)).tolist()
     half = Clock(max(0.0, (clock.end - time.monotonic()) / 2))  # for reading
-    kept, images = _cropped(source, encoder, order, half, min(len(order), BATCH))
+    kept, images = _cropped(source, encoder, order, half, min(many, BATCH))
     parts: list[Tensor] = []
-    for start in range(0, len(images), BATCH):
+    for start in range(0, len(images), batch):
         if parts:
             try:
                 clock.check()
             except TooLate:
                 break
-        x = torch.stack([image.float() for image in images[start : start + BATCH]]) / 255
+        x = torch.stack([image.float() for image in images[start : start + batch]]) / 255
         parts.append(encoder.features(normalize(x)).float())
-    values = torch.cat(parts)
+    values = torch.cat(parts) if parts else torch.zeros(0, 1)
     kept, images = kept[: len(values)], images[: len(values)]
     if len(values) < 8 or not torch.isfinite(values).all():
         raise UserError("there are too few images, or features that are not finite.")

@@ -1,5 +1,6 @@
 """Images as a run sees them: some of them, their crops, and hidden patches. `sslvit data picture=` draws them too."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from .. import data, objectives, rng
 from ..data import BadImage, Source
 from ..data.augment import Normalize, augment
 from ..data.crops import cut
+from ..errors import UserError
 from ..model import factory, masks
 
 MAX_VIEWS = 6  # crops of one name
+MOST_VALUES = 2**27  # of all crops: half a GiB
 
 
 def readable(source: Source, seed: int, count: int) -> list[tuple[int, Tensor]]:
@@ -31,6 +34,9 @@ def readable(source: Source, seed: int, count: int) -> list[tuple[int, Tensor]]:
 def views_of(config: Any, images: list[Tensor], indices: list[int]) -> dict[str, Tensor]:
     """What the objective gets of some images in the first epoch: {"key": [B], name: [V, B, C, h, w] normalised}."""
     views = objectives.find(config.method).views(config.objective, config.data)
+    pixels = len(images) * sum(math.prod(crop.size) for crops in views.values() for crop in crops)
+    if pixels * config.data.in_chans > MOST_VALUES:
+        raise UserError(f"The crops of {len(images)} images have {pixels:,} pixels, which is too many for a picture.")
     key = rng.fold_in(rng.fold_in(config.seed, "image", 0), torch.tensor(indices))
     normalize = Normalize(*data.normalization(config.data))
     return augment({"key": key, **cut(images, key, views)}, views, normalize, torch.device("cpu"))

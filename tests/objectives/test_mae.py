@@ -6,6 +6,7 @@ import torch
 from sslvit import data, rng
 from sslvit.errors import UserError
 from sslvit.model import factory, masks
+from sslvit.model.encoder import patchify, take
 from sslvit.objectives import mae
 from tests.conftest import TINY_MODEL
 from tests.oracles import mae as oracle
@@ -106,3 +107,21 @@ def test_koleo_spreads_the_mean_of_the_kept_patches_by_its_weight():
     assert values["koleo"].item() == pytest.approx(koleo_oracle(features), rel=1e-4)
     assert values["reconstruction"].item() == module.loss(images, order)["loss"].item()
     assert values["loss"].item() == pytest.approx(values["reconstruction"].item() + 0.5 * values["koleo"].item())
+
+
+@pytest.mark.parametrize(("size", "norm_pix"), [((12, 12), True), ((8, 16), False)])
+def test_its_pictures_show_the_prediction_that_the_loss_measures(size, norm_pix):
+    module, images, key = build(size=size, norm_pix=norm_pix), torch.randn(2, 3, *size), rng.fold_in(0, torch.arange(2))
+    order = masks.random_order(key, module.num_patches)
+    keep, hide = masks.split(order, module.num_kept)
+    made = module.pictures({"key": key, "image": images.unsqueeze(0)})
+    seen, made, real = (patchify(x, (4, 4), channels_last=True) for x in (*made.values(), images))
+    assert torch.equal(take(made, keep), take(real, keep))
+    assert torch.equal(take(seen, keep), take(real, keep))
+    assert not take(seen, hide).any()
+    made, real = take(made, hide), take(real, hide)
+    if norm_pix:
+        variance, mean = torch.var_mean(real, dim=-1, keepdim=True)
+        made, real = ((x - mean) / (variance + 1e-6).sqrt() for x in (made, real))
+    expected = module.loss(images, order)["loss"].item()
+    assert (made - real).square().mean().item() == pytest.approx(expected, abs=1e-5)

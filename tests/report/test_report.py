@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import time
 
 import numpy as np
@@ -239,3 +240,15 @@ def test_a_lock_that_is_held_is_a_run_that_goes_on(tmp_path):
     run = write_run(tmp_path / "run", lines(5))
     assert gather(run).verdict.state == "stopped"
     assert gather(run, running=True).verdict.state == "learning"
+
+
+def test_settings_of_somebody_else_cannot_take_all_memory(colour_run, images, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(colour_run, run)
+    text = (run / "config.yaml").read_text()
+    for change in (("image_size: 32", "image_size: 1000000"), ("decoder_depth: 1", "decoder_depth: 1000000000")):
+        assert change[0] in text
+        (run / "config.yaml").write_text(text.replace(*change))
+        out = tmp_path / "report.html"
+        report.report([str(run)], report.Config(out=str(out), data=str(images)))
+        assert "too many for a picture" in out.read_text() or "too large" in out.read_text()
