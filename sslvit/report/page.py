@@ -465,9 +465,8 @@ def _pictures(found: Pictures, n: int) -> list[Html]:
         parts.append(
             _section(
                 "What it predicts",
-                "Hidden patches are gray in the second column. Predicted ones have blurred shapes at best. Where the "
-                "model predicts patches of "
-                "mean 0 and deviation 1 (norm_pix), those of the image are put back.",
+                "Hidden patches are gray in the second row. Predicted ones have blurred shapes at best. Where the "
+                "model predicts patches of mean 0 and deviation 1 (norm_pix), those of the image are put back.",
                 _grid(found.predictions),
             )
         )

@@ -130,7 +130,7 @@ def judge(m: Measured) -> Verdict:
     headline = (
         "It has learned, and it has come to rest."
         if known
-        else "It has come to rest. Whether its features are good is not measured."
+        else "Its loss has fallen and come to rest. Whether its features are good is not measured."
     )
     more = [_longer(m)] if m.epochs and m.epochs < FEW_EPOCHS else []
     return Verdict(
