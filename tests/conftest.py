@@ -26,6 +26,7 @@ TINY = [
     "model.args={patch_size: 8, embed_dim: 48, depth: 2, num_heads: 2}",
     "image_size=32",
     "log.tensorboard=false",
+    "log.report=false",
 ]
 # Every file in sslvit/objectives/, and methods of your own by their dotted names.
 METHODS = sorted(path.stem for path in (Path(__file__).parent.parent / "sslvit" / "objectives").glob("[!_]*.py"))
@@ -89,7 +90,7 @@ def labelled(tmp_path_factory) -> Path:
 def colour_run(labelled, tmp_path_factory) -> Path:
     """A finished MAE run on the three colours."""
     out = tmp_path_factory.mktemp("runs") / "colours"
-    assert main(["pretrain", str(labelled / "train"), *words("mae", f"out={out}")]) == 0
+    assert main(["pretrain", str(labelled / "train"), *words("mae", "log.report=true", f"out={out}")]) == 0
     return out
 
 

@@ -29,7 +29,7 @@ def test_a_run_leaves_its_record(cli, images, tmp_path, method):
     assert "step 8/8  epoch 2.00/2  loss" in printed
     assert "images/s" in printed
     assert "Done: 64 images" in printed
-    names = {".lock", "config.yaml", "starts.jsonl", "metrics.jsonl", "checkpoints", "report.html"}
+    names = {".lock", "config.yaml", "starts.jsonl", "metrics.jsonl", "checkpoints"}
     assert {path.name for path in out.iterdir()} == names
     start = json.loads((out / "starts.jsonl").read_text())
     assert (

@@ -252,3 +252,15 @@ def test_settings_of_somebody_else_cannot_take_all_memory(colour_run, images, tm
         out = tmp_path / "report.html"
         report.report([str(run)], report.Config(out=str(out), data=str(images)))
         assert "too many for a picture" in out.read_text() or "too large" in out.read_text()
+
+
+def test_the_alarm_of_a_method_makes_the_verdict(tmp_path):
+    objective = {"prototypes": 512, "center_momentum": 1.0}
+    run = write_run(tmp_path / "run", lines(30, teacher_entropy=6.2383), method="dino", objective=objective)
+    verdict = gather(run).verdict
+    assert verdict.state == "collapsed"
+    assert "DINO has collapsed to one even answer" in verdict.evidence[0]
+    assert "The first line that shows it is of step 1." in verdict.evidence[0]
+    assert verdict.advice[0].startswith("Lower objective.teacher_temp")
+    odd = write_run(tmp_path / "odd", lines(30, teacher_entropy=6.2), method="dino", objective={"prototypes": "many"})
+    assert gather(odd).verdict.state == "stopped"
