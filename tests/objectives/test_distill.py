@@ -63,7 +63,9 @@ def test_the_loss_is_the_share_of_the_teachers_variance_that_the_student_does_no
             objective.after_step(step)
     last, vit = batch(), objective.teacher.encoder.model
     with torch.no_grad():
-        found = [vit.forward_features(one["image"][0]).double() for one in [*seen, last]]  # [5, 1 + 4, 64]
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in data.normalization(data.Config()))
+        pixels = [one["image"][0] * std + mean for one in [*seen, last]]
+        found = [vit.forward_features((one - 0.5) / 0.5).double() for one in pixels]  # [5, 1 + 4, 64], in timm's way
         own = objective.encoder.model.forward_features(last["image"][0])
     expected = {}
     for name, part in (("feature", slice(0, 1)), ("patches", slice(1, None))):
