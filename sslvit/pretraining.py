@@ -97,11 +97,10 @@ def _verdict(result: Result, best_step: int, best_knn: float | None) -> list[str
     """What a run that began with pretrained weights says of its best state, which its directory stands for."""
     best = f"{result.run_dir} stands for step {best_step} when it is measured, exported or fine-tuned"
     measure = "k-NN" if result.labels else ViewMonitor.WHAT
-    least = f"the start's {best_knn:.1f}%" if result.labels else f"{best_knn:.1f}%, nine tenths of the start's"
     if best_step:
         return [f"{best}: {measure} {best_knn:.1f}%."]
     return [
-        f"Training made these weights worse: no step had a {measure} above {least}. So {best}, "
+        f"Training made these weights worse: no step had a {measure} above the start's {best_knn:.1f}%. So {best}, "
         f"which is model.init={result.began_with} itself. To gain, try optim.base_lr divided by 10, "
         "optim.freeze_epochs, optim.layer_decay=0.75, model.lora_rank=8, model.anchor=1, or more images."
     ]
@@ -153,9 +152,8 @@ class Training:
         with self.recorder.watch.pausing(), self.eval_encoder() as encoder:
             top1 = self.monitor(encoder)
         self.record["knn_seconds"] = time.monotonic() - began
-        counts = top1 if run.step else top1 * (1 - self.monitor.NOISE)
-        if (run.step or self.config.model.init) and counts > (run.best_knn or 0.0):
-            run.best_step, run.best_knn = run.step, counts
+        if (run.step or self.config.model.init) and top1 > (run.best_knn or 0.0):
+            run.best_step, run.best_knn = run.step, top1
         say(f"step {run.step}/{self.plan.steps}  {self.monitor.line(top1)}")
         self.recorder.write({"step": run.step, "images": run.images_seen, self.monitor.KEY: top1})
         return top1
