@@ -84,8 +84,8 @@ class ViewMonitor:
     mean of the share of images for which it is, and of the effective rank as a share of the width.
 
     It tells ruin, and does not rank good states. On CIFAR-10 (configs/continue.yaml; 1,000 images) the start had 34.5;
-    two states with k-NN within 0.6 points of its own had 35.4 and 36.8; after a rate times 30, k-NN fell from 67 to 40 %
-    and the score to 2.8. Differences of a point are noise. Neighbours cannot decide: those that two views share, and
+    two states with k-NN within 0.6 points of its own had 35.4 and 36.8; after a rate times 30, k-NN fell from 67 to 40
+    % and the score to 2.8. Differences of a point are noise. Neighbours cannot decide: those that two views share, and
     those that the start had, became fewer while k-NN rose (8.3 to 7.9 %, 100 to 46 %; k-NN 71.2 to 73.6 %).
     """
 

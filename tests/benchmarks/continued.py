@@ -4,8 +4,9 @@
 
 The public start is played by an encoder (width 192, depth 4, patch 4) that MAE pretrains on 100,000 images of the first
 five classes. It is measured, continued on the training images of the other five, whose labels are not used, and
-compared with the same run from random weights; k-NN is on the test images of the other five. At last the rate times 30
-must give an encoder that is no worse than the start. Two quiet cores need about 4 minutes for 100,000 images.
+compared with the same run from random weights; k-NN is on the test images of the other five. The rate times
+30 must give an encoder that is no worse than the start. On 2026-11-28 two seeds did not gain the 3 points that it asks
+for, see the recipe's header.
 """
 
 import sys
