@@ -1,5 +1,9 @@
-"""`sslvit <command> ...`, the same as `accelerate launch -m sslvit <command> ...`. Parse, call, print."""
+"""`sslvit <command> ...`, the same as `accelerate launch -m sslvit <command> ...`. Parse, call, print.
 
+Importing torch takes seconds. So a command reads its arguments first, and help is made without importing its module.
+"""
+
+import ast
 import multiprocessing
 import os
 import sys
@@ -7,10 +11,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-from .arguments import help_lines, parse, recipes, split_own
+from omegaconf import OmegaConf
+
+from . import __version__
+from .arguments import flatten, help_lines, parse, recipes, split_own
 from .errors import UserError, did_you_mean, printable
 from .evaluation import commands as evaluations
 from .stopping import EXIT_REQUEUE, Stopped
@@ -19,19 +27,19 @@ BEGAN = time.monotonic()  # from where the minutes of a command count
 HELP = ("-h", "--help", "help")
 RECIPE = "[recipe] [images] [key=value ...]"
 Command = Callable[[list[str]], int | None]
-# Modules of sslvit/tools/ with a Config of their own and run(run_config, config, arguments).
+# Modules of sslvit/tools/ with run(run_config, config, arguments). The keys of all commands are in a config.py.
 TOOLS = {
     "data": ("data_report", RECIPE, "what images are like: sizes, broken ones, duplicates, mean, crops"),
     "bench": ("bench", RECIPE, "how fast this machine runs a recipe, and what to change first"),
     "submit": ("submit", RECIPE, "pretrain as a job of a SLURM cluster, queued again until it is done"),
 }
-# Modules with a Config of their own and run(config).
+# Modules with run(config).
 PLAIN = {
     "export": ("export", "run=... to=timm,hf,onnx,torch out=<folder>", "write the encoder in forms that others load"),
     "embed": ("tools.embed", "run=... data=... out=<file>", "features of all images: .parquet, .npy or .faiss"),
     "search": ("tools.search", "index=<file> image=...", "nearest images; duplicates; a diverse subset"),
 }
-# Modules with a Config of their own and a function of the command's name, which takes runs and the Config.
+# Modules with a function of the command's name, which takes runs and the keys.
 RUNS = {
     "compare": ("evaluation.compare", "<run> <run> ...", "results of runs side by side, with the intervals of the "
                 "differences"),
@@ -47,6 +55,7 @@ def usage() -> str:
         ("pretrain", RECIPE, "train an encoder on unlabeled images"),
         *((name, command.usage, command.help) for name, command in evaluations().items()),
         *((name, *row[1:]) for name, row in (RUNS | PLAIN | TOOLS).items()),
+        ("completion", "bash, zsh or fish", "a script with which the shell completes commands and keys"),
         ("recipes", "", "the recipes that come with sslvit, for pretrain, data, bench and submit"),
     ]
     return (
@@ -63,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in HELP:
         print(usage(), end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"sslvit {__version__}")
         return 0
     command, *rest = arguments
     try:
@@ -119,22 +131,24 @@ def _pretrain(arguments: list[str]) -> None:
         print(config.help_text([argument for argument in arguments if argument not in HELP]))
         return
     from . import settings
+
+    began = BEGAN if sys.argv[2:] == arguments else time.monotonic()  # main() may be called late in a process
+    chosen = settings.load(arguments, began)
     from .distributed import say
     from .pretraining import pretrain, summary
 
-    began = BEGAN if sys.argv[2:] == arguments else time.monotonic()  # main() may be called late in a process
-    result = pretrain(settings.load(arguments, began), began)
+    result = pretrain(chosen, began)
     if result.stopped:
         raise Stopped(f"Stopped by {result.stopped} after step {result.steps}, which is saved in {result.run_dir}.")
     say(*summary(result))
 
 
 def _evaluate(name: str, arguments: list[str]) -> None:
-    module = import_module(f".evaluation.{name}", __package__)
     if _help(arguments):
-        _print_help(f"{name} {module.COMMAND.usage} [key=value ...]", module, KEYS)
+        _print_help(name, f"{evaluations()[name].usage} [key=value ...]", f"evaluation.{name}", KEYS)
     else:
-        module.run(parse(module.Config(), arguments, name))
+        settings = parse(own_keys(name), arguments, name)
+        import_module(f".evaluation.{name}", __package__).run(settings)
 
 
 def evaluate(script: str) -> None:
@@ -145,35 +159,37 @@ def evaluate(script: str) -> None:
 
 def _runs(name: str, arguments: list[str]) -> None:
     """A command that takes runs and keys of its own."""
-    module = import_module(f".{RUNS[name][0]}", __package__)
     if _help(arguments):
-        _print_help(f"{name} {RUNS[name][1]} [key=value ...]", module, "Keys with their defaults:")
+        _print_help(name, f"{RUNS[name][1]} [key=value ...]", RUNS[name][0], "Keys with their defaults:")
         return
     own = [word for word in arguments if "=" in word and not os.path.lexists(word.removeprefix("untrained:"))]
-    getattr(module, name)([word for word in arguments if word not in own], parse(module.Config(), own, name))
+    settings = parse(own_keys(name), own, name)
+    module = import_module(f".{RUNS[name][0]}", __package__)
+    getattr(module, name)([word for word in arguments if word not in own], settings)
 
 
 def _plain(name: str, arguments: list[str]) -> None:
     """A command with nothing but keys of its own."""
-    module = import_module(f".{PLAIN[name][0]}", __package__)
     if _help(arguments):
-        _print_help(f"{name} {PLAIN[name][1]}", module, KEYS)
+        _print_help(name, PLAIN[name][1], PLAIN[name][0], KEYS)
     else:
-        module.run(parse(module.Config(), arguments, name))
+        settings = parse(own_keys(name), arguments, name)
+        import_module(f".{PLAIN[name][0]}", __package__).run(settings)
 
 
 def _tool(name: str, arguments: list[str]) -> None:
     """A command that takes the arguments of pretrain and some keys of its own."""
     from . import config
 
-    module = import_module(f".tools.{TOOLS[name][0]}", __package__)
+    module, defaults = f"tools.{TOOLS[name][0]}", own_keys(name)
     if _help(arguments):
-        _print_help(f"{name} {RECIPE}", module, "The arguments are those of sslvit pretrain, and these keys:")
+        _print_help(name, RECIPE, module, "The arguments are those of sslvit pretrain, and these keys:")
         return
-    own, rest = split_own(arguments, module.Config(), name)
+    own, rest = split_own(arguments, defaults, name)
     if asked := [word for word in rest if word.lstrip("-").startswith(("minutes=", "hours="))]:
         raise UserError(f"{asked[0]} is for `sslvit pretrain`: give {name} epochs=, steps= or images=.")
-    module.run(config.load(rest, name, vars(module.Config())), parse(module.Config(), own, name), rest)
+    settings = config.load(rest, name, vars(defaults)), parse(defaults, own, name)
+    import_module(f".{module}", __package__).run(*settings, rest)
 
 
 def _recipes(arguments: list[str]) -> None:
@@ -182,14 +198,38 @@ def _recipes(arguments: list[str]) -> None:
         print(f"  {name:<32}{path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
 
 
-def _print_help(usage: str, module: ModuleType, keys: str) -> None:
-    print(f"sslvit {usage}\n\n{(module.__doc__ or '').strip()}\n\n{keys}\n")
-    print("\n".join(help_lines(module.Config())))
+def _completion(arguments: list[str]) -> None:
+    from . import config
+    from .tools import completion
+
+    own = {
+        name: list(flatten(OmegaConf.structured(own_keys(name)))) for name in (*evaluations(), *RUNS, *PLAIN, *TOOLS)
+    }
+    run = config.all_keys()
+    words = {"pretrain": run, **own, **{name: own[name] + run for name in TOOLS}}
+    short = {name: [key.rpartition(".")[2] for key in keys] for name, keys in words.items()}
+    words = {name: [f"{key}=" for key in sorted({*keys, *short[name]})] for name, keys in words.items()}
+    print(completion.script(" ".join(arguments), words | {"recipes": [], "completion": list(completion.SHELLS)}))
+
+
+def own_keys(command: str) -> Any:
+    """The keys of a command, with their defaults: an instance of the class of its name in a config.py."""
+    evaluation = command in RUNS or command in evaluations()
+    folder = "evaluation" if evaluation else command if command == "export" else "tools"
+    return getattr(import_module(f".{folder}.config", __package__), command.title())()
+
+
+def _print_help(command: str, usage: str, module: str, keys: str) -> None:
+    file = getattr(find_spec(f".{module}", __package__), "origin", "")
+    text = ast.get_docstring(ast.parse(Path(file).read_text(encoding="utf-8")))
+    print(f"sslvit {command} {usage}\n\n{text}\n\n{keys}\n")
+    print("\n".join(help_lines(own_keys(command))))
 
 
 COMMANDS: dict[str, Command] = {
     "pretrain": _pretrain,
     "recipes": _recipes,
+    "completion": _completion,
     **{name: partial(_runs, name) for name in RUNS},
     **{name: partial(_plain, name) for name in PLAIN},
     **{name: partial(_tool, name) for name in TOOLS},

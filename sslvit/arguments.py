@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,6 +22,7 @@ from .errors import UserError, did_you_mean
 OPEN = ("model.args", "model_args")  # keys whose value is a dictionary that model/factory.py checks
 NEVER_SHORT = ("model.init",)  # keys that are always written in full: `init=` was DINO's before there was this one
 YAML_BYTES = 1 << 18  # of one file of settings, which has some kB
+Precision = Literal["auto", "float32", "bf16", "fp16"]  # of the keys `precision`
 LARGEST = 2.0**63  # every number must be smaller; a seed need not
 
 

@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
 from . import compatibility, objectives
 from .arguments import (
+    Precision,
     assignments,
     check_keys,
     flatten,
@@ -26,16 +27,17 @@ from .arguments import (
     value_of,
 )
 from .checkpoints import textfile
-from .checkpoints.state import Config as SaveConfig
+from .checkpoints.config import Config as SaveConfig
 from .data import Config as DataConfig
 from .data import check_value_range, kind_of
-from .data.loader import Layout, make_layout
 from .errors import ABOVE_0, Limits, UserError, check_limits, did_you_mean
-from .evaluation.online import Config as EvalConfig
-from .hardware import Precision
+from .evaluation.config import Online as EvalConfig
 from .metrics import Config as LogConfig
-from .model.factory import Config as ModelConfig
-from .optim import Config as OptimConfig
+from .model.config import Config as ModelConfig
+from .schedule import Config as OptimConfig
+
+if TYPE_CHECKING:
+    from .data.loader import Layout
 
 DURATIONS = ("epochs", "steps", "images")
 
@@ -77,7 +79,7 @@ class RunConfig:
 class Plan:
     """What follows from a configuration, the number of images and the number of processes."""
 
-    layout: Layout
+    layout: "Layout"
     steps_per_epoch: int
     steps: int
     warmup_steps: int
@@ -143,7 +145,7 @@ def _with_recipe(word: str, arguments: list[str]) -> list[str]:
 def _of_another_method(key: str) -> str:
     """A sentence on a key that only other methods have; the key itself if none has it."""
     for method in objectives.names():
-        if key.removeprefix("objective.") in {item.name for item in fields(objectives.find(method).Config)}:
+        if key.removeprefix("objective.") in {item.name for item in fields(objectives.keys_of(method).Config)}:
             return f"{key} belongs to method={method}: leave it out, or give method={method}."
     return key
 
@@ -161,7 +163,7 @@ def _method_and_preset(
 
 def _defaults(method: str, preset: str | None = None) -> DictConfig:
     """The defaults of the dataclasses, of the method's paper, and of a preset. Raises UserError."""
-    module = objectives.find(method)
+    module = objectives.keys_of(method)
     config = merge(OmegaConf.structured(RunConfig(method=method, objective=module.Config())), module.DEFAULTS, method)
     return config if preset is None else _with_preset(config, method, preset, getattr(module, "PRESETS", {}))
 
@@ -194,13 +196,36 @@ def differences(old: Path, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
 
 
+# What people change first, as examples; the comment beside the field says the unit.
+FIRST = (
+    "data.train=scans/", "minutes=30", "method=dino", "out=runs/scans", "model.name=vit_small_patch16_224",
+    "data.image_size=96", "epochs=100", "global_batch_size=256", "optim.base_lr=1e-3", "eval.test=labelled/test",
+)  # fmt: skip
+SECTIONS = {
+    "": "The run", "model": "The encoder", "data": "The images", "objective": "The method", "optim": "The optimizer",
+    "eval": "k-NN during the run", "save": "Checkpoints", "log": "What is written and shown",
+}  # fmt: skip
+
+
+def all_keys() -> list[str]:
+    """Of every method."""
+    return list(dict.fromkeys(key for method in objectives.names() for key in flatten(_defaults(method))))
+
+
 def help_text(arguments: list[str]) -> str:
-    """All keys with their defaults and meaning, of the method and preset that the command line or its recipe names."""
+    """What is changed first, then all keys with their defaults and meaning, of the method and preset that the command
+    line or its recipe names."""
     method, preset = _method_and_preset(*sort(arguments))
     lines = help_lines(OmegaConf.to_object(_defaults(method, preset)))
     chosen = f"method={method}" + (f" preset={preset}" if preset else "")
-    title = f"Keys with their defaults for {chosen}; a key may be given by its last name alone:"
-    return "\n".join([title, "", *lines])
+    meanings = {line.split("=")[0].strip(): line.strip().partition("   ")[2].strip() for line in lines}
+    text = ["What is changed first, with examples; a key may be given by its last name alone:", ""]
+    text += [f"  {example:<42}   {meanings[example.split('=')[0]]}" for example in FIRST]
+    text += ["", f"All keys with their defaults for {chosen}:"]
+    for section, title in SECTIONS.items():
+        own = [line for line in lines if line.split("=")[0].strip().rpartition(".")[0] == section]
+        text += ["", f"{title}:", *own]
+    return "\n".join(text)
 
 
 def check(config: RunConfig) -> None:
@@ -224,6 +249,8 @@ def check(config: RunConfig) -> None:
 
 def make_plan(config: RunConfig, num_images: int, world_size: int, rank: int) -> Plan:
     """Batches, steps and warm-up of a run. Raises UserError."""
+    from .data.loader import make_layout  # imports torch, which takes seconds; --help needs no torch
+
     total = config.global_batch_size
     batch_size = config.batch_size if isinstance(config.batch_size, int) else None
     layout = make_layout(total, batch_size, num_images, world_size, rank, config.data.train)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import progress
 from .errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -205,4 +206,4 @@ def any_process(flag: bool) -> bool:
 def say(*lines: str) -> None:
     """Print on the first process only, at once."""
     if rank() == 0 and lines:
-        print(printable("\n".join(lines), keep="\n\t"), flush=True)
+        progress.write(printable("\n".join(lines), keep="\n\t"))

@@ -20,11 +20,11 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from . import stopping
+from .arguments import Precision
 from .distributed import SILENT, SILENT_KEY, WAIT, WAIT_KEY, is_sharded, watch_processes
 from .errors import UserError
 
 T = TypeVar("T")
-Precision = Literal["auto", "float32", "bf16", "fp16"]
 
 
 def start_accelerator(wanted: Precision, long_waits: bool = False) -> Accelerator:

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics.jsonl, TensorBoard, the console line."""
+"""What a run writes while it goes: metrics.jsonl and TensorBoard."""
 
 import json
 import os
@@ -8,21 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from .distributed import all_reduce_sum, world_size
 from .errors import Limits
+
+if TYPE_CHECKING:  # importing torch takes seconds, and --help needs no torch
+    import torch
+    from torch import Tensor
 
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped"  # steps of a line
+LINE_STEPS = 50  # of a line, if log.every_steps is not given
 
 
 @dataclass
 class Config:
-    every_steps: int = 50  # a line in metrics.jsonl and on the console
+    # Without every_steps the console has a line after the first step, and then by time. On a terminal it is a live one.
+    every_steps: int | None = None  # a line in metrics.jsonl and on the console; null: in metrics.jsonl after 50 steps
     tensorboard: bool = True  # the same numbers in <run>/tensorboard
     max_nonfinite: int = 10  # steps in a row without finite loss and gradients, each skipped, that end the run
     rank_every_steps: int | None = 1000  # log the effective rank of 512 training images' features; null: never
@@ -46,17 +48,17 @@ class Window:
         self.losses: list[Tensor] = []  # of its micro-batches
         self.recent: list[tuple[Tensor, list[Tensor]]] = []  # (1 if skipped, losses) of steps since the last `poll`
 
-    def add(self, values: dict[str, Tensor], weight: float = 1.0) -> None:
+    def add(self, values: "dict[str, Tensor]", weight: float = 1.0) -> None:
         for name, value in values.items():
             value = value.detach().float()
             self.current[name] = self.current.get(name, 0.0) + value * weight
             if name == "loss":
                 self.losses.append(value)
 
-    def end_step(self, skip: Tensor) -> None:
+    def end_step(self, skip: "Tensor") -> None:
         """skip: 1 if the step was skipped, else 0, on the device."""
         for name, value in (*self.current.items(), (SKIPPED, None)):
-            value = skip if value is None else torch.where(skip > 0, 0.0, value)
+            value = skip if value is None else value.masked_fill(skip > 0, 0.0)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.recent.append((skip, self.losses))
         self.current, self.losses = {}, []
@@ -64,10 +66,14 @@ class Window:
 
     def state(self) -> dict[str, Any]:
         """The sums of an unfinished line, averaged over all processes: what a checkpoint holds."""
+        import torch
+
+        from .distributed import all_reduce_sum, world_size
+
         names = sorted(self.sums)
         if not names:
             return {}
-        device = next((value.device for value in self.sums.values() if isinstance(value, Tensor)), None)
+        device = next((value.device for value in self.sums.values() if isinstance(value, torch.Tensor)), None)
         sums = torch.stack([torch.as_tensor(self.sums[name], dtype=torch.float32, device=device) for name in names])
         values = all_reduce_sum(sums) / world_size()  # on the training device: NCCL knows no other
         return {"steps": self.steps, "sums": dict(zip(names, values.tolist(), strict=True))}
@@ -75,6 +81,11 @@ class Window:
     def load(self, state: dict[str, Any]) -> None:
         self.steps = state.get("steps", 0)
         self.sums = {name: float(value) for name, value in state.get("sums", {}).items()}
+
+    def loss(self) -> dict[str, float]:
+        """{"loss": mean of this process since the last line}; empty if there is none. It waits for the device."""
+        taken = self.steps - float(self.sums.get(SKIPPED, 0.0))
+        return {"loss": float(self.sums["loss"]) / taken} if taken > 0 and "loss" in self.sums else {}
 
     def close(self) -> dict[str, float]:
         """The means since the last call, and the number of skipped steps if there are any. Then it starts anew."""
@@ -162,19 +173,23 @@ class Stopwatch:
         yield
         self.began += time.perf_counter() - start
 
+    def so_far(self, images: int) -> dict[str, float]:
+        elapsed = max(1e-9, time.perf_counter() - self.began)
+        return {"images_per_second": images / elapsed, "data_wait": self.waited / elapsed}
+
     def lap(self, images: int) -> dict[str, float]:
-        now = time.perf_counter()
-        elapsed = max(1e-9, now - self.began)
-        result = {"images_per_second": images / elapsed, "data_wait": self.waited / elapsed}
-        self.began, self.waited = now, 0.0
+        result = self.so_far(images)
+        self.began, self.waited = time.perf_counter(), 0.0
         return result
 
 
-def start_trace(path: Path) -> torch.profiler.profile:
+def start_trace(path: Path) -> "torch.profiler.profile":
     """Writes <run>/trace.json: every operation of the fourth to the sixth step, with its time and shapes.
 
     A browser shows it, at ui.perfetto.dev or chrome://tracing. Call its step() after each step, and stop() at the end.
     """
+    import torch
+
     profiler = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=2, warmup=1, active=3, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
@@ -182,27 +197,6 @@ def start_trace(path: Path) -> torch.profiler.profile:
     )
     profiler.start()
     return profiler
-
-
-def console_line(record: dict[str, float], total_steps: int, total_epochs: float) -> str:
-    """step 1200/3900  epoch 3.08/10  loss 0.4321  412 images/s  wait 2%  6m31s left"""
-    parts = [
-        f"step {record['step']}/{total_steps}",
-        f"epoch {record['epoch']:.2f}/{total_epochs:g}",
-        f"loss {record['loss']:.4f}" if "loss" in record else "skipped",
-        f"{record['images_per_second']:.0f} images/s" if record["images_per_second"] >= 10
-        else f"{record['images_per_second']:.2g} images/s",
-        f"wait {record['data_wait']:.0%}",
-        f"{format_duration(record['seconds_left'])} left",
-    ]  # fmt: skip
-    return "  ".join(parts)
-
-
-def format_duration(seconds: float) -> str:
-    """3725 -> 1h02m, 65 -> 1m05s."""
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
 def format_bytes(size: float) -> str:

@@ -5,6 +5,7 @@
 """
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,10 +42,10 @@ from .hardware import (
     start_accelerator,
     versions,
 )
-from .metrics import format_duration
 from .model.encoder import Encoder
 from .objectives import Objective
 from .pace import Pace, unchanged
+from .progress import close_bars, duration
 from .run import BadImages, Recorder, check_images, describe, images_record, open_run, resuming
 from .step import CutShort, train_step
 from .stopping import Stopped, StopRequest, stop_requests
@@ -73,7 +74,7 @@ class Result:
 
 def summary(result: Result) -> list[str]:
     """What is printed at the end of a run."""
-    lines = [f"Done: {result.images_seen} images in {format_duration(result.seconds)}, {result.run_dir}"]
+    lines = [f"Done: {result.images_seen} images in {duration(result.seconds)}, {result.run_dir}"]
     if result.knn_before is not None and result.knn_after is not None:
         gain = result.knn_after - result.knn_before
         lines.append(
@@ -90,7 +91,14 @@ def summary(result: Result) -> list[str]:
             "save.keep_best chose its checkpoint by this k-NN accuracy, so for that checkpoint it is too high: measure "
             "it on other test images."
         )
-    return lines
+    run = f"run={shlex.quote(str(result.run_dir))}"
+    return [
+        *lines,
+        "Next, one of:",
+        f"  sslvit knn {run} data.train=<labelled images> data.test=<others>   how good its features are",
+        f"  sslvit embed {run} data=<images> out=features.parquet   features of images",
+        f"  sslvit export {run}   the encoder for timm and others, in {result.run_dir}/export",
+    ]
 
 
 def _verdict(result: Result, best_step: int, best_knn: float | None) -> list[str]:
@@ -171,6 +179,8 @@ class Training:
             self.saver.check()
             say(*self.bad_images.report(run.images_seen))
             recorder.line(run)
+        else:
+            recorder.show(run)
         if self.rank_monitor and run.step % (config.log.rank_every_steps or 1) == 0:
             with recorder.watch.pausing(), self.eval_encoder() as encoder:
                 recorder.rank(run, self.rank_monitor(encoder))
@@ -234,6 +244,8 @@ def pretrain(config: RunConfig, began: float | None = None) -> Result:
         if explanation is None:
             raise
         raise UserError(explanation) from error
+    finally:
+        close_bars()
 
 
 def set_up(config: RunConfig, saver: Saver) -> Training:

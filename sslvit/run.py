@@ -32,9 +32,10 @@ from .distributed import barrier, gather_objects, on_first_process, rank, say
 from .errors import UserError, printable
 from .evaluation.online import rank_alarm
 from .hardware import peak_memory, versions
-from .metrics import MetricsLog, Stopwatch, Window, console_line, format_bytes, start_trace
+from .metrics import LINE_STEPS, MetricsLog, Stopwatch, Window, format_bytes, start_trace
 from .objectives import Objective
 from .optim import Schedule
+from .progress import RunProgress
 from .step import SkippedSteps
 
 # Keys that may change when a run resumes: how long, on what machine and how it is watched. data.train and a teacher may
@@ -238,7 +239,11 @@ class Recorder:
         self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, source: Source,
         lock: Lock | None, objective: Objective,
     ) -> None:  # fmt: skip
-        self.run_dir, self.every, self.plan, self.schedule = run_dir, config.log.every_steps, plan, schedule
+        self.run_dir, self.plan, self.schedule = run_dir, plan, schedule
+        self.every = config.log.every_steps or LINE_STEPS
+        self.by_time, self.progress = config.log.every_steps is None, RunProgress(run.step, plan.steps)
+        self.timing: dict[str, float] = {}  # of the last line
+        self.facts: dict[str, str] = {}  # for the live line
         self.lock = lock  # held until close()
         self.objective, self.stop_on_collapse, self.warned = objective, config.log.on_collapse == "stop", False
         self.log = MetricsLog(run_dir, run.step, config.log.tensorboard) if rank() == 0 else None
@@ -256,8 +261,6 @@ class Recorder:
         self.flush_skipped(run)
         timing = self.watch.lap(run.images_seen - self.seen)
         self.seen = run.images_seen
-        images_left = (self.plan.steps - run.step) * self.plan.layout.global_batch_size
-        left = images_left / max(1e-9, timing["images_per_second"])
         record = {
             "step": run.step,
             "epoch": run.step / self.plan.steps_per_epoch,
@@ -271,9 +274,23 @@ class Recorder:
         }
         self.write(record)
         self._warn(self.objective.alarm(record) if "loss" in record else None, run.step)
-        epochs = self.plan.steps / self.plan.steps_per_epoch
-        say(console_line({**record, "seconds_left": left}, self.plan.steps, epochs))
+        self.timing = timing
+        self.show(run, record)
         self._refresh_report()
+
+    def show(self, run: RunState, record: dict[str, float] | None = None) -> None:
+        """Show how far the run is, if it is time for that, or if a line of metrics.jsonl has to be shown."""
+        forced = record is not None and (not self.by_time or run.step == self.plan.steps)
+        if rank() != 0 or not (forced or self.progress.due(run.step)):
+            return
+        record = record or self.window.loss()
+        timing = self.timing or self.watch.so_far(run.images_seen - self.seen)
+        left = (self.plan.steps - run.step) * self.plan.layout.global_batch_size
+        now = {"step": run.step, "epoch": run.step / self.plan.steps_per_epoch, **timing}
+        now["seconds_left"] = left / max(1e-9, timing["images_per_second"])
+        memory = format_bytes(self._peak_memory())
+        epochs = self.plan.steps / self.plan.steps_per_epoch
+        self.progress.show(record | now, self.plan.steps, epochs, [memory, *self.facts.values()])
 
     def _refresh_report(self) -> None:
         """Write report.html anew from time to time, without pictures: half a percent of the time at most."""
@@ -311,6 +328,9 @@ class Recorder:
             assert self.log is not None, "the first process has the log"
             self.log.write(record)
 
+        for name, text in (("rankme", "rank {:.0f}"), ("knn/top1", "k-NN {:.1f}%")):
+            if name in record:
+                self.facts[name] = text.format(record[name])
         self._on_first_process(work)
 
     def _on_first_process(self, work: Callable[[], None]) -> None:

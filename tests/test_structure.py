@@ -37,6 +37,8 @@ LAYERS = [
         "rng",
         "optim",
         "errors",
+        "progress",
+        "schedule",
         "stopping",
         "hub",
     },

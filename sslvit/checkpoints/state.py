@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..distributed import full_tensor, rank, shard_like
-from ..errors import Limits, UserError
+from ..errors import UserError
 from . import journal, tensorfile, textfile
+from .config import Config as Config
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "sha256.txt"
@@ -37,19 +38,6 @@ KINDS: dict[str, Any] = {  # of what is in every state.json; older versions wrot
     **dict.fromkeys(("best_step", "best_knn", "knn_before", "knn_after", "knn_due"), int | float | None),
     "window": dict, "lengths": dict | None, "images": dict | None, "run": str | None,
 }  # fmt: skip
-
-
-@dataclass
-class Config:
-    every_minutes: float | None = 15.0  # minutes between checkpoints; the end of the run always writes one
-    every_steps: int | None = None  # steps between checkpoints
-    keep_last: int = 2  # so many are kept, older ones are deleted
-    keep_every: int | None = None  # also write and keep those at multiples of so many steps
-    # With model.init the weights that the run began with count too, the run directory stands for the best ones, and
-    # without eval.test a tenth of the images, at most 1,000, is held out, for a score that needs no labels.
-    keep_best: bool = False  # also keep the one with the best k-NN on eval.test, which is then used for choosing
-
-    LIMITS: ClassVar[Limits] = [(0, None, "every_minutes"), (1, None, "every_steps", "keep_last", "keep_every")]
 
 
 @dataclass

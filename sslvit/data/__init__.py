@@ -5,9 +5,7 @@ cache.py (images that stay in memory), resample.py.
 Imports the pure helpers only (rng, distributed, hardware, errors), nothing of models or methods.
 """
 
-from .augment import normalization
-from .config import Config, check_value_range
-from .crops import image_size, pair
+from .config import Config, check_value_range, image_size, normalization, pair
 from .sources import BadImage, Source, WrappedSource, kind_of, open_source, split_part
 
 __all__ = [

@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..errors import UserError
-from .config import Config
 from .crops import Crop, Views, crop_key
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GRAY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 SOLARIZE_THRESHOLD = 128 / 255
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # brightness, contrast, saturation and hue that change nothing
@@ -36,19 +33,6 @@ class Normalize:
 
     def undo(self, x: Tensor) -> Tensor:
         return x * per_channel(self.std, x.device) + per_channel(self.mean, x.device)
-
-
-def normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, standard deviation), a number for each channel. Raises UserError if there are not in_chans of them."""
-    photo = config.in_chans == 3
-    mean = config.mean or (IMAGENET_MEAN if photo else (0.5,) * config.in_chans)
-    std = config.std or (IMAGENET_STD if photo else (0.25,) * config.in_chans)
-    for key, values in (("mean", mean), ("std", std)):
-        if len(values) != config.in_chans:
-            raise UserError(f"data.{key} has {len(values)} numbers for data.in_chans={config.in_chans}: give one each.")
-    if min(std) <= 0:
-        raise UserError(f"data.std={list(std)} must be above 0.")
-    return tuple(mean), tuple(std)
 
 
 @lru_cache(maxsize=64)

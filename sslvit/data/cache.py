@@ -5,7 +5,6 @@ import math
 import mmap
 import os
 import platform
-import time
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -19,12 +18,12 @@ from ..distributed import any_process, gather_objects, rank, say, world_size
 from ..errors import UserError
 from ..hardware import free_memory
 from ..metrics import format_bytes
+from ..progress import counting
 from .config import Cache
 from .sources import BadImage, Source, WrappedSource
 from .workers import compute
 
 CACHE_SHARE = 0.25  # of the free memory, up to which images are kept by default
-SAY_EVERY = 10.0  # seconds
 
 
 class Cached(WrappedSource):
@@ -218,13 +217,10 @@ def _read_all(source: Cached, workers: int) -> dict[int, str]:
 
 def _read(source: Cached, indices: Tensor, workers: int) -> dict[int, str]:
     broken: dict[int, str] = {}
-    num_read, began, last = 0, time.perf_counter(), time.perf_counter()
-    for part in compute(partial(_read_some, source), indices.split(64), workers):
-        broken |= part
-        num_read = min(num_read + 64, len(indices))
-        if time.perf_counter() - last > SAY_EVERY:
-            last = time.perf_counter()
-            say(f"read {num_read} of {len(indices)} images into memory, {num_read / (last - began):.0f} images/s")
+    with counting("reading into memory", len(indices)) as show:
+        for n, part in enumerate(compute(partial(_read_some, source), indices.split(64), workers), 1):
+            broken |= part
+            show(min(64 * n, len(indices)))
     return broken
 
 

@@ -8,6 +8,7 @@ from ..errors import Limits, UserError
 
 # Loader processes; more only take memory, and minutes to start.
 MOST_WORKERS = max(64, 8 * (os.cpu_count() or 1))
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Cache = bool | Literal["ram", "device"] | None
 
 
@@ -33,3 +34,26 @@ def check_value_range(key: str, value_range: tuple[float, float]) -> None:
     low, high = value_range
     if not low < high:
         raise UserError(f"{key}=[{low:g},{high:g}] must be [low,high] with low below high.")
+
+
+def image_size(config: Config) -> tuple[int, int]:
+    """(h, w) in pixels."""
+    return pair(config.image_size)
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of a size that may be given as one number."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def normalization(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, standard deviation), a number for each channel. Raises UserError if there are not in_chans of them."""
+    photo = config.in_chans == 3
+    mean = config.mean or (IMAGENET_MEAN if photo else (0.5,) * config.in_chans)
+    std = config.std or (IMAGENET_STD if photo else (0.25,) * config.in_chans)
+    for key, values in (("mean", mean), ("std", std)):
+        if len(values) != config.in_chans:
+            raise UserError(f"data.{key} has {len(values)} numbers for data.in_chans={config.in_chans}: give one each.")
+    if min(std) <= 0:
+        raise UserError(f"data.std={list(std)} must be above 0.")
+    return tuple(mean), tuple(std)

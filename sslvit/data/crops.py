@@ -15,21 +15,10 @@ from torch import Tensor
 
 from .. import rng
 from ..errors import UserError
-from .config import Config
 from .resample import resample
 
 REDUCING_GAP = 2.0  # PIL's name for it (Image.thumbnail), and its default
 TRIES = 10  # torchvision's RandomResizedCrop draws up to ten boxes and then takes the centre
-
-
-def image_size(config: Config) -> tuple[int, int]:
-    """(h, w) in pixels."""
-    return pair(config.image_size)
-
-
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(h, w) of a size that may be given as one number."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 @dataclass(frozen=True)

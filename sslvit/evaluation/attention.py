@@ -22,8 +22,7 @@ prefix tokens (class token and registers) in percent.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Attention
@@ -36,7 +35,8 @@ from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from ..model.encoder import Encoder
 from . import Command, pictures, records
-from .frozen import EncoderConfig, Frozen, load_frozen
+from .config import Attention as Config
+from .frozen import Frozen, load_frozen
 from .segment import image_size
 from .subset import random_subset
 
@@ -48,17 +48,6 @@ COMMAND = Command(
 CELL_SIDE = 128  # pixels of a cell in the picture, or a little less
 MEASURES = ("entropy", "distance", "on_prefix")
 CLIPPED = 0.02  # share of patches at each end of a direction that get the extreme colour
-
-
-@dataclass
-class Config(EncoderConfig):
-    data: str = ""  # images, labelled or not: a folder, or a set by name
-    images: int = 8  # how many of them, chosen by the seed
-    size: int | tuple[int, int] | None = None  # pixels at which the encoder sees the images; null: its own size
-    block: int = -1  # its attention is drawn: 0 for the first block, -1 for the last
-    query: Literal["auto", "cls", "mean"] = "auto"  # attention of the class token or of all patches; auto: cls if any
-    rollout: bool = False  # one more column: attention through all blocks
-    picture: str = ""  # the PNG to draw
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from . import Column, Command, pictures, probes, protocol, records
 from .classes import check_readable, labels_of
+from .config import Attentive as Config
 from .probes import Setting
 from .strata import check_holdout, hold_out
 from .tokens import Tokens, patch_tokens
@@ -35,17 +36,6 @@ COMMAND = Command(
 )
 
 HEAD_WIDTH = 64  # channels of an attention head
-
-
-@dataclass
-class Config(protocol.Config):
-    lr: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)  # of AdamW; one is chosen
-    weight_decay: tuple[float, ...] = (1e-4, 1e-1)  # one is chosen
-    epochs: int = 20  # of the heads; the first tenth warms the learning rate up
-    probe_batch_size: int = 512  # images in a step of the heads
-    holdout: float = 0.1  # share of the training images of each class on which the choice is made
-    seeds: tuple[int, ...] = ()  # train the heads once for each seed, report mean and deviation; empty: seed
-    picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
 
 @dataclass

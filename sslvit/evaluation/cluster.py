@@ -14,7 +14,6 @@ accuracy    Share of images that lie in the cluster matched to their class. Each
             above 100 / k.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -31,8 +30,9 @@ from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from . import Column, Command, pictures, records
 from .classes import check_labelled, labels_of
+from .config import Cluster as Config
 from .features import Features
-from .frozen import EncoderConfig, Frozen, load_frozen
+from .frozen import Frozen, load_frozen
 
 COMMAND = Command(
     "run=... data=...",
@@ -42,20 +42,6 @@ COMMAND = Command(
 
 MAX_ROWS = 40  # clusters in the picture
 MEASURES = ("nmi", "ari", "accuracy")
-
-
-@dataclass
-class Config(EncoderConfig):
-    data: str = ""  # labelled images: a folder with a sub-folder for each class, or a set by name
-    k: int | None = None  # clusters; null: as many as classes
-    spherical: bool = True  # features and centroids of unit length; false: as they are
-    repeats: int = 5  # each with its own seed
-    restarts: int = 5  # of each repeat; the best by the objective of k-means is taken
-    iterations: int = 50  # of k-means
-    picture: str = ""  # PNG with images of each cluster of the first repeat; empty: none
-    per_cluster: int = 12  # images of each cluster in the picture
-    cache: bool = True  # keep the features in <run>/eval/features, for the next evaluation of the same weights
-    download_dir: str = "~/.cache/sslvit"  # where torchvision's data sets are stored
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -21,18 +21,13 @@ from ..distributed import say
 from ..errors import UserError, printable
 from ..pretrained import results_folder
 from . import Column, commands
+from .config import Compare as Config
 from .records import check_out, table, unpack_bits, write
 
 DRAWS = 10_000
 # Two numbers can be compared if these keys of their records agree, and all settings.
 SAME = ("train", "test", "classes", "precision", "image_size", "features", "seed", "data", "departures")
 Records = dict[str, dict[str, Any]]  # {file without .json: record} of a run
-
-
-@dataclass
-class Config:
-    seed: int = 0  # of the bootstrap
-    out: str = ""  # file for the table, as JSON; empty: it is only printed
 
 
 @dataclass

@@ -58,7 +58,6 @@ IMAGENET = {
     "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25),
     "jpeg": (25, 18, 15, 10, 7),
 }
-NAMES = tuple(CIFAR)
 
 
 def scale_of(size: tuple[int, int]) -> tuple[str, dict[str, tuple[Any, ...]]]:

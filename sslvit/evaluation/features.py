@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,15 +16,15 @@ from ..data import BadImage, Source
 from ..data.augment import Normalize
 from ..data.crops import centre
 from ..data.workers import in_batches
-from ..distributed import gather_objects, rank, say, world_size
+from ..distributed import gather_objects, rank, world_size
 from ..errors import UserError
 from ..hardware import default_workers, keep_memory
 from ..model.encoder import Encoder, Pool
 from ..pretrained import Pixels
+from ..progress import counting
 from .classes import labels_of
 
 CROP_RATIO = 224 / 256  # the published evaluation resizes to 256 and cuts the central 224
-SAY_EVERY = 20  # seconds between lines of progress
 BLOCK = 2**14  # features that a process passes to the others at once
 
 
@@ -83,26 +82,22 @@ def batches(
     workers: int | None, numbers: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """(numbers [B], normalised images [B, C, H, W] on the device) of this process's readable images. The encoder is in
-    evaluation mode until the last batch. Prints progress every 20 seconds. numbers: [n], of other images than its
-    share."""
+    evaluation mode until the last batch. Shows progress. numbers: [n], of other images than its share."""
     device = accelerator.device
     images_here = CentreCropped(source, share(source) if numbers is None else numbers, encoder.image_size)
     workers = default_workers(device) if workers is None else workers
     was_training = encoder.training
     encoder.eval()
-    seen, began, last_line = 0, time.perf_counter(), time.perf_counter()
+    seen = 0
     try:
         running = in_batches(images_here, batch_size, _collate, workers)
         keep_memory(device)  # now that the loader processes have been started
-        for index, images, failed in running:
-            seen += len(index) + failed
-            if images is not None:
-                yield index, normalize(images.to(device, non_blocking=True).float() / 255)
-            if time.perf_counter() - last_line > SAY_EVERY:
-                last_line = time.perf_counter()
-                done = len(source) - max(0, len(images_here) - seen) * world_size()
-                rate = seen * world_size() / (last_line - began)
-                say(f"features of {done} of {len(source)} images, {rate:.0f} images/s")
+        with counting("features", len(images_here) * world_size()) as show:
+            for index, images, failed in running:
+                seen += len(index) + failed
+                if images is not None:
+                    yield index, normalize(images.to(device, non_blocking=True).float() / 255)
+                show(seen * world_size())
     finally:
         encoder.train(was_training)
 

@@ -13,9 +13,9 @@ weights after the last epoch. holdout= keeps a part of the training images out a
 
 import hashlib
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +31,14 @@ from ..hardware import choose_attention
 from ..model.encoder import Encoder
 from ..stopping import StopRequest, stop_requests
 from . import Column, Command, protocol, records, scores
+from .config import Finetune as Config
 from .feature_cache import digest
 from .features import Features, extract
 from .finetuning.classifier import POOLING, Classifier, build_classifier
 from .finetuning.recipe import Recipe, fit_batch, resolve
 from .finetuning.targets import Targets, read_targets, split, standardise_targets
 from .finetuning.training import Examples, Training
-from .frozen import EncoderConfig, Frozen, describe_pool, load_frozen
+from .frozen import Frozen, describe_pool, load_frozen
 from .subset import Subset
 
 COMMAND = Command(
@@ -53,40 +54,6 @@ COMMAND = Command(
 OUTPUTS = {"single": "classes", "multilabel": "labels", "regression": "numbers"}
 STANDARDISE_IMAGES = 2048  # training images from which standardise=true takes mean and standard deviation
 MAX_ROWS = 100  # with more classes, the table of classes is in the file only
-
-
-@dataclass
-class Config(EncoderConfig):
-    data: protocol.LabelledSets = field(default_factory=protocol.LabelledSets)
-    recipe: Literal["mae", "small"] = "mae"  # the published recipe of MAE; small: for little data
-    task: Literal["auto", "single", "multilabel", "regression"] = "auto"  # auto: single, one class for each image
-    image_size: int | tuple[int, int] | None = None  # pixels; null: the encoder's own. Positions are resampled
-    labels_share: float = 1.0  # share of the labelled training images of each class that is used, at least one image
-    seeds: tuple[int, ...] | None = None  # train once for each seed, report mean and deviation; null: seed
-    holdout: float = 0.0  # share of the training images of each class that is kept out and scored after each epoch
-    save: str = ""  # a folder for checkpoints: the same command goes on where it stopped; empty: none
-    out_model: str = ""  # a folder for the trained model with its head, for timm; empty: none
-    global_batch_size: int | None = None  # images in one optimizer step, over all processes
-    batch_size: int | None = None  # type: ignore[assignment]  # images at once on each process; null: its global share
-    epochs: int | None = None  # passes over the training images
-    base_lr: float | None = None  # learning rate of the top layer at a global batch of 256 images; scaled linearly
-    min_lr: float | None = None  # learning rate of the top layer at the end
-    warmup_epochs: float | None = None  # linear warm-up of the learning rate from 0
-    weight_decay: float | None = None  # of all but biases, norms, positions and tokens
-    layer_decay: float | None = None  # learning rate of a layer divided by that of the layer above it
-    head_lr: float | None = None  # learning rate of the head, in units of base_lr
-    standardise: bool | None = None  # shift and scale the features that the head sees, by their first statistics
-    drop_path: float | None = None  # stochastic depth: probability in the last block, linear from 0 in the first
-    clip: float | None = None  # largest gradient norm
-    crop_scale: tuple[float, float] | None = None  # share of the image's area
-    flip_prob: float | None = None  # horizontal flip
-    randaugment: str | None = None  # in timm's notation, for example rand-m9-mstd0.5-inc1; none: off
-    erasing: float | None = None  # probability of random erasing
-    mixup: float | None = None  # alpha of the beta distribution; 0: none. Not for regression
-    cutmix: float | None = None  # alpha of the beta distribution; 0: none. Not for regression
-    smoothing: float | None = None  # label smoothing; for one class an image only
-    head_epochs: float | None = None  # epochs in which only the head is trained
-    unfreeze_epochs: float | None = None  # then unfreeze one more block every so many epochs; 0: all at once
 
 
 def run(config: Config) -> dict[str, Any]:

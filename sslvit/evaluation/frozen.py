@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,6 @@ from ..data.config import MOST_WORKERS
 from ..distributed import gather_objects, say
 from ..errors import UserError, check_range, printable
 from ..hardware import (
-    Precision,
     choose_attention,
     first_on_each_machine,
     resolve_precision,
@@ -29,6 +28,7 @@ from ..model.encoder import Encoder, Pool
 from ..pretrained import Pixels, Pretrained
 from . import records
 from .classes import labels_of
+from .config import EncoderConfig
 from .feature_cache import extract_cached
 from .features import Features
 
@@ -44,23 +44,6 @@ POOL_NAMES = {
     "mean4": "means of patches of the last four blocks",
     "pooled": "the model's pooled features",
 }
-
-
-@dataclass
-class EncoderConfig:
-    """Which encoder is measured, and how it is run."""
-
-    run: str = ""  # a run, its checkpoint, untrained:<run>, an exported folder, timm:<name>, random:<name>, pixels
-    pool: Literal["auto", "cls", "mean", "cls+mean", "last4", "mean4", "pooled"] = "auto"  # of tokens; auto: as trained
-    image_size: int | tuple[int, int] | None = None  # for timm:, random: and pixels only; null: the model's own
-    value_range: tuple[float, float] | None = None  # of deep images, black and white; for timm:, random: and pixels
-    model_args: dict[str, Any] = field(default_factory=dict)  # for timm: and random: only, for example {patch_size: 4}
-    batch_size: int = 256  # images at once
-    workers: int | None = None  # processes that load images; null: by the number of cores
-    precision: Precision = "auto"  # of the encoder; auto: bf16 where the hardware is fast at it, else float32
-    seed: int = 0  # of the held-out part, of the heads, and of the weights of random:
-    allow_method: str = ""  # for untrained: of a method of your own: its module, whose code then runs
-    out: str = ""  # file for the result; empty: <run>/eval/<name>.json, for untrained: <run>/eval/untrained/<name>.json
 
 
 @dataclass

@@ -8,7 +8,7 @@ with the weight exp(similarity / T). Without data.test each training image is cl
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -20,6 +20,8 @@ from ..distributed import gather_objects, on_first_process, say, world_size
 from ..errors import UserError, check_range
 from ..hardware import evaluation_threads
 from . import Column, Command, confusion, pictures, protocol, records, scores
+from .config import KS, TEMPERATURE
+from .config import Knn as Config
 from .features import Features
 from .strata import first_of_each
 
@@ -29,22 +31,9 @@ COMMAND = Command(
     (Column("k-NN", "top1", rows="neighbours", settings={"k": "k", "temperature": "T"}, usual=(20, 0.07)),),
 )
 
-KS = (10, 20, 100, 200)
-TEMPERATURE = 0.07
 QUERIES = 4096  # searched at once
 LONGEST_TIE = 4096  # equal similarities that are put in order; a collapsed encoder gives equal ones only
 RECALL_QUERIES = 1000  # for these an approximate search is compared with the exact one
-
-
-@dataclass
-class Config(protocol.Config):
-    k: tuple[int, ...] = KS  # numbers of neighbours; of the default ones those that the training set has
-    temperature: tuple[float, ...] = (TEMPERATURE,)  # a neighbour votes with exp(similarity / temperature)
-    shots: tuple[int, ...] = ()  # few-shot: train on so many images of each class only, drawn `repeats` times
-    repeats: int = 10  # draws for each number of shots
-    index: Literal["exact", "ivf", "ivfpq"] = "exact"  # ivf, ivfpq: approximate, for tens of millions of images
-    probes: int = 64  # cells that an approximate search reads; more find more and take longer
-    picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
 
 @dataclass

@@ -6,9 +6,8 @@ four blocks), as in DINOv2 (Oquab et al., 2023, appendix B.3, with 52 heads). pr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,8 @@ from torch import Tensor
 from .. import optim, rng
 from ..errors import UserError, check_range
 from . import Column, Command, published
-from .probes import ProbeConfig, Setting, Train, run_probe
+from .config import Linear as Config
+from .probes import Setting, Train, run_probe
 from .strata import check_holdout
 
 COMMAND = Command(
@@ -29,18 +29,6 @@ COMMAND = Command(
         Column("linear (dino)", "top1", file="linear_dino"),
     ),
 )
-
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
-
-
-@dataclass
-class Config(ProbeConfig):
-    lr: tuple[float, ...] = LEARNING_RATES  # of SGD at a batch of 1024; one is chosen
-    weight_decay: tuple[float, ...] = (0.0, 1e-3)  # one is chosen
-    epochs: int | None = None  # of the heads; null: 100, or those of the published protocol
-    probe_batch_size: int = 1024  # features in a step of the heads
-    protocol: Literal["sweep", "mae", "dino"] = "sweep"  # mae, dino: the papers' own, with crops, one head
-    global_batch_size: int | None = None  # for protocol=mae and dino only; null: 16384 and 1024, as published
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -6,7 +6,6 @@ et al., 2023) do so.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from ..errors import UserError, check_range
 from . import Column, Command
-from .probes import ProbeConfig, Setting, Train, run_probe
+from .config import Logistic as Config
+from .probes import Setting, Train, run_probe
 
 COMMAND = Command(
     "run=... data.train=... data.test=...",
@@ -25,12 +25,6 @@ COMMAND = Command(
 
 ROWS = 2**15  # images in one part of the sum over images
 CURVATURE = 0.1  # of cross-entropy along a logit, about p (1 - p)
-
-
-@dataclass
-class Config(ProbeConfig):
-    l2: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # penalty: l2 / 2 * sum of squared weights; one is chosen
-    iterations: int = 100  # of L-BFGS at most
 
 
 def run(config: Config) -> dict[str, Any]:

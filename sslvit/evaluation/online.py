@@ -4,9 +4,8 @@ of its features, and for a run that continues from pretrained weights whether tw
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +20,15 @@ from ..data.crops import Crop
 from ..data.depth import DARK, dark_sentence, range_that_fits
 from ..data.loader import Cropped
 from ..distributed import gather_objects, say
-from ..errors import Limits, UserError
+from ..errors import UserError
 from ..hardware import first_on_each_machine
 from ..model.encoder import Encoder
 from .classes import align_classes
+from .config import Online as Config
 from .features import CentreCropped, extract
 from .knn import TEMPERATURE, classify, labelled, top_accuracy
 from .quality import effective_rank
 from .subset import Subset
-
-
-@dataclass
-class Config:
-    train: str = ""  # labelled images, a folder or a set by name: the neighbours; empty: no evaluation during the run
-    test: str = ""  # labelled images to classify, never trained on
-    every_epochs: float | None = None  # null: before the first step and after the last only
-    k: int = 20  # neighbours that vote
-
-    LIMITS: ClassVar[Limits] = [(0, None, "every_epochs"), (1, None, "k")]
 
 
 class KnnMonitor:

@@ -8,7 +8,7 @@ the standard deviation of the training set. This is what the BatchNorm without a
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from ..distributed import on_first_process, say
 from ..errors import UserError
 from ..model.encoder import Pool
 from . import confusion, pictures, protocol, records, scores
+from .config import ProbeConfig
 from .features import Features
 from .frozen import check_pool, describe_pool
 from .strata import check_holdout, hold_out
@@ -28,14 +29,6 @@ MAX_LOGITS = 2**24  # in memory at once
 Setting = dict[str, float]  # such as {"lr": 0.1, "weight_decay": 0.0}
 # Features [N, D], labels [N], settings -> one head for each setting, [H, D + 1, C]; the last row is the bias.
 Train = Callable[[Tensor, Tensor, Sequence[Setting]], Tensor]
-
-
-@dataclass
-class ProbeConfig(protocol.Config):
-    pools: tuple[str, ...] = ()  # ways of pooling to choose from; empty: pool= if it is given, else all of them
-    holdout: float = 0.1  # share of the training images of each class on which settings are chosen
-    seeds: tuple[int, ...] = ()  # train the heads for each seed, report mean and standard deviation; empty: seed
-    picture: str = ""  # PNG with the confusion matrix of the test images; empty: none
 
 
 C = TypeVar("C", bound=Any)

@@ -7,7 +7,7 @@ task.save(results)                                           # <run>/eval/knn.js
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,12 @@ from ..errors import UserError
 from ..model.encoder import Pool
 from ..pretrained import Pixels
 from .classes import align_classes, check_readable
+from .config import LabelledConfig as Config
+from .config import LabelledSets
 from .feature_cache import same_images
 from .features import Features, gather_features
-from .frozen import EncoderConfig, Frozen, describe_pool, load_frozen
+from .frozen import Frozen, describe_pool, load_frozen
 from .records import describe_set
-
-
-@dataclass
-class LabelledSets:
-    train: str = ""  # labelled images to learn from: a folder with one sub-folder for each class, or a set by name
-    test: str = ""  # labelled images on which the result is measured
-    download_dir: str = "~/.cache/sslvit"  # where torchvision's data sets are stored
-
-
-@dataclass
-class Config(EncoderConfig):
-    data: LabelledSets = field(default_factory=LabelledSets)
-    cache: bool = True  # keep the features in <run>/eval/features, for the next evaluation of the same weights
 
 
 @dataclass

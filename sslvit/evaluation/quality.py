@@ -18,8 +18,6 @@ agreement   Share of an image's 10 nearest neighbours that two views of it have 
 None of them is accuracy: features can be spread and still not separate the classes.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,7 +31,8 @@ from ..distributed import on_first_process, say
 from ..errors import UserError, check_range, check_share
 from ..pretrained import Pixels
 from . import Column, Command, records
-from .frozen import EncoderConfig, Frozen, describe_pool, load_frozen
+from .config import Quality as Config
+from .frozen import Frozen, describe_pool, load_frozen
 from .knn import neighbours
 from .subset import Subset
 
@@ -45,14 +44,6 @@ COMMAND = Command(
 
 NEIGHBOURS = 10
 DELTA = 1e-4  # of LiDAR: added to the diagonal of the covariance within images before it is inverted
-
-
-@dataclass
-class Config(EncoderConfig):
-    data: str = ""  # images, labelled or not: a folder, or a set by name
-    images: int = 2000  # how many of them, chosen by the seed
-    views: int = 8  # augmented views of each
-    crop_scale: tuple[float, float] = (0.4, 1.0)  # of a view: share of the image's area
 
 
 def run(config: Config) -> dict[str, float]:

@@ -18,7 +18,7 @@ takes one query at a time and sorts again; here it is computed from the rankings
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -30,6 +30,7 @@ from .. import rng
 from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from . import Column, Command, protocol, scores
+from .config import Retrieval as Config
 from .records import describe_set, table
 
 COMMAND = Command(
@@ -40,18 +41,6 @@ COMMAND = Command(
 
 RANKED_AT_ONCE = 2**24  # similarities in memory: 200 MB with their indices
 RESAMPLES = 2000  # of the bootstrap
-
-
-@dataclass
-class Sets(protocol.LabelledSets):
-    train: str = ""  # the gallery: labelled images that are ranked
-    test: str = ""  # the queries; empty: each image of the gallery ranks the others
-
-
-@dataclass
-class Config(protocol.Config):
-    data: Sets = field(default_factory=Sets)
-    k: tuple[int, ...] = (1, 5, 10)  # ranks of recall and precision
 
 
 def run(config: Config) -> dict[str, Any]:

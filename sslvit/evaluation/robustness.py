@@ -12,7 +12,6 @@ and the classifier, in float32. The encoders are not trained against attacks: ac
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +27,8 @@ from ..distributed import all_reduce_sum, on_first_process, say
 from ..errors import UserError, check_range
 from . import Command, attacks, corruptions, linear, pictures, probes, protocol, scores
 from .classes import check_readable, labels_of
+from .config import CORRUPTIONS
+from .config import Robustness as Config
 from .features import CROP_RATIO, CentreCropped, Features, share
 from .frozen import Frozen
 from .records import describe_set, table
@@ -37,16 +38,6 @@ COMMAND = Command(
     "run=... data.train=... data.test=...",
     "the linear probe on corrupted and attacked images",
 )
-
-
-@dataclass
-class Config(linear.Config):
-    images: int | None = 500  # test images that are used, chosen by the seed; null: all
-    corruptions: tuple[str, ...] = corruptions.NAMES  # which ones; empty: none
-    attacks: tuple[str, ...] = ("fgsm", "pgd")  # which ones; empty: none
-    eps: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)  # how far an attack may move a pixel, in 255ths
-    steps: int = 10  # of pgd
-    picture: str = ""  # PNG with an image in every corruption at every severity; empty: none
 
 
 class Classifier(NamedTuple):
@@ -104,7 +95,7 @@ def check(config: Config) -> None:
         raise UserError("robustness has one probe with protocol=sweep and pool=: leave protocol, pools and seeds out.")
     check_range("", config, 1, None, "images", "steps")
     check_range("", config, 0, 255, "eps")
-    for key, names in (("corruptions", corruptions.NAMES), ("attacks", tuple(attacks.ATTACKS))):
+    for key, names in (("corruptions", CORRUPTIONS), ("attacks", tuple(attacks.ATTACKS))):
         unknown = [name for name in getattr(config, key) if name not in names]
         if unknown:
             raise UserError(f"{key} has {unknown[0]}, which is not one of {', '.join(names)}.")

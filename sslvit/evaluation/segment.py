@@ -21,7 +21,7 @@ Everingham et al., IJCV 2010, where it is called accuracy).
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from ..distributed import on_first_process, say
 from ..errors import UserError, check_range
 from ..hardware import default_workers, free_memory
 from . import Command, linear, pictures, protocol, records
+from .config import Segment as Config
 from .confusion import confusion
 from .frozen import EncoderConfig, Frozen, load_frozen
 from .masked import UNKNOWN, Masked, check_classes, check_shape, colours, count_classes, patch_targets
@@ -51,25 +52,6 @@ MAX_ROWS = 6  # test images in the picture
 CELL_SIDE = 160  # pixels of a cell in the picture, or a little less
 
 Row = tuple[int, Tensor, Tensor]  # of the picture: number of a test image, its mask, the prediction
-
-
-@dataclass
-class Sets:
-    train: str = ""  # a folder with images/ and masks/ to learn from
-    test: str = ""  # another one, on which the result is measured
-
-
-@dataclass
-class Config(EncoderConfig):
-    data: Sets = field(default_factory=Sets)
-    size: int | tuple[int, int] | None = None  # pixels at which the encoder sees the images; null: its own size
-    lr: tuple[float, ...] = (*linear.LEARNING_RATES, 3.0)  # of SGD at a batch of 1024 patches; one is chosen
-    epochs: int = 20  # of the heads, over all patches
-    weight_decay: float = 0.0  # of the heads
-    holdout: float = 0.1  # share of the training images on which the learning rate is chosen
-    probe_batch_size: int = 1024  # patches in a step of the heads
-    images: int | None = None  # at most so many training images, chosen by the seed; null: all
-    picture: str = ""  # PNG with some test images, their masks and the predictions; empty: none
 
 
 def run(config: Config) -> dict[str, Any]:

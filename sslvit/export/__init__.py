@@ -5,32 +5,19 @@ features. Each folder has a model card, README.md, from the run's own records (c
 what lies below it, never objectives or evaluations.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from .. import pretrained
-from ..checkpoints import exported
 from ..errors import UserError, did_you_mean, require
+from .config import Export as Config
 
 # What each form needs beside sslvit's own packages. The extra of the same name brings it.
 NEEDS = {"timm": (), "hf": ("transformers",), "onnx": ("onnxscript", "onnxruntime"), "torch": ()}
 
 
-@dataclass
-class Config:
-    run: str = ""  # a run directory, an exported folder, or timm:<name>
-    to: str = "timm"  # the forms, one or several: timm,hf,onnx,torch (hf: transformers' own classes; torch: a program)
-    allow_method: str = ""  # for untrained: of a method of your own: its module, whose code then runs
-    out: str = ""  # the folder to write, with one subfolder for each of several forms; empty: <run>/export/<form>
-    hf_class: Literal["auto", "vit"] = "auto"  # of to=hf; auto: Dinov2WithRegistersModel or SwinModel; vit: ViTModel
-    preprocess: bool = False  # of to=onnx and torch: take 8-bit images, and scale and normalise them inside
-    license: str = ""  # of the weights, for the model card, as Hugging Face writes it: apache-2.0, cc-by-4.0 ...
-    push: str = ""  # upload to this repository of the Hugging Face Hub, <user>/<name>; a new one is private
-
-
 def run(config: Config) -> None:
     """Write and check the exports. Raises UserError."""
+    from .. import pretrained  # imports torch, which takes seconds; --help needs no torch
+    from ..checkpoints import exported
     from . import hf_folder, hub, onnx_file, timm_folder, torch_program
 
     forms = list(dict.fromkeys(form.strip() for form in config.to.strip("[]").split(",")))

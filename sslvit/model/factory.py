@@ -6,8 +6,7 @@ import math
 import os
 import re
 import sys
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import timm
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..arguments import scalars
-from ..errors import Limits, UserError, did_you_mean
+from ..errors import UserError, did_you_mean
+from .config import Config
 from .encoder import Encoder, pools_by_itself
 
 # Arguments of timm.create_model that are keys here.
@@ -30,18 +30,6 @@ MAX_PARAMETERS = 4 * 10**9
 MAX_TENSORS = 10_000  # a ViT of 256 blocks has 3,000
 MAX_PIXELS = 4096 * 4096  # of one image
 MAX_ARGUMENTS = {"depth": 256, "window": 64, "": 65536}  # the largest number in an argument with such a name
-
-
-@dataclass
-class Config:
-    name: str = "vit_small_patch16_224"  # a timm model; the size in its name does not bind, data.image_size does
-    args: dict[str, Any] = field(default_factory=dict)  # more for timm.create_model: {patch_size: 4, reg_tokens: 4}
-    grad_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
-    init: str = ""  # weights to begin with: a timm model, a run, an export, a file or folder, hf:<name>; empty: random
-    lora_rank: int = 0  # with init: learn only matrices of this rank beside the linear layers of the blocks; 0: all
-    anchor: float = 0.0  # with init: weight of the cosine distance of features from those of the start; 0: none
-
-    LIMITS: ClassVar[Limits] = [(0, None, "lora_rank", "anchor")]
 
 
 def create(

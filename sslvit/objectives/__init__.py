@@ -4,7 +4,7 @@ choose it: a recipe or the config.yaml of a run cannot.
 
 May import data, model and the pure helpers. Nothing outside of this folder knows a method's name or class.
 
-A module defines
+A module defines (or imports from keys/, which needs no torch: then `sslvit pretrain --help` is quick)
     Config     its dataclass: `objective.*`; the comment beside a field is its help
     DEFAULTS   the paper's values for the sections that methods share: {"epochs": 800, "optim": {"base_lr": 1.5e-4}}
     views      (config, data config) -> the crops of an image: {name: [Crop, ...]}, see data/crops.py
@@ -50,76 +50,33 @@ import pkgutil
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from .. import rng
-from ..distributed import say
 from ..errors import UserError, did_you_mean
-from ..model.anchor import Anchor
-from ..model.encoder import Encoder
-from ..model.factory import Bounded
 
-
-class Objective(nn.Module):
-    """Student, teacher, heads and decoder in one module, which is what DDP, FSDP and torch.compile want.
-
-    A method defines `forward` and `exported_encoder`. The other functions are optional.
-
-    With shard=true each process has a part of each parameter (distributed.local_shard). A parameter is whole only while
-    its block or head runs; those outside of blocks and heads are whole within `forward`.
-    """
-
-    takes_anchor = False  # whether `forward` adds that of model.anchor to its values
-    anchor: Anchor | None = None
-
-    def forward(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """{"key": [B] int64, name: [V, B, C, h, w] float32} -> {"loss": scalar, others to log} of one micro-batch.
-
-        What is random is drawn from the images' keys (rng.py). Writes nothing but sums that `after_step` consumes. So
-        neither accumulation nor the number of processes changes a run (except by BatchNorm and by koleo_weight).
-        """
-        raise NotImplementedError
-
-    def exported_encoder(self) -> Encoder:
-        """The part that is evaluated and exported, with its pooling."""
-        raise NotImplementedError
-
-    def before_step(self, step: int) -> None:
-        """Gradients are final (averaged, unscaled, clipped) and the optimizer has not stepped."""
-
-    def after_step(self, step: int) -> None:
-        """The optimizer has stepped, or skipped the step. Called once a step."""
-
-    def set_steps(self, steps: int) -> bool:
-        """The run now has so many steps. False: this method cannot change its length."""
-        return False
-
-    def scheduled(self, step: int) -> dict[str, float]:
-        """Values of the method's own schedules, for the log."""
-        return {}
-
-    def alarm(self, values: dict[str, float]) -> str | None:
-        """What the means of a logged line say of collapse, as a sentence with what to change; None if all is well."""
-        return None
-
-    @torch.no_grad()
-    def pictures(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What it makes of images, for the report: {title: [B, C, H, W] normalised}. views: as in `forward`."""
-        return {}
-
-    def shard_units(self) -> list[nn.Module]:
-        """Large modules, beside transformer blocks, that shard=true splits by themselves, such as a head."""
-        return []
-
+if TYPE_CHECKING:
+    from ..model.objective import Objective as Objective
 
 REQUIRED = ("Config", "DEFAULTS", "views", "build")
 
 
 def names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+
+
+def __getattr__(name: str) -> Any:
+    """`from sslvit.objectives import Objective`. Importing torch takes seconds, and --help needs no torch."""
+    if name != "Objective":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ..model.objective import Objective
+
+    return Objective
+
+
+def keys_of(method: str) -> ModuleType:
+    """The module with Config, DEFAULTS and PRESETS of a method: its file in keys/, without torch, or its own."""
+    light = method in names() and (Path(__file__).parent / "keys" / f"{method}.py").is_file()
+    return importlib.import_module(f"{__name__}.keys.{method}") if light else find(method)
 
 
 def find(method: str) -> ModuleType:
@@ -129,6 +86,8 @@ def find(method: str) -> ModuleType:
 
 def _find_own(method: str) -> ModuleType:
     """A module of your own: its code runs, and that is said. Raises UserError."""
+    from ..distributed import say
+
     new = method not in sys.modules
     try:
         module = importlib.import_module(method)
@@ -154,14 +113,19 @@ def check_bundled(method: str, where: Path, key: str) -> None:
         )
 
 
-def start(config: Any, steps_per_epoch: int, steps: int) -> Objective:
+def start(config: Any, steps_per_epoch: int, steps: int) -> "Objective":
     """The objective of a RunConfig before the first step; its weights depend on the seed only. Raises UserError."""
+    import torch
+
+    from .. import rng
+    from ..model.factory import Bounded
+
     torch.manual_seed(int(rng.fold_in(config.seed, "weights")))
     with Bounded(f"The model of method={config.method}"):
         return find(config.method).build(config.objective, config.model, config.data, steps_per_epoch, steps)
 
 
-def location(objective: Objective) -> dict[str, str]:
+def location(objective: "Objective") -> dict[str, str]:
     """Where in the objective's state dict the exported encoder's model is, and how its tokens become one feature."""
     encoder = objective.exported_encoder()
     prefix = next(name for name, module in objective.named_modules() if module is encoder)

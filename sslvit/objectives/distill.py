@@ -13,8 +13,7 @@ that all tokens share. One number for all channels keeps the ratios of distances
 then the share of the teacher's variance that the student does not explain: about 1 at first, 0 for a copy.
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,40 +25,16 @@ from ..arguments import first_line
 from ..checkpoints import named
 from ..data.crops import Crop, Views
 from ..distributed import all_reduce_sum, say
-from ..errors import Limits, UserError, check_limits, check_share
+from ..errors import UserError, check_limits, check_share
 from ..model import factory
 from ..model.encoder import Encoder
-from . import Objective, mae
+from ..model.objective import Objective
+from .keys.distill import DEFAULTS as DEFAULTS
+from .keys.distill import PRESETS as PRESETS
+from .keys.distill import SMALL as SMALL
+from .keys.distill import Config as Config
 
 SLOWEST = 0.01  # share of a step's statistics in the running ones, after the first hundred steps
-
-
-@dataclass
-class Config:
-    teacher: str = ""  # a run, an export, a file, a Hugging Face folder, timm:<name>: all that model.init takes
-    teacher_size: int | tuple[int, int] | None = None  # pixels the teacher sees, resampled; null: data.image_size
-    patch_weight: float = 1.0  # of the patches' part of the loss; the part of the whole image has 1
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
-    preset: mae.Preset = "photo"  # kind of images: photo, gray, xray, microscopy, satellite, channels
-    flip_prob: float = 0.5  # left-right
-    vertical_flip_prob: float = 0.0  # upside down
-    rotate_prob: float = 0.0  # by 90, 180 or 270 degrees; 0.75 makes all four orientations equally likely
-
-    LIMITS: ClassVar[Limits] = [
-        (0, None, "patch_weight"),
-        (1, None, "teacher_size"),
-        (0, 1, "flip_prob", "vertical_flip_prob", "rotate_prob"),
-    ]
-
-
-# FD's code: 300 epochs, AdamW, 1.2e-3 for 2048 images.
-DEFAULTS = {
-    "epochs": 300,
-    "global_batch_size": 2048,
-    "optim": {"base_lr": 1.5e-4, "warmup_epochs": 10, "weight_decay": 0.05, "betas": (0.9, 0.999), "clip": 3.0},
-}
-SMALL = {"teacher": "random:test_vit", "patch_weight": 0.5}
-PRESETS: dict[str, dict[str, Any]] = mae.PRESETS  # colours are not changed, as in FD
 
 
 def views(config: Config, data_config: data.Config) -> Views:

@@ -7,7 +7,6 @@ pretrain.
 """
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoints import textfile
@@ -15,6 +14,7 @@ from ..checkpoints.journal import REPORT
 from ..checkpoints.lock import Lock
 from ..distributed import say
 from ..errors import UserError, check_range
+from ..evaluation.config import Report as Config
 from .facts import Facts, command_name, gather, runs_in
 from .page import MARK, page
 from .pictures import Pictures
@@ -22,14 +22,6 @@ from .pictures import Pictures
 LEAST = 1.0  # seconds, below which pictures are not begun at the end of a run
 PICTURES_FOR = 4  # runs of a page that have pictures; more would make it too large for a mail
 MOST_BYTES = 5_000_000
-
-
-@dataclass
-class Config:
-    out: str = "report.html"  # the file to write
-    pictures: bool = True  # false: verdict, curves and tables only, at most 300 kB
-    data: str = ""  # images for the pictures; empty: those that each run was trained on
-    seconds: float = 60.0  # for the pictures of one run; what is not done by then is left out
 
 
 def report(runs: list[str], config: Config) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 
 from .. import __version__
 from ..errors import printable
-from ..metrics import SKIPPED, format_bytes, format_duration
+from ..metrics import SKIPPED, format_bytes
+from ..progress import duration
 from . import curves
 from .facts import Facts, differing, usual_result
 from .pictures import Grid, Map, Pictures
@@ -401,7 +402,7 @@ def _cost(one: Facts) -> Html | None:
     seconds, images, wait = one.curves.last("seconds"), one.curves.last("images"), one.curves.get("data_wait")[1]
     start = one.starts[-1] if one.starts else {}
     rows = [
-        ("time of training", format_duration(seconds) if seconds is not None and seconds < 1e9 else None),
+        ("time of training", duration(seconds) if seconds is not None and seconds < 1e9 else None),
         ("images seen", f"{images:,.0f}, each {one.curves.last('epoch') or 0:.1f} times" if images else None),
         ("speed", f"{rate:,.0f} images a second (median of the lines)" if (rate := _rate(one)) else None),
         (

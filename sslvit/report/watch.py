@@ -6,7 +6,6 @@ Served to this machine only, at http://127.0.0.1:<port>. From elsewhere: ssh -L 
 import html
 import threading
 import time
-from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,7 @@ from pathlib import Path
 from ..checkpoints.journal import STARTS
 from ..distributed import say
 from ..errors import UserError, check_range
+from ..evaluation.config import Watch as Config
 from ..metrics import METRICS
 from .facts import gather, runs_in
 from .page import page
@@ -29,11 +29,6 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-
-
-@dataclass
-class Config:
-    port: int = 8347  # of 127.0.0.1; 0: any that is free
 
 
 class Pages:

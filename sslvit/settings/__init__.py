@@ -8,6 +8,7 @@ from .. import config as configuration
 from ..config import DURATIONS, RunConfig
 
 TIMES = {"minutes", "hours"}
+ASKED = ("minutes=", "hours=")
 
 
 def load(arguments: list[str], began: float) -> RunConfig:
@@ -20,6 +21,7 @@ def load(arguments: list[str], began: float) -> RunConfig:
     automatic = dict(pairs).get("settings", "auto" if free else "") == "auto"
     if not automatic and not timed:
         return configuration.load(arguments)
-    from . import resolve
+    configuration.check(configuration.load([word for word in arguments if not word.lstrip("-").startswith(ASKED)]))
+    from . import resolve  # imports torch, which takes seconds: mistakes in the arguments are found before
 
     return (resolve.automatic if automatic else resolve.timed)(arguments, pairs, began)

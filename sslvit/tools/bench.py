@@ -44,9 +44,11 @@ from ..hardware import (
     start_accelerator,
     versions,
 )
-from ..metrics import Window, format_duration
+from ..metrics import Window
 from ..pretraining import compiled
+from ..progress import duration
 from ..step import train_step, update
+from .config import Bench as Config
 
 SAMPLE = 64  # images read and cut to measure one core
 FEW = 4  # global batches in memory that stand for the epochs after the first
@@ -59,12 +61,6 @@ NOT_COUNTED = {  # by torch 2.11: shapes -> operations
     CPU_ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
     CPU_ATTENTION_BACKWARD: lambda out, query, key, value, *_, **__: sdpa_backward_flop_count(out, query, key, value),
 }
-
-
-@dataclass
-class Config:
-    seconds: float = 4.0  # time to measure the parts of a step; the loop takes twice as long
-    report: str | None = None  # write what was measured to this JSON file
 
 
 @dataclass
@@ -252,7 +248,7 @@ def lines(report: Report, config: RunConfig) -> list[str]:
         f"  {r.flop / 1e9:.2f} GFLOP an image; {r.flop / r.loop / 1e9:,.0f} GFLOP/s, {r.utilisation:.0%} of the "
         f"{r.matmul * r.processes / 1e9:,.0f} that matrix products reach here",
         f"  memory at the peak {r.memory / 2**30:.1f} of {r.memory_total / 2**30:.0f} GiB",
-        f"  the whole run: {r.images:,} images, {format_duration(r.whole)}",
+        f"  the whole run: {r.images:,} images, {duration(r.whole)}",
         *[f"  first: {text}" for text in advice(report, config)],
     ]
 

@@ -12,8 +12,6 @@ import os
 import re
 import shlex
 import statistics
-import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -42,7 +40,9 @@ from ..data.workers import compute
 from ..distributed import say
 from ..errors import UserError, check_range
 from ..evaluation import pictures
+from ..progress import counting
 from . import picture
+from .config import Data as Config
 from .near import near_groups
 
 THUMBNAIL = 16  # pixels a side, gray; near duplicates have similar thumbnails
@@ -52,7 +52,6 @@ NEAR = 0.985
 MIN_CENTERED = 50  # images; their mean thumbnail is subtracted: scans of one organ are alike without being copies
 FLAT = 2.0  # standard deviation of a thumbnail, in levels of 255; below it an image shows nothing
 EXAMPLES = 3  # of each finding that are printed
-SAY_EVERY = 10.0  # seconds
 BLOCK = 2**20  # pixels of a large image that are measured at a time
 CHUNK = 32  # images that a process examines before it answers
 MODES = {
@@ -61,13 +60,6 @@ MODES = {
     "I": "32-bit gray", "F": "float gray", "HSV": "colour",
 }  # fmt: skip
 DEEP_PNG = {2: "16-bit colour", 4: "16-bit gray with alpha", 6: "16-bit colour with alpha"}
-
-
-@dataclass
-class Config:
-    sample: int = 10_000  # images that are examined, chosen by the seed; 0: all
-    picture: str | None = None  # a PNG file to draw images to, and their crops and masks
-    report: str | None = None  # a JSON file to write the findings to
 
 
 @dataclass
@@ -245,17 +237,13 @@ def check(config: RunConfig, settings: Config) -> None:
 
 
 def _progress(chunks: Iterable[Examined], count: int) -> Iterable[Examined]:
-    """The same chunks, while a line says how many images are done: rewritten on a terminal, now and then elsewhere."""
-    done, last, terminal = 0, time.monotonic(), sys.stderr.isatty()
-    for chunk in chunks:
-        yield chunk
-        done += len(chunk[0]) + len(chunk[1])
-        if time.monotonic() - last > (0.2 if terminal else SAY_EVERY):
-            last = time.monotonic()
-            line = f"examined {done:,} of {count:,} images"
-            print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
-    if terminal:
-        print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)
+    """The same chunks, while it is shown how many images are done."""
+    done = 0
+    with counting("examining", count) as show:
+        for chunk in chunks:
+            yield chunk
+            done += len(chunk[0]) + len(chunk[1])
+            show(done)
 
 
 def summary(spec: str, source: Source, stats: list[ImageStats], broken: list[tuple[int, str]]) -> Findings:

@@ -21,9 +21,9 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import faiss
 import numpy as np
@@ -39,20 +39,13 @@ from ..distributed import gather_objects, on_first_process, rank, say, world_siz
 from ..errors import UserError, printable, require
 from ..evaluation.feature_cache import digest, place_of
 from ..evaluation.features import pooled_batches
-from ..evaluation.frozen import EncoderConfig, Frozen, load_frozen
+from ..evaluation.frozen import Frozen, load_frozen
 from ..model.encoder import Encoder
+from .config import Embed as Config
 
 FORMS = (".parquet", ".npy", ".faiss")
 PART = 16  # batches
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-
-
-@dataclass
-class Config(EncoderConfig):
-    data: str = ""  # images of any kind, as in data.train of pretrain; labels are taken along
-    download_dir: str = "~/.cache/sslvit"  # where torchvision's data sets are stored
-    dtype: Literal["float32", "float16"] = "float32"  # of the vectors
-    out: str = ""  # the file to write: .parquet, .npy or .faiss
 
 
 def run(config: Config) -> None:

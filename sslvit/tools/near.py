@@ -1,14 +1,11 @@
 """Groups of vectors that are nearly the same: near duplicates of images."""
 
-import time
-
 import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from ..distributed import say
-from ..evaluation.features import SAY_EVERY
+from ..progress import counting
 
 TILE = 1024, 2**14  # vectors that are compared with one another at once
 MOST_PAIRS = 2**22  # that are kept before they are merged into groups
@@ -21,18 +18,15 @@ def near_groups(vectors: Tensor, least: float) -> list[np.ndarray]:
     number of links.
     """
     first, pairs, waiting = np.arange(len(vectors)), list[np.ndarray](), 0
-    began = last = time.monotonic()
-    for start in range(0, len(vectors), TILE[0]):
-        for other in range(start, len(vectors), TILE[1]):
-            similar = vectors[start : start + TILE[0]] @ vectors[other : other + TILE[1]].T >= least - 1e-6
-            pairs.append(similar.nonzero().numpy() + (start, other))
-            waiting += len(pairs[-1])
-            if waiting > MOST_PAIRS:
-                first, pairs, waiting = _merged(first, pairs), [], 0
-        if time.monotonic() - last > SAY_EVERY:
-            last = time.monotonic()
-            share = 1 - (1 - min(1, (start + TILE[0]) / len(vectors))) ** 2
-            say(f"{share:.0%} of all pairs compared, about {(last - began) * (1 / share - 1):.0f} s left")
+    with counting("comparing", len(vectors) ** 2 / 2, "pairs") as show:
+        for start in range(0, len(vectors), TILE[0]):
+            for other in range(start, len(vectors), TILE[1]):
+                similar = vectors[start : start + TILE[0]] @ vectors[other : other + TILE[1]].T >= least - 1e-6
+                pairs.append(similar.nonzero().numpy() + (start, other))
+                waiting += len(pairs[-1])
+                if waiting > MOST_PAIRS:
+                    first, pairs, waiting = _merged(first, pairs), [], 0
+            show((len(vectors) ** 2 - max(0, len(vectors) - start - TILE[0]) ** 2) / 2)
     first = _merged(first, pairs)
     order = np.argsort(first, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(first[order])) + 1)

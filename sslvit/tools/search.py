@@ -41,24 +41,12 @@ from ..evaluation.feature_cache import digest
 from ..evaluation.frozen import EncoderConfig, load_frozen
 from ..evaluation.knn import neighbours
 from ..model.encoder import Encoder
+from .config import Search as Config
 from .index import Index, Row
 from .near import near_groups
 
 PRINTED, DRAWN = 10, 10  # images or groups that are printed; rows and columns of the picture
 CELL, CAPTION = 96, 16  # pixels
-
-
-@dataclass
-class Config:
-    index: str = ""  # what sslvit embed has written: .faiss, .npy or .parquet
-    image: str = ""  # images to look for: a file, [a.jpg,b.jpg], or images of any kind as in data.train of pretrain
-    k: int = 10  # nearest images of each
-    duplicates: float | None = None  # in place of image: groups of images with this similarity, such as 0.99
-    subset: int | None = None  # in place of image: so many images that are as different as can be
-    out: str = ""  # .csv file for all that was found; empty: none
-    picture: str | None = ""  # contact sheet; empty: <index>.png; null: none
-    run: str = ""  # the encoder, if it is not where it was
-    data: str = ""  # the images of the index, if they are not where they were
 
 
 def run(config: Config) -> None:

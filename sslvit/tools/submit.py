@@ -18,7 +18,7 @@ from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -35,26 +35,9 @@ from ..hardware import blocks_of, resolve_precision, start_accelerator
 from ..pretraining import Result, pretrain, summary
 from ..run import check_directory, check_images
 from ..stopping import EXIT_REQUEUE
+from .config import Submit as Config
 
 HELD = 3600  # seconds that a process waits for SLURM to end it: longer than the GraceTime of clusters
-
-
-@dataclass
-class Config:
-    cluster: Literal["slurm", "local"] = "slurm"  # local: on this machine, to try it; 6 starts at most
-    nodes: int = 1  # machines
-    gpus: int = 1  # GPUs of each machine, with one process each; 0: train on CPUs
-    processes: int | None = None  # processes of each machine, with gpus=0; null: one
-    cpus: int = 8  # cores of each process
-    memory: float | None = None  # GiB of each machine; null: the default of the cluster
-    hours: float = 24.0  # length of one start; then the run saves and is queued again until it is done
-    restarts: int = 100  # the job is queued again so many times at most
-    warn_minutes: float = 5.0  # the run is told to save so many minutes before its hours are over
-    partition: str | None = None  # null: the default of the cluster
-    account: str | None = None  # null: the default of the cluster
-    sbatch: str = ""  # further options of sbatch, which win: "--qos=high --gres=gpu:a100:4"
-    setup: str = ""  # a shell command before each start: "module load cuda/12"
-    check_images: bool = True  # open the images here first; false if only the machines of the cluster see them
 
 
 def run(config: RunConfig, settings: Config, arguments: list[str]) -> None:

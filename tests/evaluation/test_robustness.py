@@ -12,6 +12,7 @@ from PIL import Image
 
 from sslvit import rng
 from sslvit.evaluation import attacks, corruptions, robustness
+from sslvit.evaluation.config import CORRUPTIONS
 from tests import processes
 
 KEY = rng.fold_in(0, "test")
@@ -25,7 +26,7 @@ def photo(side=32, channels=3):
     return (x.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-@pytest.mark.parametrize("name", corruptions.NAMES)
+@pytest.mark.parametrize("name", CORRUPTIONS)
 @pytest.mark.parametrize(("side", "channels"), [(32, 3), (96, 3), (32, 1), (32, 4), (8, 3)])
 def test_every_corruption_takes_any_size_and_channels_and_gets_worse_with_severity(name, side, channels):
     image = photo(side, channels)

@@ -458,7 +458,7 @@ OPTIMIZER = [
         "if False:",
         DISTILL + "test_a_run_goes_on_bit_for_bit_with_its_teacher_only_and_its_student_is_exported",
     ),
-    Mistake("AdamW takes MAE's betas for DINO", "objectives/dino.py", "(0.9, 0.999)", "(0.9, 0.95)", DINO),
+    Mistake("AdamW takes MAE's betas for DINO", "objectives/keys/dino.py", "(0.9, 0.999)", "(0.9, 0.95)", DINO),
     Mistake(
         "each tensor is clipped by itself where all should be",
         "optim.py",
@@ -475,21 +475,21 @@ OPTIMIZER = [
     ),
     Mistake(
         "the learning rate does not scale with the batch",
-        "optim.py",
+        "schedule.py",
         "self.config.base_lr * self.global_batch_size / REFERENCE_BATCH",
         "self.config.base_lr",
         MAE,
     ),
     Mistake(
         "the warm-up is one step ahead",
-        "optim.py",
+        "schedule.py",
         "peak * step / max",
         "peak * (step + 1) / max",
         MAE,
     ),
     Mistake(
         "weight decay falls instead of rising",
-        "optim.py",
+        "schedule.py",
         "cosine(start, end, step / self.total_steps)",
         "cosine(end, start, step / self.total_steps)",
         MAE,

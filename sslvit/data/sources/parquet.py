@@ -8,14 +8,13 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...distributed import say
 from ...errors import UserError, require
+from ...progress import counting
 from ..config import Config
 from .archive import Ranges
 from .files import Encoded, check_channels, fingerprint_of, stamp, unfinished
@@ -26,7 +25,6 @@ from .source import BadImage
 IMAGES = ("image", "img", "jpg", "png", "bytes", "image_bytes", "content")  # names of columns, the first that is there
 LABELS = ("label", "labels", "cls", "class", "target", "fine_label", "category")
 ROWS, AT_ONCE = 64, 2**31  # rows and bytes that are unpacked at once, at most
-SAY_EVERY = 10.0  # seconds
 
 
 class Parquet(Encoded):
@@ -111,11 +109,11 @@ def _write(file: Any, path: str, folder: Path) -> None:
     image, label = _image_column(schema, path), next((name for name in LABELS if name in schema.names), None)
     classes = _class_names(schema, label)
     names: list[str] = []
-    texts, places, at, last = [], [], 0, time.monotonic()
+    texts, places, at = [], [], 0
     groups = [file.metadata.row_group(number).total_byte_size for number in range(file.metadata.num_row_groups)]
     rows = max(1, min(ROWS, AT_ONCE // max([1, *groups])))  # a cell may be as large as all that is in its group
     limit = unpacked_limit(os.path.getsize(path), AT_ONCE)
-    with (folder / "images").open("wb") as out:
+    with (folder / "images").open("wb") as out, counting(f"unpacking {path}", count) as show:
         for batch in file.iter_batches(rows, columns=[name for name in (image, label) if name]):
             cells = batch.column(image).to_pylist()
             values = batch.column(label).to_pylist() if label else [None] * len(cells)
@@ -132,9 +130,7 @@ def _write(file: Any, path: str, folder: Path) -> None:
                     f"data: {path} has {size_text(os.path.getsize(path))} and would become more than "
                     f"{size_text(limit)}: its images are the same ones many times. Write each once."
                 )
-            if time.monotonic() - last > SAY_EVERY:
-                last = time.monotonic()
-                say(f"unpacking {path}: {len(names):,} of {count:,} images, {at / 2**30:.1f} GiB")
+            show(len(names))
     np.save(folder / "places.npy", np.array(places, dtype=np.int64).reshape(-1, 2))
     record = {"names": names, "texts": texts, "classes": classes, "column": label}
     (folder / "rows.json").write_text(json.dumps(record), encoding="utf-8")

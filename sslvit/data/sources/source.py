@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from torch import Tensor
 
 from ...errors import printable
 from .names import Names
+
+if TYPE_CHECKING:  # importing torch takes seconds, and --help needs no torch
+    from torch import Tensor
 
 ValueRange = tuple[float, float] | None  # of pixels of more than 8 bits: the values that become 0 and 255
 ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>| at 0x[0-9a-f]+", re.IGNORECASE)  # of an object in memory
@@ -36,10 +38,10 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> "Tensor":
         """[C, H, W] uint8, or float32 in [0, 255] for images of more than 8 bits; raises BadImage."""
 
-    def read_smaller(self, index: int, reduction: Reduction) -> tuple[Tensor, tuple[int, int]]:
+    def read_smaller(self, index: int, reduction: Reduction) -> "tuple[Tensor, tuple[int, int]]":
         """(image, its whole height and width). Sources that can make it `reduction(height, width)` times smaller."""
         image = self.read(index)
         return image, (image.shape[-2], image.shape[-1])
@@ -68,7 +70,7 @@ class WrappedSource(Source):
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int) -> "Tensor":
         return self.source.read(index)
 
     def name(self, index: int) -> str:

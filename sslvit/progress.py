@@ -1,0 +1,139 @@
+"""What is shown while a command works: on a terminal one live line with a bar, elsewhere a plain line now and then.
+
+Lines that are printed meanwhile, and warnings, appear above the live line. Only the first process shows anything.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SAY_EVERY = 20.0  # seconds between two plain lines of a long work
+OFTEN, RARELY, SHARE = 30.0, 300.0, 0.05  # seconds between plain lines of a run: its age, then 30, then 5 % of its age
+REDRAW = 0.5  # seconds between two states of a live line; each waits for the device once
+_bars: list[Any] = []  # on the screen
+_stderr: list[Any] = []  # the real one, while there are bars
+
+
+def write(text: str) -> None:
+    """Print, above the live line if there is one."""
+    if _bars:
+        _bars[-1].write(text, file=sys.stdout)
+    else:
+        print(text, flush=True)
+
+
+def on_terminal() -> bool:
+    """Whether a live line can be shown."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and os.environ.get("RANK", "0") == "0"
+
+
+def open_bar(total: float, layout: str, done: float = 0, leave: bool = False) -> Any:
+    """A bar of tqdm on the screen. None if there is no terminal."""
+    if not on_terminal():
+        return None
+    from tqdm import tqdm
+    from tqdm.contrib import DummyTqdmFile
+
+    if not _bars:
+        tqdm.monitor_interval = 0  # no thread: loader processes are forked
+        tqdm.set_lock(threading.RLock())
+        _stderr.append(sys.stderr)
+        sys.stderr = DummyTqdmFile(sys.stderr)
+    _bars.append(tqdm(total=total, initial=done, bar_format=layout, leave=leave, dynamic_ncols=True, file=sys.stdout))
+    return _bars[-1]
+
+
+def close_bars(keep: int = 0) -> None:
+    """Close all bars but the first `keep`."""
+    while len(_bars) > keep:
+        _bars.pop().close()
+    if not _bars and _stderr:
+        sys.stderr = _stderr.pop()
+
+
+@contextmanager
+def counting(what: str, total: float, unit: str = "images") -> Iterator[Callable[[float], None]]:
+    """Gives a function to call with how much is done. It shows that, and how long the rest will take."""
+    began = last = time.monotonic()
+    others = len(_bars)
+    bar = open_bar(total, what + " {percentage:3.0f}% {bar:30} {desc}")
+
+    def show(done: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < (REDRAW if bar else SAY_EVERY):
+            return
+        last, rate = now, max(1e-9, done / (now - began))
+        text = f"{done:,.0f} of {total:,.0f} {unit}, {rate:,.0f} a second, {duration((total - done) / rate)} left"
+        if bar:
+            bar.n, bar.desc = done, text
+            bar.refresh()
+        elif os.environ.get("RANK", "0") == "0":
+            write(f"{what}: {text}")
+
+    try:
+        yield show
+    finally:
+        close_bars(others)
+
+
+class RunProgress:
+    """What is shown of a pretraining run while it goes."""
+
+    def __init__(self, step: int, steps: int) -> None:
+        """step: where this start begins."""
+        self.first, self.began, self.shown = step + 1, time.monotonic(), time.monotonic()
+        self.fast = self.slow = 0.0  # running means of the loss
+        self.bar = open_bar(steps, "{n}/{total} {percentage:3.0f}% {bar:12} {desc}", done=step, leave=True)
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for a line: after the first step, then more and more seldom."""
+        age, pause = time.monotonic() - self.began, time.monotonic() - self.shown
+        return step == self.first or pause >= (REDRAW if self.bar else min(RARELY, max(min(age, OFTEN), SHARE * age)))
+
+    def show(self, record: dict[str, float], steps: int, epochs: float, more: list[str]) -> None:
+        """record: with step, epoch, images_per_second, data_wait, seconds_left, perhaps loss. more: for a live line."""
+        self.shown = time.monotonic()
+        if not self.bar:
+            write(line(record, steps, epochs))
+            return
+        loss, trend = record.get("loss"), ""
+        if loss is not None:
+            first = not self.slow
+            self.fast = loss if first else self.fast + 0.2 * (loss - self.fast)
+            self.slow = loss if first else self.slow + 0.04 * (loss - self.slow)
+            change = (self.fast - self.slow) / max(abs(self.slow), 1e-9)
+            trend = " falls" if change < -0.002 else " rises" if change > 0.002 else " steady"
+        _, *parts, left = fields(record, steps, epochs, trend)
+        self.bar.total, self.bar.n = steps, int(record["step"])
+        self.bar.desc = "  ".join([left, *parts, *more])
+        self.bar.refresh()
+
+
+def fields(record: dict[str, float], steps: int, epochs: float, trend: str = "") -> list[str]:
+    """The parts of a line."""
+    rate = record["images_per_second"]
+    return [
+        f"step {record['step']}/{steps}",
+        f"epoch {record['epoch']:.2f}/{epochs:g}",
+        f"loss {record['loss']:.4f}{trend}" if "loss" in record else "skipped",
+        f"{rate:.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s",
+        f"wait {record['data_wait']:.0%}",
+        f"{duration(record['seconds_left'])} left",
+    ]
+
+
+def line(record: dict[str, float], steps: int, epochs: float) -> str:
+    """step 1200/3900  epoch 3.08/10  loss 0.4321  412 images/s  wait 2%  6m31s left"""
+    return "  ".join(fields(record, steps, epochs))
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1h02m, 65 -> 1m05s."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
