@@ -1,16 +1,19 @@
 """What a run writes while it goes: metrics.jsonl and TensorBoard."""
 
+import importlib
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from .errors import Limits
+from . import progress
+from .arguments import first_line
+from .errors import Limits, UserError, did_you_mean, printable
 
 if TYPE_CHECKING:  # importing torch takes seconds, and --help needs no torch
     import torch
@@ -26,6 +29,7 @@ class Config:
     # Without every_steps the console has a line after the first step, and then by time. On a terminal it is a live one.
     every_steps: int | None = None  # a line in metrics.jsonl and on the console; null: in metrics.jsonl after 50 steps
     tensorboard: bool = True  # the same numbers in <run>/tensorboard
+    trackers: tuple[str, ...] = ()  # the same numbers there, by accelerate: wandb, mlflow, trackio, aim, swanlab ...
     max_nonfinite: int = 10  # steps in a row without finite loss and gradients, each skipped, that end the run
     rank_every_steps: int | None = 1000  # log the effective rank of 512 training images' features; null: never
     on_collapse: Literal["warn", "stop"] = "warn"  # when the numbers of a line say that the features have collapsed
@@ -100,11 +104,11 @@ class Window:
 
 
 class MetricsLog:
-    """metrics.jsonl, one object a line, in the order of the steps; and the same for TensorBoard."""
+    """metrics.jsonl, one object a line, in the order of the steps; and the same for TensorBoard and trackers."""
 
-    def __init__(self, run_dir: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path, step: int, tensorboard: bool, trackers: "dict[str, Any] | None" = None) -> None:
         """step: where the run begins or goes on; TensorBoard drops what a killed run wrote after it."""
-        self.path = run_dir / METRICS
+        self.path, self.trackers = run_dir / METRICS, trackers or {}
         self._board = Board(run_dir / "tensorboard", step) if tensorboard else None
 
     def write(self, record: dict[str, float | int]) -> None:
@@ -112,10 +116,65 @@ class MetricsLog:
             file.write(json.dumps({k: _round(v) for k, v in record.items()}) + "\n")
         if self._board is not None:
             self._board.write(record)
+        for name in list(self.trackers):
+            values = {key: value for key, value in record.items() if key != "step"}
+            self._ask(name, lambda tracker, values=values: tracker.log(values, step=record["step"]))
+
+    def _ask(self, name: str, work: Callable[[Any], None]) -> None:
+        """A tracker that fails is left out from then on: a run does not end because a server does."""
+        try:
+            work(self.trackers[name])
+        except Exception as error:
+            del self.trackers[name]
+            progress.write(f"Warning: {name} takes no more numbers ({printable(first_line(error))}). The run goes on.")
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+        for name in list(self.trackers):
+            self._ask(name, lambda tracker: tracker.finish())
+
+
+def open_trackers(names: Sequence[str], run_dir: Path, run: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """accelerate's trackers by name. run: its identity; a run that goes on continues its run in wandb, mlflow and
+    trackio. Raises UserError."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(names):
+        if name == "tensorboard":
+            raise UserError("log.trackers: tensorboard has log.tensorboard, which is true by default: leave it out.")
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
+            raise UserError(f"log.trackers: {name} is not one of {', '.join(known)}.{did_you_mean(name, known)}")
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        try:
+            more = _same_run(name, run_dir, run)
+            tracker = kind("sslvit", *([str(run_dir)] if kind.requires_logging_directory else []), **more)
+            getattr(tracker, "start", lambda: None)()  # older versions of accelerate have started it
+            tracker.store_init_configuration(settings)
+        except ImportError as error:
+            raise UserError(f"log.trackers: {name} is not installed: pip install {name}.") from error
+        except Exception as error:
+            raise UserError(f"log.trackers: {name} does not start ({first_line(error)}). Or leave it out.") from error
+        found[name] = tracker
+    return found
+
+
+def _same_run(name: str, run_dir: Path, run: str) -> dict[str, Any]:
+    """The arguments by which a tracker finds the run that it had before."""
+    if not run.isalnum():  # of an older version, or changed by somebody
+        return {}
+    if name == "wandb":
+        return {"name": run_dir.name, "id": run, "resume": "allow", "dir": str(run_dir)}
+    if name == "trackio":
+        return {"name": f"{run_dir.name}-{run[:8]}", "resume": "allow"}
+    if name != "mlflow":
+        return {}
+    mlflow: Any = importlib.import_module("mlflow")
+    asked = {"experiment_names": ["sslvit"], "filter_string": f"tags.sslvit_run = '{run}'", "output_format": "list"}
+    before = [one.info.run_id for one in mlflow.search_runs(**asked)]
+    return {"run_name": run_dir.name, "tags": {"sslvit_run": run}, **({"run_id": before[0]} if before else {})}
 
 
 class Board:

@@ -3,6 +3,7 @@
 Lines that are printed meanwhile, and warnings, appear above the live line. Only the first process shows anything.
 """
 
+import io
 import os
 import sys
 import threading
@@ -31,18 +32,30 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and os.environ.get("RANK", "0") == "0"
 
 
+class Above(io.TextIOBase):
+    """In place of standard error: its lines appear above the live line."""
+
+    rest = ""
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            write(line)
+        return len(text)
+
+
 def open_bar(total: float, layout: str, done: float = 0, leave: bool = False) -> Any:
     """A bar of tqdm on the screen. None if there is no terminal."""
     if not on_terminal():
         return None
     from tqdm import tqdm
-    from tqdm.contrib import DummyTqdmFile
 
     if not _bars:
         tqdm.monitor_interval = 0  # no thread: loader processes are forked
         tqdm.set_lock(threading.RLock())
-        _stderr.append(sys.stderr)
-        sys.stderr = DummyTqdmFile(sys.stderr)
+        if sys.stderr.isatty():
+            _stderr.append(sys.stderr)
+            sys.stderr = Above()
     _bars.append(tqdm(total=total, initial=done, bar_format=layout, leave=leave, dynamic_ncols=True, file=sys.stdout))
     return _bars[-1]
 

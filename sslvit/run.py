@@ -17,9 +17,11 @@ from typing import Any
 from uuid import uuid4
 
 from accelerate import Accelerator
+from omegaconf import OmegaConf
 
 from . import config as configuration
 from . import data
+from .arguments import flatten
 from .checkpoints import journal, state
 from .checkpoints.journal import BAD_IMAGES, NONFINITE, REPORT, STARTS, append
 from .checkpoints.lock import Lock, create_and_acquire
@@ -32,7 +34,7 @@ from .distributed import barrier, gather_objects, on_first_process, rank, say
 from .errors import UserError, printable
 from .evaluation.online import rank_alarm
 from .hardware import peak_memory, versions
-from .metrics import LINE_STEPS, MetricsLog, Stopwatch, Window, format_bytes, start_trace
+from .metrics import LINE_STEPS, MetricsLog, Stopwatch, Window, format_bytes, open_trackers, start_trace
 from .objectives import Objective
 from .optim import Schedule
 from .progress import RunProgress
@@ -246,12 +248,19 @@ class Recorder:
         self.facts: dict[str, str] = {}  # for the live line
         self.lock = lock  # held until close()
         self.objective, self.stop_on_collapse, self.warned = objective, config.log.on_collapse == "stop", False
-        self.log = MetricsLog(run_dir, run.step, config.log.tensorboard) if rank() == 0 else None
+        self.log = self._open_log(config, run.step) if rank() == 0 else None
         self.window, self.watch, self.reports = Window(), Stopwatch(), config.log.report
         self.skipped = SkippedSteps(run_dir, source, config.log.max_nonfinite)
         self.trace = start_trace(run_dir / "trace.json") if config.log.profile and rank() == 0 else None
         self.window.load(run.window)
         self.seen = run.images_seen
+
+    def _open_log(self, config: RunConfig, step: int) -> MetricsLog:
+        found = None
+        if config.log.trackers:
+            settings = flatten(OmegaConf.structured(config))
+            found = open_trackers(config.log.trackers, self.run_dir, journal.run_id(self.run_dir) or "", settings)
+        return MetricsLog(self.run_dir, step, config.log.tensorboard, found)
 
     def due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.plan.steps

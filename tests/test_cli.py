@@ -196,3 +196,44 @@ def test_the_list_of_commands_is_printed_without_waiting_for_torch():
     code = "import sys; from sslvit.__main__ import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     for word in ("--help", "pretrian"):
         subprocess.run([sys.executable, "-c", code, word], check=True, capture_output=True)
+
+
+def test_help_and_a_misspelt_key_need_no_torch():
+    """Importing torch takes seconds, and nobody waits so long to read a sentence."""
+    code = """
+import contextlib, io, sys
+from sslvit.__main__ import COMMANDS, main
+from sslvit.evaluation import commands
+names = [*COMMANDS, *commands()]
+asked = [[], ["--help"], ["--version"], ["pretrian"], ["completion", "bash"], ["pretrain", "quickstart", "epohcs=3"]]
+asked += [[name, "--help"] for name in names] + [[name, "epohcs=3"] for name in names]
+for words in asked:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        main(words)
+    heavy = {"torch", "timm", "torchvision", "faiss", "sklearn", "scipy", "PIL", "accelerate"} & set(sys.modules)
+    assert not heavy, (words, heavy)
+    assert "epohcs=3" not in words or "There is no key epohcs" in output.getvalue() or words[0] in COMMANDS, words
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_of_pretrain_begins_with_what_is_changed_first(cli):
+    first, _, rest = cli("pretrain", "--help")[1].partition("All keys with their defaults for method=mae:")
+    assert "  minutes=30 " in first
+    assert len(first.splitlines()) < 16
+    for title in ("The run", "The encoder", "The images", "The method", "The optimizer", "Checkpoints"):
+        assert f"\n{title}:\n  " in rest
+    assert "objective.mask_ratio=0.75" in rest
+
+
+def test_a_shell_completes_commands_and_keys(cli, fails, tmp_path):
+    (tmp_path / "script").write_text(cli("completion", "bash")[1])
+    lines = ["source script", 'try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _sslvit; echo "${COMPREPLY[@]}"; }']
+    lines += ["try sslvit pretr", "try sslvit knn temp", "try sslvit pretrain objective.mask", "try sslvit bench sec"]
+    done = subprocess.run(["bash", "-ec", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["pretrain", "temperature=", "objective.mask_ratio=", "seconds="], done.stderr
+    assert "__fish_seen_subcommand_from knn' -a '" in cli("completion", "fish")[1]
+    assert "bashcompinit" in cli("completion", "zsh")[1]
+    assert "bash, zsh, fish: give one of them. Did you mean bash?" in fails("completion", "bsh")

@@ -4,9 +4,12 @@ import time
 
 import pytest
 import torch
+from accelerate import tracking
 
 from sslvit import metrics
 from sslvit.metrics import Stopwatch, Window
+
+from .conftest import words
 
 
 def test_a_window_averages_over_steps_and_goes_on_from_its_state():
@@ -67,3 +70,53 @@ def test_tensorboard_reads_what_is_written_and_hides_what_a_killed_run_wrote(tmp
     read.Reload()
     assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 0.5), (2, 1), (3, 1.5), (4, 5)]
     assert read.Tags()["scalars"] == ["loss", "images"]
+
+
+def test_a_tracker_gets_the_numbers_and_goes_on_with_its_run(cli, fails, images, tmp_path, monkeypatch):
+    """A tracker of accelerate in the place of W&B's, which needs its server; and one whose server fails."""
+    seen: list[tuple] = []
+
+    class Fake(tracking.GeneralTracker):
+        name, requires_logging_directory, main_process_only, tracker = "wandb", False, False, None
+
+        def __init__(self, project, **more):
+            seen.append(("start", project, more["name"], more["id"], more["resume"]))
+
+        def store_init_configuration(self, values):
+            seen.append(("settings", values["optim.warmup_epochs"]))
+
+        def log(self, values, step=None, **more):
+            seen.append(("log", step, values["loss"] > 0))
+
+        def finish(self):
+            seen.append(("finish",))
+
+    class Broken(Fake):
+        def __init__(self, folder, where):
+            assert where == str(tmp_path / "run")
+
+        requires_logging_directory = True
+
+        def log(self, values, step=None, **more):
+            raise ConnectionError("no route to the \x1b[31mhost")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "broken", Broken)
+    out, more = f"out={tmp_path / 'run'}", ["rank_every_steps=null", "report=false", "workers=0", "warmup_epochs=0"]
+    command = ["pretrain", images, *words("mae", out, "steps=2", *more)]
+    status, printed, error = cli(*command, "log.trackers=[wandb,broken]")
+    assert status == 0, error
+    assert r"Warning: broken takes no more numbers (no route to the \x1b[31mhost). The run goes on." in printed
+    assert printed.count("broken") == 1
+    start = seen[0]
+    assert start[:3] == ("start", "sslvit", "run")
+    assert seen[1:] == [("settings", 0.0), ("log", 1, True), ("log", 2, True), ("finish",)]
+    seen.clear()
+    assert cli(*command, "steps=3", "log.trackers=[wandb]")[0] == 0
+    assert seen[0] == start, "the same run of the tracker"
+    assert ("log", 3, True) in seen
+    assert ("log", 2, True) not in seen
+    others = words("mae", f"out={tmp_path / 'other'}", "steps=2", *more)
+    assert "wandbb is not one of" in fails("pretrain", images, *others, "log.trackers=[wandbb]")
+    assert "Did you mean wandb?" in fails("pretrain", images, *others, "log.trackers=[wandbb]")
+    assert "mlflow is not installed: pip install mlflow." in fails("pretrain", images, *others, "log.trackers=[mlflow]")
