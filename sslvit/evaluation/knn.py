@@ -8,9 +8,8 @@ with the weight exp(similarity / T). Without data.test each training image is cl
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import faiss
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,6 +23,9 @@ from .config import KS, TEMPERATURE
 from .config import Knn as Config
 from .features import Features
 from .strata import first_of_each
+
+if TYPE_CHECKING:
+    import faiss
 
 COMMAND = Command(
     "run=... data.train=... data.test=...",
@@ -177,6 +179,8 @@ def neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Exact. Of equal similarities the smaller rows come first, also where the k-th place is shared (by up to
     LONGEST_TIE).
     """
+    import faiss  # when it is needed: pretraining without labels never does
+
     faiss.omp_set_num_threads(evaluation_threads())
     # Without an index: it would be a second copy of the bank.
     values, count = np.ascontiguousarray(bank.numpy()), min(k + 1, len(bank))
@@ -209,7 +213,7 @@ def _in_order(similarity: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def search(
-    bank: Labelled, x: Tensor, indices: Tensor, k: int, leave_one_out: bool, index: faiss.Index | None
+    bank: Labelled, x: Tensor, indices: Tensor, k: int, leave_one_out: bool, index: "faiss.Index | None"
 ) -> tuple[Tensor, Tensor]:
     """[Q, D] queries of unit length, the same on every process -> [Q, k] similarities, best first, and [Q, k] labels of
     the nearest images of all processes' banks, on every process.
@@ -260,7 +264,7 @@ def top_accuracy(ranks: Tensor, count: int) -> float:
 
 def classify(
     bank: Labelled, queries: Labelled, num_classes: int, ks: Sequence[int] = KS,
-    temperatures: Sequence[float] = (TEMPERATURE,), leave_one_out: bool = False, index: faiss.Index | None = None,
+    temperatures: Sequence[float] = (TEMPERATURE,), leave_one_out: bool = False, index: "faiss.Index | None" = None,
 ) -> dict[tuple[int, float], Prediction]:  # fmt: skip
     """{(k, T): predictions} for the queries of all processes, in the order of their indices, on every process.
 
@@ -287,8 +291,10 @@ def classify(
     }
 
 
-def _approximate(config: Config, bank: Tensor) -> faiss.IndexIVF:
+def _approximate(config: Config, bank: Tensor) -> "faiss.IndexIVF":
     """An inverted file over this process's share, for `ivfpq` with product quantisation (faiss). Raises UserError."""
+    import faiss
+
     cells, least, width = int(4 * len(bank) ** 0.5), min(gather_objects(len(bank))), bank.shape[1]
     if least < 40 * int(4 * least**0.5):
         raise UserError(
@@ -308,7 +314,7 @@ def _approximate(config: Config, bank: Tensor) -> faiss.IndexIVF:
     return index
 
 
-def _recall(bank: Labelled, queries: Labelled, k: int, index: faiss.Index, leave_one_out: bool = False) -> float:
+def _recall(bank: Labelled, queries: Labelled, k: int, index: "faiss.Index", leave_one_out: bool = False) -> float:
     """Share in percent of the exact k nearest images that an approximate search finds, on the first process's share.
     With `leave_one_out` a query is an image of the bank, and does not count."""
 
