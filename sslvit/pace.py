@@ -14,7 +14,7 @@ from .checkpoints.state import RunState
 from .config import Plan
 from .distributed import gather_objects
 from .objectives import Objective
-from .optim import HOLD, Schedule
+from .schedule import HOLD, Schedule
 
 BETWEEN = 1.15  # a correction comes after so many times the steps of the one before ...
 EARLIEST = 0.04  # ... and not before this share of the time is over: the first steps say little

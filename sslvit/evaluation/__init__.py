@@ -1,8 +1,8 @@
 """Evaluations of an encoder, one module each, and what they share.
 
-A module with a `COMMAND` is an evaluation and a command of `sslvit`: it also defines `run(config)`, and its keys are the
-class of its name in config.py, which needs no torch. The other modules are their parts: frozen.py (an encoder and the
-record of its results), protocol.py (training and test images and their features), probes.py, scores.py and so on;
+A module with a `COMMAND` is an evaluation and a command of `sslvit`. It also defines `run(config)`, and its keys are
+the class of its name in config.py, which needs no torch. The other modules are their parts: frozen.py (an encoder and
+the record of its results), protocol.py (training and test images and their features), probes.py, scores.py and so on;
 `finetuning/` holds those of `finetune`. Evaluations import data, model and pretrained, never objectives or export.
 """
 
