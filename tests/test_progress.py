@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import sys
+import termios
 import warnings
 
 import pytest
@@ -15,10 +16,11 @@ from sslvit.distributed import say
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Standard output is a terminal of 100 columns. Gives a function that returns what was shown."""
+    """Standard output is a terminal of 120 columns. Gives a function that returns what was shown."""
     main, other = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
+    termios.tcsetwinsize(main, (24, 120))
+    os.set_blocking(main, False)  # a test fails, and does not wait
     with os.fdopen(other, "w") as output:
         monkeypatch.setattr(sys, "stdout", output)
         monkeypatch.setattr(sys, "stderr", output)
