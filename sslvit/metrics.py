@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,12 +118,12 @@ class MetricsLog:
             self._board.write(record)
         for name in list(self.trackers):
             values = {key: value for key, value in record.items() if key != "step"}
-            self._ask(name, lambda tracker, values=values: tracker.log(values, step=record["step"]))
+            self._ask(name, "log", values, step=record["step"])
 
-    def _ask(self, name: str, work: Callable[[Any], None]) -> None:
+    def _ask(self, name: str, what: str, *arguments: Any, **more: Any) -> None:
         """A tracker that fails is left out from then on: a run does not end because a server does."""
         try:
-            work(self.trackers[name])
+            getattr(self.trackers[name], what)(*arguments, **more)
         except Exception as error:
             del self.trackers[name]
             progress.write(f"Warning: {name} takes no more numbers ({printable(first_line(error))}). The run goes on.")
@@ -132,7 +132,7 @@ class MetricsLog:
         if self._board is not None:
             self._board.close()
         for name in list(self.trackers):
-            self._ask(name, lambda tracker: tracker.finish())
+            self._ask(name, "finish")
 
 
 def open_trackers(names: Sequence[str], run_dir: Path, run: str, settings: dict[str, Any]) -> dict[str, Any]:
