@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import tracking
 
-from sslvit import metrics
+from sslvit import distributed, metrics
 from sslvit.metrics import Stopwatch, Window
 
 from .conftest import words
@@ -40,7 +40,7 @@ def test_skipped_steps_count_for_nothing_but_their_number():
 def test_a_window_is_reduced_on_the_device_of_its_values(monkeypatch):
     """NCCL reduces nothing that lies on the host."""
     devices = []
-    monkeypatch.setattr(metrics, "all_reduce_sum", lambda x: devices.append(x.device.type) or torch.zeros(x.shape))
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda x: devices.append(x.device.type) or torch.zeros(x.shape))
     window = Window()
     window.load({"steps": 1, "sums": {"loss": 1.0, "seen once": 2.0}})
     window.add({"loss": torch.tensor(1.0, device="meta")})
@@ -110,7 +110,7 @@ def test_a_tracker_gets_the_numbers_and_goes_on_with_its_run(cli, fails, images,
     assert printed.count("broken") == 1
     start = seen[0]
     assert start[:3] == ("start", "sslvit", "run")
-    assert seen[1:] == [("settings", 0.0), ("log", 1, True), ("log", 2, True), ("finish",)]
+    assert seen[1:] == [("settings", 0.0), ("settings", 0.0), ("log", 1, True), ("log", 2, True), ("finish",)]
     seen.clear()
     assert cli(*command, "steps=3", "log.trackers=[wandb]")[0] == 0
     assert seen[0] == start, "the same run of the tracker"

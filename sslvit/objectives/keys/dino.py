@@ -27,9 +27,7 @@ class Config:
     freeze_last_layer_epochs: float = 1.0  # until then the prototypes do not learn
     student_keep: float = 1.0  # share of a global crop's patches that the student sees; below 1 is not in the paper
     init: Literal["vit", "mae"] = "vit"  # of the encoder; mae, not in the paper: Xavier weights, sin-cos positions
-    position_resampling: Literal["timm", "published"] = (
-        "published"  # of position embeddings for small crops; timm: with antialiasing
-    )
+    position_resampling: Resampling = "published"  # of position embeddings for small crops; timm: with antialiasing
     koleo_weight: float = 0.0  # of DINOv2's term that spreads features (0.1 there, 0 in DINO); within micro-batches
     drop_path: float = 0.1  # stochastic depth of the student, rising linearly over its blocks
     global_crop_size: int | tuple[int, int] | None = None  # pixels; null: data.image_size
