@@ -16,7 +16,8 @@ from tests.processes import final_weights
 OUTSIDE = "my_simmim"  # a copy of simmim.py in a folder outside the package
 # Where a method's name is a default, a value of older files, or the name of a paper's protocol, recipe or score.
 PUBLIC = [
-    "compatibility.py", "config.py", "evaluation/finetune.py", "evaluation/finetuning/recipe.py",
+    "compatibility.py", "config.py", "evaluation/config.py", "evaluation/finetune.py",
+    "evaluation/finetuning/recipe.py",
     "evaluation/linear.py", "evaluation/published.py", "evaluation/scores.py",
 ]  # fmt: skip
 VARIANTS = {
