@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +219,9 @@ def own_keys(command: str) -> Any:
 
 
 def _print_help(command: str, usage: str, module: str, keys: str) -> None:
-    file = getattr(find_spec(f".{module}", __package__), "origin", "")
-    text = ast.get_docstring(ast.parse(Path(file).read_text(encoding="utf-8")))
+    place = Path(__file__).parent.joinpath(*module.split("."))
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
     print(f"sslvit {command} {usage}\n\n{text}\n\n{keys}\n")
     print("\n".join(help_lines(own_keys(command))))
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 SAY_EVERY = 20.0  # seconds between two plain lines of a long work
-OFTEN, RARELY, SHARE = 30.0, 300.0, 0.05  # seconds between plain lines of a run: its age, then 30, then 5 % of its age
+OFTEN, RARELY, SHARE = 30.0, 300.0, 0.05  # seconds between plain lines of a run: half its age, 30, 5 % of its age
 REDRAW = 0.5  # seconds between two states of a live line; each waits for the device once
 _bars: list[Any] = []  # on the screen
 _stderr: list[Any] = []  # the real one, while there are bars
@@ -45,9 +45,7 @@ class Above(io.TextIOBase):
 
 
 def open_bar(total: float, layout: str, done: float = 0, leave: bool = False) -> Any:
-    """A bar of tqdm on the screen. None if there is no terminal."""
-    if not on_terminal():
-        return None
+    """A bar of tqdm on the screen."""
     from tqdm import tqdm
 
     if not _bars:
@@ -73,7 +71,7 @@ def counting(what: str, total: float, unit: str = "images") -> Iterator[Callable
     """Gives a function to call with how much is done. It shows that, and how long the rest will take."""
     began = last = time.monotonic()
     others = len(_bars)
-    bar = open_bar(total, what + " {percentage:3.0f}% {bar:30} {desc}")
+    bar = open_bar(total, what + " {percentage:3.0f}% {bar:30} {desc}") if on_terminal() else None
 
     def show(done: float) -> None:
         nonlocal last
@@ -101,12 +99,15 @@ class RunProgress:
         """step: where this start begins."""
         self.first, self.began, self.shown = step + 1, time.monotonic(), time.monotonic()
         self.fast = self.slow = 0.0  # running means of the loss
-        self.bar = open_bar(steps, "{n}/{total} {percentage:3.0f}% {bar:12} {desc}", done=step, leave=True)
+        layout = "{n}/{total} {percentage:3.0f}% {bar:12} {desc}"
+        self.bar = open_bar(steps, layout, done=step, leave=True) if on_terminal() else None
 
     def due(self, step: int) -> bool:
         """Whether it is time for a line: after the first step, then more and more seldom."""
         age, pause = time.monotonic() - self.began, time.monotonic() - self.shown
-        return step == self.first or pause >= (REDRAW if self.bar else min(RARELY, max(min(age, OFTEN), SHARE * age)))
+        return step == self.first or pause >= (
+            REDRAW if self.bar else min(RARELY, max(min(age / 2, OFTEN), SHARE * age))
+        )
 
     def show(self, record: dict[str, float], steps: int, epochs: float, more: list[str]) -> None:
         """record: with step, epoch, images_per_second, data_wait, seconds_left, perhaps loss. more: for a live line."""

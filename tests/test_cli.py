@@ -230,7 +230,7 @@ def test_help_of_pretrain_begins_with_what_is_changed_first(cli):
 
 def test_a_shell_completes_commands_and_keys(cli, fails, tmp_path):
     (tmp_path / "script").write_text(cli("completion", "bash")[1])
-    lines = ["source script", 'try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _sslvit; echo "${COMPREPLY[@]}"; }']
+    lines = ["source ./script", 'try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _sslvit; echo "${COMPREPLY[@]}"; }']
     lines += ["try sslvit pretr", "try sslvit knn temp", "try sslvit pretrain objective.mask", "try sslvit bench sec"]
     done = subprocess.run(["bash", "-ec", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["pretrain", "temperature=", "objective.mask_ratio=", "seconds="], done.stderr
