@@ -27,9 +27,7 @@ complete -o nospace -o default -F _sslvit sslvit
 def script(shell: str, words: dict[str, list[str]]) -> str:
     """What a shell reads. words: of each command, keys with their `=`. Raises UserError."""
     if shell not in SHELLS:
-        raise UserError(
-            f"completion is for {', '.join(SHELLS)}, not {shell or 'nothing'}.{did_you_mean(shell, SHELLS)}"
-        )
+        raise UserError(f"completion is for {', '.join(SHELLS)}: give one of them.{did_you_mean(shell, SHELLS)}")
     if shell == "fish":
         lines = [f"complete -c sslvit -n __fish_use_subcommand -f -a '{' '.join(words)}'"]
         lines += [
