@@ -56,7 +56,7 @@ class RunConfig:
     settings: Literal["auto", "paper"] | None = None  # auto: in any case; paper: never, the defaults are the papers'
     max_hours: float | None = None  # save and end after so many hours, with exit status 75; the same command resumes
     global_batch_size: int = 256  # images of one optimizer step, over all processes
-    batch_size: int | Literal["auto"] | None = None  # images one process holds at once; auto: as many as fit on a GPU
+    batch_size: int | Literal["auto"] | None = None  # images one process holds at once; null, auto: all that fit
     precision: Precision = "auto"  # auto: bf16 where the hardware is fast at it, else float32; fp16 is experimental
     compile: bool = False  # compile the transformer blocks: for GPUs and long runs; costs about a minute
     shard: bool = False  # experimental: split weights and moments among the processes (FSDP), for very large models

@@ -25,6 +25,7 @@ from .distributed import SILENT, SILENT_KEY, WAIT, WAIT_KEY, is_sharded, watch_p
 from .errors import UserError
 
 T = TypeVar("T")
+PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")  # of accelerate
 
 
 def start_accelerator(wanted: Precision, long_waits: bool = False) -> Accelerator:
@@ -33,12 +34,8 @@ def start_accelerator(wanted: Precision, long_waits: bool = False) -> Accelerato
     long_waits: a process may wait a day for another one that lives, as in evaluations whose heads the first process
     trains. Otherwise half an hour.
     """
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            raise UserError(
-                f"accelerate is configured to use {name}: choose plain processes (accelerate config, or accelerate "
-                "launch --multi_gpu). sslvit pretrain shard=true splits a model among them."
-            )
+    if any(name in os.environ for name in PLUGINS):
+        _refuse_plugins()
     # accelerate joins CPU processes that torchrun started only if it is told that there is nothing but CPUs.
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     cpu = asked or not torch.accelerator.is_available()
@@ -53,6 +50,16 @@ def start_accelerator(wanted: Precision, long_waits: bool = False) -> Accelerato
     if not alone:
         _join_processes(accelerator)
     return accelerator
+
+
+def _refuse_plugins() -> None:
+    for name in PLUGINS:
+        if os.environ.get(name, "").lower() == "true":
+            raise UserError(
+                f"accelerate is configured to use {name.removeprefix('ACCELERATE_USE_')}: choose plain processes "
+                "(accelerate config, or accelerate launch --multi_gpu). sslvit pretrain shard=true splits a model "
+                "among them."
+            )
 
 
 def _join_processes(accelerator: Accelerator) -> None:
@@ -211,6 +218,19 @@ def free_memory() -> int:
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return free
+
+
+def memory_left(device: torch.device) -> float:
+    """Bytes that can still be taken: of the GPU, or of main memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_memory()
+
+
+def local_processes(device: torch.device) -> int:
+    """How many processes share the memory of a device: each has a GPU of its own, or all have the main memory."""
+    return 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def peak_memory(device: torch.device) -> int:

@@ -52,12 +52,15 @@ class Window:
         self.losses: list[Tensor] = []  # of its micro-batches
         self.recent: list[tuple[Tensor, list[Tensor]]] = []  # (1 if skipped, losses) of steps since the last `poll`
 
-    def add(self, values: "dict[str, Tensor]", weight: float = 1.0) -> None:
+    def add(self, values: "dict[str, Tensor]", weight: float = 1.0, begins: bool = True) -> None:
+        """Values of a micro-batch, or of a part of it: then they add up. begins: it is the first part."""
         for name, value in values.items():
             value = value.detach().float()
             self.current[name] = self.current.get(name, 0.0) + value * weight
-            if name == "loss":
+            if name == "loss" and begins:
                 self.losses.append(value)
+            elif name == "loss":
+                self.losses[-1] = self.losses[-1] + value
 
     def end_step(self, skip: "Tensor") -> None:
         """skip: 1 if the step was skipped, else 0, on the device."""

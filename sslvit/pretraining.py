@@ -26,7 +26,7 @@ from .checkpoints.saving import Saver, disk_space_warning
 from .config import Plan, RunConfig
 from .data.augment import Normalize, augment
 from .data.cache import MemoryBudget, OnDevice, cached, on_device
-from .data.crops import Views, random_batch
+from .data.crops import Views, num_pixels, random_batch
 from .data.loader import make_loader
 from .distributed import any_process, explain_lost_process, gather_objects, say, world_size
 from .errors import UserError
@@ -263,7 +263,8 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
 
     # The model and its optimizer, as the seed makes them.
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps)
-    choose_attention(objective, device, accelerator.mixed_precision)
+    if accelerator.mixed_precision == "bf16":
+        choose_attention(objective, device, "bf16")
     if config.model.init:
         say(*start.begin(objective, config))
     eval_encoder: EvalEncoder = lambda: nullcontext(objective.exported_encoder())  # noqa: E731
@@ -271,10 +272,8 @@ def set_up(config: RunConfig, saver: Saver) -> Training:
         eval_encoder = sharding.place(objective, device, config.shard)
     else:
         objective.to(device)
-    if config.batch_size == "auto":
-        size = memory.choose_batch_size(config, accelerator, objective, views, Path(config.out))
-        config = replace(config, batch_size=size)
-        plan = configuration.make_plan(config, len(source), accelerator.num_processes, accelerator.process_index)
+    if config.batch_size == "auto" or plan.layout.batch_size * num_pixels(views) > memory.LARGE:
+        config, plan = memory.fit(config, plan, accelerator, objective, views)
     if config.compile:
         blocks_of(objective)  # refuses a model that has none
     optimizer: torch.optim.Optimizer = optim.make_optimizer(config.optim, objective)
@@ -365,7 +364,8 @@ def compiled(
     buffers = {name: value.clone() for name, value in objective.named_buffers()}
 
     def work() -> None:
-        accelerator.backward(model(batch, 0)["loss"])
+        for part in objective.split(batch):
+            accelerator.backward(model(part, 0)["loss"])
         optimizer.zero_grad()
 
     objective.train()

@@ -46,7 +46,7 @@ MUTABLE_ON_RESUME = {
     "out", "max_hours", "epochs", "steps", "images", "minutes", "hours", "settings", "batch_size", "precision",
     "compile", "shard",
     "model.grad_checkpointing", "data.train", "data.workers", "data.cache", "data.download_dir",
-    "data.bad_ratio", "objective.teacher",
+    "data.bad_ratio", "objective.teacher", "objective.crop_wise_backward",
 }  # fmt: skip
 MUTABLE_SECTIONS = ("save.", "log.", "eval.")
 # What a run directory may hold before its first checkpoint: of a run killed at its start, or one in a queue (submit).

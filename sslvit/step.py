@@ -41,13 +41,16 @@ def train_step(
     """
     module = accelerator.unwrap_model(model)
     buffers = BufferSnapshot(module)
+    split = getattr(module, "split", lambda batch: [batch])
     for micro, batch in enumerate(micro_batches):
         # What is drawn without an image's key (dropout, in a model that has it) has an address too.
         torch.manual_seed(int(rng.fold_in(seed, "model", step, micro, rank())))
-        with nullcontext() if micro == accumulate - 1 else accelerator.no_sync(model):
-            values = forward(model, batch, step)
-            accelerator.backward(values["loss"] / accumulate)
-        window.add(values, 1 / accumulate)
+        for part in (parts := split(batch)):
+            last = micro == accumulate - 1 and part is parts[-1]
+            with nullcontext() if last else accelerator.no_sync(model):
+                values = forward(model, part, step)
+                accelerator.backward(values["loss"] / accumulate)
+            window.add(values, 1 / accumulate, begins=part is parts[0])
     if micro + 1 < accumulate:
         buffers.restore()
         raise CutShort

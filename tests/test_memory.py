@@ -9,6 +9,8 @@ from accelerate import Accelerator
 
 from sslvit import config, memory, objectives
 from sslvit.__main__ import main
+from sslvit.arguments import read_yaml
+from sslvit.errors import UserError
 
 from . import processes
 from .conftest import words
@@ -70,10 +72,77 @@ def test_other_errors_are_not_taken_for_memory():
         memory.grow([1, 2], trial, lambda: None)
 
 
-def test_auto_is_refused_on_a_cpu_and_words_that_are_neither_a_number_nor_auto(fails, images, tmp_path):
+def test_words_that_are_neither_a_number_nor_auto(fails, images, tmp_path):
     arguments = ["pretrain", images, *words("mae", f"out={tmp_path / 'run'}")]
-    assert "give a number" in fails(*arguments, "batch_size=auto")
     assert "batch_size" in fails(*arguments, "batch_size=many")
+
+
+BIG = ["image_size=128", "global_batch_size=36", "precision=float32", "koleo_weight=0.1"]
+
+
+def fitted(method: str, room: float, *more: str, monkeypatch) -> tuple[config.RunConfig, config.Plan, memory.Need]:
+    """What becomes of a run, if so many times the memory of its step is left."""
+    accelerator, cfg = Accelerator(cpu=True), config.load(words(method, *BIG, *more))
+    objective = objectives.start(cfg, 4, 8)
+    views = objectives.find(method).views(cfg.objective, cfg.data)
+    need = memory.count(cfg, accelerator, objective, views)
+    monkeypatch.setattr(memory, "memory_left", lambda device: room * need(36))
+    plan = config.make_plan(cfg, 37, 1, 0)
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    cfg, plan = memory.fit(cfg, plan, accelerator, objective, views)
+    assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
+    assert objective.config == cfg.objective
+    return cfg, plan, need
+
+
+@pytest.mark.parametrize(
+    ("room", "more", "crop_wise", "batch_size"),
+    [
+        (10.0, [], None, None),
+        (10.0, ["batch_size=auto"], None, 36),
+        (1.2, [], True, None),
+        (1.2, ["batch_size=36"], True, 36),
+        (1.2, ["crop_wise_backward=false"], False, 18),
+        (1.2, ["crop_wise_backward=false", "batch_size=36"], False, 36),  # it fits, if hardly
+        (0.3, [], True, 9),
+    ],
+)
+def test_what_does_not_fit_goes_by_parts_and_then_in_smaller_micro_batches(
+    room, more, crop_wise, batch_size, monkeypatch, capsys
+):
+    cfg, plan, _ = fitted("dino", room, *more, monkeypatch=monkeypatch)
+    assert cfg.objective.crop_wise_backward is crop_wise
+    assert cfg.batch_size == batch_size
+    assert (plan.layout.batch_size, plan.layout.accumulate) == (batch_size or 36, 36 // (batch_size or 36))
+    printed = capsys.readouterr().out
+    assert ("Crop-wise backward: a step of 36 images needs about " in printed) == (crop_wise is True)
+    smaller = batch_size in (9, 18)
+    assert (f"batch_size={batch_size}, of which {plan.layout.accumulate} micro-batches make" in printed) == smaller
+    assert ("KoLeo compares the images of a micro-batch, so now fewer of them." in printed) == smaller
+
+
+def test_a_number_that_does_not_fit_on_a_cpu_is_refused_with_the_arithmetic(monkeypatch):
+    with pytest.raises(UserError, match=r"a step of 36 images needs about .*, and .* are free\. .*batch_size=18"):
+        fitted("mae", 0.9, "batch_size=36", monkeypatch=monkeypatch)
+    with pytest.raises(UserError, match=r"take a smaller model or smaller images|grad_checkpointing"):
+        fitted("mae", 0.001, monkeypatch=monkeypatch)
+
+
+def test_a_run_that_was_cut_by_itself_goes_on_with_its_micro_batches(cli, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "LARGE", 0)
+    monkeypatch.setattr(memory, "memory_left", lambda device: 1.7e6)
+    fixed = ["workers=0", "precision=float32", "warmup_epochs=0", f"out={tmp_path / 'run'}"]
+    status, printed, error = cli("pretrain", images, *words("dino", *fixed, "steps=1"))
+    assert status == 0, error
+    assert "Crop-wise backward: " in printed
+    stored = read_yaml(tmp_path / "run" / "config.yaml")
+    assert stored["objective"]["crop_wise_backward"] is True
+    assert stored["batch_size"] == 4
+    monkeypatch.setattr(memory, "memory_left", lambda device: 1e12)
+    status, printed, error = cli("pretrain", images, *words("dino", *fixed, "steps=2"))
+    assert status == 0, error
+    assert "Resuming" in printed
+    assert read_yaml(tmp_path / "run" / "config.yaml")["batch_size"] == stored["batch_size"]
 
 
 def test_the_last_resort_is_named():

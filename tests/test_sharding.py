@@ -27,6 +27,7 @@ STEPS = {
     "dino": words("dino", "precision=float32", "clip=0.1", "drop_path=0.5"),
     "dino bf16": words("dino", "precision=bf16", "freeze_last_layer_epochs=0", "norm_last_layer=false"),
     "recomputed": words("dino", "precision=float32", "grad_checkpointing=true", "drop_path=0.5", "student_keep=0.5"),
+    "crop-wise": words("dino", "precision=float32", "drop_path=0.5", "crop_wise_backward=true"),
 }
 # Another family, whose blocks are not a ViT's.
 STEPS["swin"] = [word for word in STEPS["dino"] if not word.startswith("model.")] + [

@@ -14,6 +14,7 @@ from sslvit.objectives import dino
 from sslvit.step import train_step
 
 from . import processes
+from .conftest import TINY_MODEL
 
 
 class Roots(nn.Module):
@@ -68,7 +69,22 @@ def statistics_after_steps(work_on: str) -> int:
         for step, batch in enumerate(batches):
             train_step(accelerator, model, optimizer, [batch], step, Window(), **settings, forward=loss_of)
     torch.save([dict(network.named_buffers()) for network in networks], f"{work_on}/{rank()}")
+    torch.save([steps_of_dino(accelerator, chosen) for chosen in (False, True)], f"{work_on}/dino_{rank()}")
     return 0
+
+
+def steps_of_dino(accelerator: Accelerator, crop_wise: bool) -> dict[str, torch.Tensor]:
+    """The weights after two steps of two micro-batches, of images of this process."""
+    torch.manual_seed(0)
+    config = dino.Config(prototypes=8, hidden_dim=8, bottleneck_dim=4, local_crops=0, crop_wise_backward=crop_wise)
+    model = factory.Config("vit_tiny_patch16_224", TINY_MODEL)
+    objective = dino.build(config, model, data.Config(image_size=32), 1, 2).train()
+    settings = optim.Config(base_lr=0.01, clip=None, eps=1e-3)  # rounding stays small
+    wrapped, optimizer = accelerator.prepare(objective, optim.make_optimizer(settings, objective))
+    for step in range(2):
+        batches = batches_of(10 * step + rank())[1]
+        train_step(accelerator, wrapped, optimizer, batches, step, Window(), accumulate=2, seed=0, config=settings)
+    return objective.state_dict()
 
 
 def batch_norm_dino() -> nn.Module:
@@ -91,7 +107,7 @@ def loss_of(model: nn.Module, batch, step: int) -> dict[str, torch.Tensor]:
     return model(batch, step) if isinstance(batch, dict) else {"loss": model(batch).square().mean()}
 
 
-def test_statistics_of_batch_norm_are_those_of_all_processes(tmp_path):
+def test_statistics_of_batch_norm_and_crop_wise_gradients_are_those_of_all_processes(tmp_path):
     """Each process normalises with its own images; the running statistics, which are evaluated, are averaged."""
     started = [
         processes.begin(statistics_after_steps, str(tmp_path), output=tmp_path / "log", environment=environment)
@@ -104,6 +120,12 @@ def test_statistics_of_batch_norm_are_those_of_all_processes(tmp_path):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert {name.split(".")[0] for name in first[1] if "running_mean" in name} == {"student", "teacher"}
+    # Crop-wise backward passes average the gradients once, in the last one.
+    (whole, parts), (_, others) = (torch.load(tmp_path / f"dino_{rank}", weights_only=True) for rank in (0, 1))
+    assert any(not torch.equal(whole[name], value) for name, value in parts.items())
+    for name, value in whole.items():
+        assert torch.equal(parts[name], others[name]), name
+        assert torch.allclose(parts[name], value, atol=1e-5), name
     alone = [nn.BatchNorm1d(3), nn.BatchNorm1d(3)]
     for number, norm in enumerate(alone):
         for batch in batches_of(number)[0]:

@@ -187,6 +187,11 @@ def random_batch(views: Views, batch_size: int, in_chans: int, device: torch.dev
     return batch
 
 
+def num_pixels(views: Views) -> int:
+    """Of all crops of an image, channels apart."""
+    return sum(math.prod(crop.size) for crops in views.values() for crop in crops)
+
+
 def crop_key(key: Tensor, name: str, view: int) -> Tensor:
     """[B] keys of images -> [B] keys of their crop number `view` of the given name."""
     return rng.fold_in(key, name, view)

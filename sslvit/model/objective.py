@@ -1,5 +1,7 @@
 """What every method is: a module with a forward pass that returns a loss, and the encoder in it that is exported."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,15 @@ class Objective(nn.Module):
     def exported_encoder(self) -> Encoder:
         """The part that is evaluated and exported, with its pooling."""
         raise NotImplementedError
+
+    def split(self, views: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """A micro-batch in parts, to save memory. Each passes `forward` and the backward pass by itself, one after
+        another. Their losses, gradients and values to log add up to those of the whole."""
+        return [views]
+
+    def save_memory(self) -> Any:
+        """From now on cut micro-batches into parts. Returns the method's Config that says so, None if it cannot."""
+        return None
 
     def before_step(self, step: int) -> None:
         """Gradients are final (averaged, unscaled, clipped) and the optimizer has not stepped."""

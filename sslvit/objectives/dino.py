@@ -7,12 +7,14 @@ teacher's distributions are added up first, so each student crop needs one. Loss
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import data, rng
 from ..arguments import first_line
@@ -31,6 +33,7 @@ from .keys.dino import Config as Config
 
 Resolutions = list[tuple[Tensor, Tensor]]  # crops [R, C, h, w] of one size and their keys [R], for each size
 ENOUGH_IMAGES = 8  # in a micro-batch, for its mean output to be logged
+PARTS = 8  # of the student's crops, for crop_wise_backward; by more the memory hardly falls, as the weights stay
 
 
 def views(config: Config, data_config: data.Config) -> Views:
@@ -80,6 +83,8 @@ def build(config: Config, model: factory.Config, data_config: data.Config, steps
         )
     if config.init == "mae":
         student.init_xavier_sincos("objective.init=mae")
+    if config.crop_wise_backward:
+        _refuse_batch_norm(student, model.name)
     sizes = {crops[0].size for crops in views(config, data_config).values()}
     if sizes != {size} or not student.is_vit:
         _try_crops(sorted(sizes), teacher, model.name, config)
@@ -162,17 +167,12 @@ class DINO(Objective):
         self.register_buffer("logit_sum", torch.zeros(1, config.prototypes), persistent=False)
         self.register_buffer("logit_count", torch.zeros(()), persistent=False)
 
-    def forward(self, views: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """{"key": [B], "global": [2, B, C, H, W], "local": [V, B, C, h, w]} -> {"loss": scalar, ...}."""
-        resolutions = [
-            (views[name].flatten(0, 1), torch.cat([crop_key(views["key"], name, v) for v in range(len(views[name]))]))
-            for name in ("global", "local")
-            if name in views
-        ]
-        with torch.no_grad():
-            teacher_logits = self.teacher(resolutions[:1])
-            self.logit_sum += teacher_logits.sum(dim=0, keepdim=True)
-            self.logit_count += len(teacher_logits)
+    def forward(self, views: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """{"key": [B], "global": [2, B, C, H, W], "local": [V, B, C, h, w]}, or one of `split` -> {"loss": scalar}."""
+        if "part" in views:
+            return self._forward_part(views["part"], step)
+        resolutions = _resolutions(views)
+        teacher_logits = self._teach(resolutions)
         features = self.student.features(resolutions, self.config.student_keep)
         values = self.loss(self.student.head(features), teacher_logits, self.teacher_temp(step))
         if self.config.koleo_weight:
@@ -192,7 +192,7 @@ class DINO(Objective):
     def loss(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> dict[str, Tensor]:
         """[(2 + V) * B, K] and [2 * B, K], view after view -> the cross-entropy -P_t log P_s (equation 3): the mean
         of the 2 (1 + V) pairs of a teacher crop t and another student crop s."""
-        target = ((teacher_logits - self.center) / teacher_temp).softmax(dim=-1)
+        target = self._target(teacher_logits, teacher_temp)
         first, second = target.chunk(2)
         num_views = len(student_logits) // len(first)
         # For student crop s the targets of all its pairs add up: the other global crop, or for a local crop both.
@@ -200,10 +200,65 @@ class DINO(Objective):
         log_p = (student_logits / self.config.student_temp).log_softmax(dim=-1)
         pairs = 2 * (num_views - 1)
         loss = -(targets * log_p).sum() / (len(first) * pairs)
-        values = {"loss": loss, "teacher_entropy": _entropy(target).mean()}
-        if len(first) >= ENOUGH_IMAGES:
-            values["teacher_mean_entropy"] = _entropy(target.mean(dim=0))
+        return {"loss": loss, **_entropies(target)}
+
+    def _target(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
+        return ((teacher_logits - self.center) / teacher_temp).softmax(dim=-1)
+
+    @torch.no_grad()
+    def _teach(self, resolutions: Resolutions) -> Tensor:
+        """The teacher's logits of the global crops, which count for the center."""
+        logits = self.teacher(resolutions[:1])
+        self.logit_sum += logits.sum(dim=0, keepdim=True)
+        self.logit_count += len(logits)
+        return logits
+
+    def split(self, views: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """With crop_wise_backward about PARTS of them: rows of one resolution. KoLeo needs global crops whole."""
+        return self._cut(views) if self.config.crop_wise_backward else [views]
+
+    def _cut(self, views: dict[str, Tensor]) -> list[dict[str, Any]]:
+        batch = Batch(_resolutions(views), len(views["key"]))
+        sizes = [crops.numel() for crops, _ in batch.resolutions]
+        parts = []
+        for i, (crops, _) in enumerate(batch.resolutions):
+            crop_whole = i == 0 and self.config.koleo_weight
+            length = batch.images if crop_whole else math.ceil(len(crops) / math.ceil(PARTS * sizes[i] / sum(sizes)))
+            parts += [{"part": Part(batch, i, slice(k, k + length))} for k in range(0, len(crops), length)]
+        return parts
+
+    def _forward_part(self, part: "Part", step: int) -> dict[str, Tensor]:
+        """What `forward` gives, as far as it comes from these crops. The first part asks the teacher."""
+        config, batch = self.config, part.batch
+        values: dict[str, Tensor] = {}
+        if batch.target is None:
+            batch.target = self._target(self._teach(batch.resolutions), self.teacher_temp(step))
+            values = _entropies(batch.target)
+        crops, keys = (tensor[part.rows] for tensor in batch.resolutions[part.resolution])
+        is_global = part.resolution == 0
+        features = self.student.features([(crops, keys)], config.student_keep if is_global else 1.0)
+        log_p = (self.student.head(features) / config.student_temp).log_softmax(dim=-1)
+        # The image of each crop, or for a global crop the other one of its image, in the order of the targets.
+        rows = torch.arange(part.rows.start, part.rows.start + len(crops), device=crops.device)
+        rows = (rows + batch.images) % (2 * batch.images) if is_global else rows % batch.images
+        targets = batch.target[rows] if is_global else batch.target[rows] + batch.target[rows + batch.images]
+        num_views = sum(len(crops) for crops, _ in batch.resolutions) // batch.images
+        values["loss"] = -(targets * log_p).sum() / (batch.images * 2 * (num_views - 1))
+        if is_global and config.koleo_weight:
+            values["koleo"] = koleo(features.unsqueeze(0))
+            values["loss"] = values["loss"] + config.koleo_weight * values["koleo"]
+        if is_global and self.anchor:  # a mean over the crops of the part, so these are their share of it
+            held = {"loss": features.new_zeros(())}
+            self._hold(held, features, [(crops, keys)])
+            share = len(crops) / (2 * batch.images)
+            values |= {name: values.get(name, 0.0) + share * value for name, value in held.items()}
         return values
+
+    def save_memory(self) -> Config | None:
+        if self.config.crop_wise_backward is not None or _has_batch_norm(self.student):
+            return None
+        self.config = replace(self.config, crop_wise_backward=True)
+        return self.config
 
     def teacher_temp(self, step: int) -> float:
         """Rises linearly. A warm-up of whole epochs is a linspace that includes both ends and changes once an epoch, as
@@ -265,6 +320,51 @@ def alarm(config: Config, values: dict[str, float]) -> str | None:
             "teacher_temp, lower optim.base_lr, or freeze the prototypes longer (freeze_last_layer_epochs)."
         )
     return None
+
+
+@dataclass
+class Batch:
+    """A micro-batch that is cut into parts."""
+
+    resolutions: Resolutions
+    images: int
+    target: Tensor | None = None  # [2 * B, K] of the teacher, which the first part computes
+
+
+@dataclass
+class Part:
+    batch: Batch
+    resolution: int
+    rows: slice  # of the resolution's crops
+
+
+def _resolutions(views: dict[str, Tensor]) -> Resolutions:
+    """Global crops, then local ones, each with their keys: view after view, the images of a view side by side."""
+    return [
+        (views[name].flatten(0, 1), torch.cat([crop_key(views["key"], name, v) for v in range(len(views[name]))]))
+        for name in ("global", "local")
+        if name in views
+    ]
+
+
+def _has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
+def _refuse_batch_norm(encoder: Encoder, name: str) -> None:
+    if _has_batch_norm(encoder):
+        raise UserError(
+            f"objective.crop_wise_backward=true cuts a batch into parts, and {name} normalises whole batches "
+            "(BatchNorm): leave it out, and give a smaller batch_size to save memory."
+        )
+
+
+def _entropies(target: Tensor) -> dict[str, Tensor]:
+    """[2 * B, K] -> what is logged of the teacher's answers."""
+    values = {"teacher_entropy": _entropy(target).mean()}
+    if len(target) >= 2 * ENOUGH_IMAGES:
+        values["teacher_mean_entropy"] = _entropy(target.mean(dim=0))
+    return values
 
 
 def _entropy(p: Tensor) -> Tensor:

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from .. import config as configuration
-from .. import data, objectives, optim, rng, sharding
+from .. import data, memory, objectives, optim, rng, sharding
 from ..checkpoints import textfile
 from ..config import Plan, RunConfig
 from ..data import BadImage, Source, WrappedSource
 from ..data.augment import Normalize, augment
 from ..data.cache import MemoryBudget, OnDevice, cached, on_device
-from ..data.crops import Views, cut, reduction
+from ..data.crops import Views, cut, num_pixels, reduction
 from ..data.loader import make_loader
 from ..distributed import gather_objects, rank, say
 from ..errors import UserError
@@ -70,6 +70,7 @@ class Report:
     device: str
     dtype: torch.dtype
     processes: int
+    batch_size: int
     workers: int  # loader processes of one process
     cached: bool  # decoded images stay in memory
     on_device: bool  # in the memory of the training device, which also cuts the crops
@@ -127,6 +128,8 @@ def bench(config: RunConfig, settings: Config, sizes: tuple[int, ...] = ()) -> R
     objective = objectives.start(config, plan.steps_per_epoch, plan.steps)
     choose_attention(objective, device, accelerator.mixed_precision)
     sharding.place(objective, device, config.shard)
+    if config.batch_size == "auto" or plan.layout.batch_size * num_pixels(views) > memory.LARGE:
+        config, plan = memory.fit(config, plan, accelerator, objective, views)
     if config.compile:
         blocks_of(objective)
     model, optimizer = sharding.prepare(accelerator, objective, optim.make_optimizer(config.optim, objective))
@@ -151,8 +154,13 @@ def bench(config: RunConfig, settings: Config, sizes: tuple[int, ...] = ()) -> R
 
     def parts() -> None:
         _timed(spent["colours"], device, lambda: prepare(raw))
-        loss = _timed(spent["forward"], device, lambda: model(batch, 0)["loss"])
-        _timed(spent["backward"], device, lambda: accelerator.backward(loss))
+        forward: list[float] = []
+        backward: list[float] = []
+        for part in objective.split(batch):
+            values = _timed(forward, device, partial(model, part, 0))
+            _timed(backward, device, partial(accelerator.backward, values["loss"]))
+        spent["forward"].append(sum(forward))
+        spent["backward"].append(sum(backward))
         _timed(spent["update"], device, lambda: update(accelerator, model, optimizer, 0, window, config.optim))
 
     with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED) as counter:
@@ -183,12 +191,13 @@ def bench(config: RunConfig, settings: Config, sizes: tuple[int, ...] = ()) -> R
         for _ in range(few * accumulate):  # their first epoch
             next(batches)
         a_step, waiting = loop(batches)
-    memory = peak_memory(device)  # before the matrix products below add to it
+    peak = peak_memory(device)  # before the matrix products below add to it
     gpu, dtype = device.type == "cuda", DTYPES[accelerator.mixed_precision]
     return Report(
         device=_name(device),
         dtype=dtype,
         processes=accelerator.num_processes,
+        batch_size=batch_size,
         workers=workers,
         cached=in_memory is not source,
         on_device=resident,
@@ -200,7 +209,7 @@ def bench(config: RunConfig, settings: Config, sizes: tuple[int, ...] = ()) -> R
         waiting=waiting,
         flop=counter.get_total_flops() / batch_size,
         matmul=matmul_rate(device, dtype, sizes),
-        memory=memory,
+        memory=peak,
         memory_total=torch.cuda.get_device_properties(device).total_memory if gpu else psutil.virtual_memory().total,
         images=plan.steps * plan.layout.global_batch_size,
         epoch=plan.steps_per_epoch * plan.layout.global_batch_size,
@@ -214,8 +223,6 @@ def _check(config: RunConfig, settings: Config) -> None:
         folder = Path(settings.report).parent
         raise UserError(f"report={settings.report} cannot be written: there is no folder {folder}.")
     configuration.check(config)
-    if config.batch_size == "auto":
-        raise UserError("bench measures a batch_size: give a number in place of batch_size=auto.")
 
 
 def lines(report: Report, config: RunConfig) -> list[str]:
@@ -230,9 +237,8 @@ def lines(report: Report, config: RunConfig) -> list[str]:
     feeding = (
         f"{r.workers} loader process{'es' if r.workers != 1 else ''} each, {r.waiting:.0%} of it waiting for images"
     )
-    batch_size = config.batch_size or config.global_batch_size // r.processes
     return [
-        f"{config.method}, {config.model.name}, batch_size {batch_size}, {name}, {processes}",
+        f"{config.method}, {config.model.name}, batch_size {r.batch_size}, {name}, {processes}",
         f"{r.device}, torch {torch.__version__}",
         "",
         f"  {'':28s}{'images/s':>10s} {'ms/image':>10s}",
@@ -285,9 +291,8 @@ def advice(report: Report, config: RunConfig) -> list[str]:
             )
     if r.dtype == torch.float32 and bf16_is_fast(torch.device("cuda" if "cuda" in r.device else "cpu")):
         found.append("precision=bf16: this hardware multiplies it several times faster than float32.")
-    size = config.batch_size if isinstance(config.batch_size, int) else config.global_batch_size
-    if "cuda" in r.device and r.memory < 0.4 * r.memory_total and size < config.global_batch_size:
-        found.append(f"batch_size={2 * size} fits into memory, and keeps the GPU busier.")
+    if "cuda" in r.device and r.memory < 0.4 * r.memory_total and r.batch_size * r.processes < config.global_batch_size:
+        found.append(f"batch_size={2 * r.batch_size} fits into memory, and keeps the GPU busier.")
     if r.update > 0.25 * r.step:
         found.append(
             f"the update takes {r.update / r.step:.0%} of a step, because the global batch is small for this model: "

@@ -13,12 +13,14 @@ import json
 import multiprocessing
 import statistics
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslvit import config as configuration
@@ -98,8 +100,10 @@ def settings(case: Case, precision: str, drop_path: float) -> configuration.RunC
     return configuration.load(words)
 
 
-def ours(case: Case, precision: str, drop_path: float, compiled: bool = False) -> tuple[Step, dict[str, Tensor]]:
-    """A function that takes a step, and the weights that it starts from."""
+def ours(
+    case: Case, precision: str, drop_path: float, compiled: bool = False
+) -> tuple[Step, dict[str, Tensor], objectives.Objective]:
+    """A function that takes a step, the weights that it starts from, and the objective."""
     config = settings(case, precision, drop_path)
     accelerator = start_accelerator(config.precision)
     plan = configuration.make_plan(config, 10**6, accelerator.num_processes, accelerator.process_index)
@@ -124,7 +128,49 @@ def ours(case: Case, precision: str, drop_path: float, compiled: bool = False) -
         )
         return window.sums["loss"] - before
 
-    return step, weights
+    return step, weights, objective
+
+
+class Saved:
+    """Bytes that forward passes hold for their backward passes, on any device: now, and the most so far."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Without the module's own weights."""
+        self.weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        self.now = self.most = 0
+        self.uses: Counter[int] = Counter()  # {address of a storage: tensors of it that are held}
+
+    def pack(self, tensor: Tensor) -> "Held":
+        held, storage = Held(tensor), tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        size = 0 if address in self.weights else size
+        self.now += 0 if self.uses[address] else size
+        self.most = max(self.most, self.now)
+        self.uses[address] += 1
+        weakref.finalize(held, self.release, address, size)
+        return held
+
+    def release(self, address: int, size: int) -> None:
+        self.uses[address] -= 1
+        self.now -= 0 if self.uses[address] else size
+
+
+class Held:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def crop_wise(case: Case, chosen: bool, precision: str, count: int = 2) -> tuple[list[float], dict[str, Tensor], int]:
+    """Some steps with crop-wise backward or without: their losses, the weights after them, and the most bytes that
+    were held for a backward pass."""
+    torch.manual_seed(0)
+    words = [*case.words, f"crop_wise_backward={str(chosen).lower()}"]
+    step, _, objective = ours(replace(case, words=words), precision, 0.1)
+    device = next(objective.parameters()).device
+    found = Saved(objective)
+    with torch.autograd.graph.saved_tensors_hooks(found.pack, lambda held: held.tensor):
+        losses = [float(step(batch(case, i, device), i)) for i in range(count)]
+    return losses, objective.state_dict(), found.most
 
 
 def theirs(case: Case, bf16: bool, drop_path: float, weights: dict[str, Tensor] | None, device: torch.device) -> Step:
@@ -160,7 +206,7 @@ def variants(case: Case, drop_path: float, names: list[str]) -> dict[str, Step]:
     for name in names:
         if name.startswith("sslvit"):
             torch.manual_seed(0)
-            steps[name], weights = ours(case, name.split()[1], drop_path, compiled=name.endswith("compiled"))
+            steps[name], weights, _ = ours(case, name.split()[1], drop_path, compiled=name.endswith("compiled"))
     device = start_accelerator("float32").device
     for name in names:
         if name.startswith("plain"):

@@ -45,9 +45,37 @@ LOOP = [
     Mistake(
         "gradients are averaged over processes at the first micro-batch only",
         "step.py",
-        "if micro == accumulate - 1 else",
-        "if micro == 0 else",
+        "last = micro == accumulate - 1 and",
+        "last = micro == 0 and",
         "tests/test_run.py::test_micro_batches_and_processes_do_not_change_a_run",
+    ),
+    Mistake(
+        "gradients are averaged over processes in the first part of a micro-batch only",
+        "step.py",
+        "last = micro == accumulate - 1 and part is parts[-1]",
+        "last = micro == accumulate - 1 and part is parts[0]",
+        "tests/test_step.py",
+    ),
+    Mistake(
+        "the last part of a micro-batch is left out",
+        "step.py",
+        "for part in (parts := split(batch)):",
+        "for part in (parts := split(batch)[: max(1, len(split(batch)) - 1)]):",
+        "tests/objectives/test_dino.py",
+    ),
+    Mistake(
+        "the loss of a part is a mean over its own crops",
+        "objectives/dino.py",
+        "(batch.images * 2 * (num_views - 1))",
+        "(len(crops) * 2 * (num_views - 1))",
+        "tests/objectives/test_dino.py",
+    ),
+    Mistake(
+        "a part of the global crops learns from the teacher's answer to itself",
+        "objectives/dino.py",
+        "rows = (rows + batch.images) % (2 * batch.images) if is_global",
+        "rows = rows if is_global",
+        "tests/objectives/test_dino.py",
     ),
     Mistake(
         "every step draws the same dropout",
@@ -81,8 +109,8 @@ LOOP = [
     Mistake(
         "values of micro-batches are logged as their sum",
         "step.py",
-        "window.add(values, 1 / accumulate)",
-        "window.add(values)",
+        "window.add(values, 1 / accumulate,",
+        "window.add(values, 1.0,",
         MAE,
     ),
     Mistake(

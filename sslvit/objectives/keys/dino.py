@@ -30,6 +30,7 @@ class Config:
     position_resampling: Resampling = "published"  # of position embeddings for small crops; timm: with antialiasing
     koleo_weight: float = 0.0  # of DINOv2's term that spreads features (0.1 there, 0 in DINO); within micro-batches
     drop_path: float = 0.1  # stochastic depth of the student, rising linearly over its blocks
+    crop_wise_backward: bool | None = None  # a few of its crops at a time: less memory, same numbers; null: if needed
     global_crop_size: int | tuple[int, int] | None = None  # pixels; null: data.image_size
     global_crop_scale: tuple[float, float] = (0.4, 1.0)  # share of the image's area
     local_crops: int = 8  # how many; 0 for none
