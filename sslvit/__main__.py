@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(printable(f"sslvit {command}: {error}", keep="\n"), file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 1
     except OSError as error:
         if not isinstance(error.filename, str):  # not about a file that the user could mend
             raise

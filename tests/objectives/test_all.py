@@ -18,7 +18,7 @@ OUTSIDE = "my_simmim"  # a copy of simmim.py in a folder outside the package
 PUBLIC = [
     "compatibility.py", "config.py", "evaluation/config.py", "evaluation/finetune.py",
     "evaluation/finetuning/recipe.py",
-    "evaluation/linear.py", "evaluation/published.py", "evaluation/scores.py",
+    "evaluation/linear.py", "evaluation/published.py", "evaluation/scores.py", "settings/choose.py",
 ]  # fmt: skip
 VARIANTS = {
     "plain": [],
