@@ -237,3 +237,8 @@ def test_a_shell_completes_commands_and_keys(cli, fails, tmp_path):
     assert "__fish_seen_subcommand_from knn' -a '" in cli("completion", "fish")[1]
     assert "bashcompinit" in cli("completion", "zsh")[1]
     assert "bash, zsh, fish: give one of them. Did you mean bash?" in fails("completion", "bsh")
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    code = f"{sys.executable} -m sslvit pretrain --help | true"
+    assert subprocess.run(["bash", "-c", code], capture_output=True, text=True).stderr == ""

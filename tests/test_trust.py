@@ -164,7 +164,10 @@ def test_a_recipe_cannot_choose_code_and_the_command_line_can(cli, fails, images
     length = [word for word in words("mae", "steps=1", "warmup_epochs=0") if word != "method=mae"]
     command = ["pretrain", str(recipe), str(images), *length, f"out={out}"]
     said = fails(*command)
-    assert "theirs.yaml has method=their_method, which is not one of dino, distill, mae, and a file cannot choose code" in said
+    assert (
+        "theirs.yaml has method=their_method, which is not one of dino, distill, mae, and a file cannot choose code"
+        in said
+    )
     assert "type method=their_method as well" in said
     assert not theirs.exists()
     status, printed, _ = cli(*command, "method=their_method")
