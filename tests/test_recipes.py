@@ -54,6 +54,7 @@ def test_a_paper_recipe_writes_out_every_value_of_the_method(path):
         "student_keep",
         "koleo_weight",
         "init",
+        "crop_wise_backward",
     }  # options that the papers do not have
     unused = {"optim.clip_mode"} if stored["optim.clip"] is None else set()
     unused |= {f"objective.{key}" for key in later} | {"optim.freeze_epochs", "optim.layer_decay"}

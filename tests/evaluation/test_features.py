@@ -171,7 +171,7 @@ def test_a_probe_has_one_copy_of_one_way_of_pooling_in_memory(tmp_path):
     """In a process of its own: in this one a training before may have told malloc to keep what is freed."""
     log = tmp_path / "log"
     printed = processes.finish(processes.begin(choose, str(tmp_path), output=log), log)
-    assert json.loads(printed.splitlines()[-1]) == pytest.approx([0.9, 0.9, 0.9, 1.0], abs=0.2)
+    assert json.loads(printed.splitlines()[-1]) == pytest.approx([0.9, 0.9, 0.9, 1.0], abs=0.4)  # a copy is 1
 
 
 @pytest.mark.parametrize("command", ["linear", "logistic"])
