@@ -16,7 +16,7 @@ from .arguments import read_yaml
 from .checkpoints.state import steps_saved
 from .config import Plan, RunConfig
 from .data.cache import CACHE_SHARE
-from .data.crops import Views, random_batch
+from .data.crops import Views, num_pixels, random_batch
 from .distributed import gather_objects, is_sharded, say, world_size
 from .errors import UserError
 from .hardware import local_processes, memory_left, peak_memory
@@ -26,8 +26,11 @@ from .step import BufferSnapshot
 
 LARGE = 2**20  # pixels of a micro-batch, below which nothing is counted: a gigabyte, or less
 TRIED = (2, 4)  # images of the two counts; one alone would fail in BatchNorm
-# Measured peaks of whole runs on a CPU are up to so many times what is counted: gradients of activations, loader, gaps.
+# Measured peaks of whole runs on a CPU are up to so many times what is counted: gradients of activations, gaps.
 BESIDE = 1.3
+A_VALUE = (
+    20  # bytes for each value of a crop: 4 of the batch, those of its augmentation and of what the loader has ready
+)
 RESERVE = 0.05  # of a GPU's memory, left for what a trial does not see: fragments, evaluation, libraries
 
 
@@ -117,7 +120,7 @@ def _with_batch_size(config: RunConfig, plan: Plan, size: int) -> tuple[RunConfi
 
 @dataclass
 class Need:
-    """Bytes that a step needs: for gradients and moments, and for each image of a micro-batch."""
+    """Bytes that a run takes beside its weights: for gradients, moments and checkpoints, and for each image."""
 
     fixed: float
     image: float
@@ -135,7 +138,7 @@ class Need:
     def sentence(self, batch_size: int, room: float) -> str:
         return (
             f"a step of {batch_size} images needs {self.text(batch_size)} ({format_bytes(self.image)} for each, and "
-            f"{format_bytes(self.fixed)} for gradients and moments), and {format_bytes(room)} are free"
+            f"{format_bytes(self.fixed)} beside them), and {format_bytes(room)} are free"
         )
 
 
@@ -167,8 +170,11 @@ def count(config: RunConfig, accelerator: Accelerator, objective: Objective, vie
     buffers.restore()
     objective.train(before)
     image = max(0.0, (more - few) / (TRIED[1] - TRIED[0]))
-    copies = 3 + (world_size() > 1)  # gradients, two moments, DDP's buckets
-    return Need(copies * trained + max(0.0, few - image * TRIED[0]), BESIDE * image)
+    on_cpu = accelerator.device.type == "cpu"  # then a checkpoint is copied there before it is written
+    copies = 3 + (world_size() > 1) + 2 * on_cpu  # gradients, two moments, DDP's buckets
+    fixed = copies * trained + on_cpu * sum(value.nbytes for value in objective.state_dict().values())
+    crops = A_VALUE * config.data.in_chans * num_pixels(views)
+    return Need(fixed + max(0.0, few - image * TRIED[0]), BESIDE * image + crops)
 
 
 def largest_fitting(config: RunConfig, accelerator: Accelerator, objective: Objective, views: Views) -> int:

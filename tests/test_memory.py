@@ -130,7 +130,7 @@ def test_a_number_that_does_not_fit_on_a_cpu_is_refused_with_the_arithmetic(monk
 
 def test_a_run_that_was_cut_by_itself_goes_on_with_its_micro_batches(cli, images, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "LARGE", 0)
-    monkeypatch.setattr(memory, "memory_left", lambda device: 1.7e6)
+    monkeypatch.setattr(memory, "memory_left", lambda device: 4.4e6)
     fixed = ["workers=0", "precision=float32", "warmup_epochs=0", f"out={tmp_path / 'run'}"]
     status, printed, error = cli("pretrain", images, *words("dino", *fixed, "steps=1"))
     assert status == 0, error

@@ -232,7 +232,10 @@ class DINO(Objective):
         config, batch = self.config, part.batch
         values: dict[str, Tensor] = {}
         if batch.target is None:
-            batch.target = self._target(self._teach(batch.resolutions), self.teacher_temp(step))
+            images, size = batch.resolutions[0], math.ceil(2 * batch.images / PARTS)
+            pieces = zip(*(tensor.split(size) for tensor in images), strict=True)
+            logits = torch.cat([self._teach([piece]) for piece in pieces])
+            batch.target = self._target(logits, self.teacher_temp(step))
             values = _entropies(batch.target)
         crops, keys = (tensor[part.rows] for tensor in batch.resolutions[part.resolution])
         is_global = part.resolution == 0
