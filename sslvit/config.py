@@ -50,7 +50,7 @@ class RunConfig:
     epochs: float | None = None  # length of the run in passes over the images; give one of epochs, steps, images
     steps: int | None = None  # length of the run in optimizer steps
     images: int | None = None  # length of the run in images seen
-    minutes: float | None = None  # time of the whole command, from which its length follows; in place of the three
+    minutes: float | None = None  # of the whole command; its length follows, in place of epochs, steps or images
     hours: float | None = None  # the same in hours
     # What is not given follows from the images, the machine and the time, if neither a recipe nor a length is given.
     settings: Literal["auto", "paper"] | None = None  # auto: in any case; paper: never, the defaults are the papers'
