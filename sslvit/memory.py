@@ -28,9 +28,7 @@ LARGE = 2**20  # pixels of a micro-batch, below which nothing is counted: a giga
 TRIED = (2, 4)  # images of the two counts; one alone would fail in BatchNorm
 # Measured peaks of whole runs on a CPU are up to so many times what is counted: gradients of activations, gaps.
 BESIDE = 1.3
-A_VALUE = (
-    20  # bytes for each value of a crop: 4 of the batch, those of its augmentation and of what the loader has ready
-)
+A_VALUE = 20  # bytes for each value of a crop: the batch, its augmentation and what the loader has ready
 RESERVE = 0.05  # of a GPU's memory, left for what a trial does not see: fragments, evaluation, libraries
 
 
