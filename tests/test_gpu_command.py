@@ -197,4 +197,4 @@ def test_an_artificial_failure_in_a_job_of_each_kind_is_named_and_the_others_are
     for name, job in jobs.items():
         how = chosen.get(name)
         assert job["state"].startswith("took too long") if how == "hang" else job["state"] == expected.get(how, "done")
-    assert len(jobs) == 8
+    assert len(jobs) == 9
