@@ -13,8 +13,8 @@ REACH = 5.0  # seconds in which the hub has to answer
 
 @contextmanager
 def without_retries() -> Iterator[str]:
-    """Yields the name of the hub if it cannot be reached, else "". Then only weights in the cache are found, at once:
-    huggingface_hub would try again for a minute."""
+    """Yields "", or the name of the hub if it cannot be reached. In that case only weights in the cache are found, and
+    nothing waits: huggingface_hub alone would try again for a minute."""
     from huggingface_hub import constants, utils
 
     forget = getattr(utils, "reset_sessions", lambda: None)  # before version 1, a session stays offline or online

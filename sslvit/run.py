@@ -302,7 +302,7 @@ class Recorder:
         self.progress.show(record | now, self.plan.steps, epochs, [memory, *self.facts.values()])
 
     def _refresh_report(self) -> None:
-        """Write report.html anew from time to time, without pictures: half a percent of the time at most."""
+        """Write report.html again from time to time, without pictures. It takes 0.5 % of the run's time at most."""
         from .report import of_run
 
         now = time.perf_counter()

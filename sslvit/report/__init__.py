@@ -3,7 +3,7 @@ network, and can be mailed. A run writes it too, as <run>/report.html (log.repor
 
 verdict.py judges a run, with all thresholds. facts.py reads a run directory, curves.py its log, pictures.py loads the
 encoder and draws, page.py makes the HTML. May import evaluation, objectives, data and what is below, but not run or
-pretrain.
+pretraining.
 """
 
 import time

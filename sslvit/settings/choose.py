@@ -21,7 +21,7 @@ DAY = 24 * 60.0  # minutes
 # 73 % and that of MAE's ViT-B 51 % (arXiv 2104.14294; 2304.10520).
 DINO_FROM = 5.0
 
-# Shorter side in pixels up to which this patch is taken at the images' own size.
+# The largest shorter side of an image, in pixels, for each size of patch. The image keeps its size.
 SMALL_IMAGES = [
     (20, 2, "a guess"),
     (48, 4, "measured on CIFAR-10"),

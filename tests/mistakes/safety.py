@@ -1,5 +1,5 @@
-"""Mistakes in what guards a run and its user: identity of checkpoints, trust in others' files, limits of waits; and in
-what a run begins with and leaves."""
+"""Mistakes in what protects a run and its user: the identity of checkpoints, trust in others' files, limits of waits.
+Others are in what a run begins with and in what it leaves."""
 
 from . import Mistake
 
