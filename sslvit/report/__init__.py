@@ -30,7 +30,7 @@ def report(runs: list[str], config: Config) -> None:
         raise UserError("report needs runs: sslvit report runs/a runs/b, or a folder of runs.")
     check_range("", config, 0, None, "seconds")
     out = Path(config.out).expanduser()
-    _check_out(out, config.out)
+    check_out(out, config.out)
     found = [gather(path, name) for path, name in runs_in(runs)]
     shown = _pictures(found, config) if config.pictures else {}
     text = page(found, shown)
@@ -53,7 +53,7 @@ def _pictures(found: list[Facts], config: Config) -> dict[Path, Pictures]:
     return shown
 
 
-def _check_out(out: Path, given: str) -> None:
+def check_out(out: Path, given: str) -> None:
     """Before the work: raises UserError if `out` cannot be written, or is a file that this command did not write."""
     if not out.parent.is_dir() or (out.exists() and not out.is_file()):  # reading a pipe would wait for ever
         raise UserError(f"out={given} must be a file in a folder that exists.")

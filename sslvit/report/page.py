@@ -112,16 +112,28 @@ def prose(text: str) -> list[Any]:
 def page(all_facts: Sequence[Facts], pictures: dict[Path, Pictures], live: str = "") -> str:
     """The HTML. pictures: of some of the runs. live: it is served, and loads itself again when /stamp is another."""
     facts = list(all_facts)
+    title = f"{facts[0].name}: {facts[0].verdict.state}" if len(facts) == 1 else f"{len(facts)} runs"
+    maps = {str(n): _map_data(pictures[one.path].map) for n, one in enumerate(facts) if one.path in pictures}
+    data = {"curves": _curve_data(facts), "maps": {n: one for n, one in maps.items() if one}, "live": live}
+    body = [
+        el("header", el("h1", title if len(facts) > 1 else facts[0].name), el("p", _made(facts), class_="made")),
+        _overview(facts) if len(facts) > 1 else _verdict(facts[0]),
+        _curves(facts),
+        [_run(one, n, pictures.get(one.path), alone=len(facts) == 1) for n, one in enumerate(facts)],
+    ]
+    return document(title, body, data)
+
+
+def document(title: str, body: Sequence[Any], data: dict[str, Any] | None = None) -> str:
+    """The whole of a page of sslvit: head, footer, style, and the script with what it draws."""
+    data = data or {"curves": {"runs": [], "titles": {}}, "maps": {}, "live": ""}
     script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    connect = "'self'" if live else "'none'"
+    connect = "'self'" if data["live"] else "'none'"
     policy = (
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
         f"connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
-    title = f"{facts[0].name}: {facts[0].verdict.state}" if len(facts) == 1 else f"{len(facts)} runs"
-    maps = {str(n): _map_data(pictures[one.path].map) for n, one in enumerate(facts) if one.path in pictures}
-    blob = {"curves": _curve_data(facts), "maps": {n: one for n, one in maps.items() if one}, "live": live}
     head = [
         el("meta", charset="utf-8"),
         el("meta", http_equiv="Content-Security-Policy", content=policy),
@@ -131,16 +143,12 @@ def page(all_facts: Sequence[Facts], pictures: dict[Path, Pictures], live: str =
         el("title", f"{title} - sslvit"),
         el("style", Html(_text("uPlot.min.css") + _text("page.css"))),
     ]
-    body = [
-        el("header", el("h1", title if len(facts) > 1 else facts[0].name), el("p", _made(facts), class_="made")),
-        _overview(facts) if len(facts) > 1 else _verdict(facts[0]),
-        _curves(facts),
-        [_run(one, n, pictures.get(one.path), alone=len(facts) == 1) for n, one in enumerate(facts)],
+    end = [
         el("footer", f"Made by sslvit {__version__}. This file needs no network and sends nothing."),
-        el("script", Html(_json(blob)), type="application/json", id="data"),
+        el("script", Html(_json(data)), type="application/json", id="data"),
         el("script", Html(script)),
     ]
-    return f"<!doctype html>\n{MARK}\n" + el("html", el("head", head), "\n", el("body", body), lang="en") + "\n"
+    return f"<!doctype html>\n{MARK}\n" + el("html", el("head", head), "\n", el("body", body, end), lang="en") + "\n"
 
 
 @cache
