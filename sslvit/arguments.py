@@ -4,7 +4,6 @@ Every key is declared in a dataclass. An undeclared key is an error that names t
 part of a key is enough (`mask_ratio=0.6` for `objective.mask_ratio=0.6`) if no other key ends in it.
 """
 
-import copy
 import dataclasses
 import inspect
 import json
@@ -169,26 +168,25 @@ def _unknown(key: str, keys: list[str], command: str) -> str:
 
 
 def merge(config: DictConfig, values: dict[str, Any], where: str) -> DictConfig:
-    """The configuration with new values, {"optim": {"base_lr": 1e-3}} or {"optim.base_lr": 1e-3}, checked against its
-    types. Raises UserError that begins with `where`.
+    """Set values in the configuration, {"optim": {"base_lr": 1e-3}} or {"optim.base_lr": 1e-3}, checked against its
+    types, and return it. Raises UserError that begins with `where`; some of the values are set then.
 
     A list of texts (several folders) for a key that holds one text becomes the text that stands for it: ["a", "b"].
     """
     try:
-        merged = copy.deepcopy(config)
         for key, value in flatten(values).items():
             several = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
             if several and isinstance(OmegaConf.select(config, key), str):
                 value = json.dumps(value, ensure_ascii=False)
-            OmegaConf.update(merged, key, value)
-        OmegaConf.to_object(merged)  # checks tuples and interpolations, ...
-        for key, value in flatten(merged).items():  # ... but not that the items of a tuple are single values
+            OmegaConf.update(config, key, value)
+        OmegaConf.to_object(config)  # checks tuples and interpolations, ...
+        for key, value in flatten(config).items():  # ... but not that the items of a tuple are single values
             if isinstance(value, list) and any(isinstance(item, (list, tuple, dict)) for item in value):
                 raise ValueError(f"{key}={format_value(value)} holds a list or a dictionary: give single values")
             sizes = [abs(number) for number in scalars(value) if isinstance(number, (int, float)) and key != "seed"]
             if not all(size < LARGEST for size in sizes):  # NaN is not smaller either
                 raise ValueError(f"{key}={format_value(value)} must be finite and below {LARGEST:.1e}")
-        return merged
+        return config
     except Exception as error:  # OmegaConf's own, and TypeError for a list in place of a dictionary
         raise UserError(_refusal(config, flatten(values), where, error)) from error
 

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 import re
@@ -252,7 +253,7 @@ def test_no_number_may_be_infinite_or_not_a_number_or_larger_than_torch_can_hold
             kinds = re.findall(r"\b(?:int|float)\b", re.sub(r".*tuple\[(.*)\].*", r"\1", str(hint)))
             for value in [] if key == "seed" or not kinds else [2**63] if kinds[0] == "int" else [math.inf, math.nan]:
                 with pytest.raises(UserError, match=f"here: {key}=.* must be finite and below 9.2e"):
-                    merge(schema, {key: [value] * len(kinds) if "tuple" in str(hint) else value}, "here")
+                    merge(copy.deepcopy(schema), {key: [value] * len(kinds) if "tuple" in str(hint) else value}, "here")
                 tried.add((type(node).__module__, type(node).__name__, key))
     assert len(tried) > 150
     assert load("seed=1000000000000000000000").seed == 10**21
