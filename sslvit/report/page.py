@@ -435,7 +435,7 @@ def _figure(image: str, caption: Any, **attributes: Any) -> Html:
     )
 
 
-def _grid(grid: Grid) -> Html:
+def picture_table(grid: Grid) -> Html:
     """A column for each image, a row for each thing that is shown of it."""
     rows = [
         el(
@@ -451,7 +451,7 @@ def _grid(grid: Grid) -> Html:
     return el("div", el("table", el("tbody", rows), class_="grid"), class_="scroll")
 
 
-def _section(title: str, help_text: str, *content: Any) -> Html:
+def section(title: str, help_text: str, *content: Any) -> Html:
     return el("section", el("h2", title), el("p", prose(help_text), class_="help"), content)
 
 
@@ -460,41 +460,43 @@ def _pictures(found: Pictures, n: int) -> list[Html]:
     if found.gallery:
         figures = [_figure(image, name.rsplit("/", 1)[-1]) for image, name in found.gallery]
         parts.append(
-            _section("Images", f"Some of {found.spec}, chosen by the seed.", el("div", figures, class_="gallery"))
+            section("Images", f"Some of {found.spec}, chosen by the seed.", el("div", figures, class_="gallery"))
         )
     if found.crops:
         parts.append(
-            _section(
+            section(
                 "What the encoder gets of them",
                 "The crops of the first epoch. Objects should still be recognised, and colours be plausible.",
-                _grid(found.crops),
+                picture_table(found.crops),
             )
         )
     if found.predictions:
         parts.append(
-            _section(
+            section(
                 "What it predicts",
                 "Hidden patches are gray in the second row. Predicted ones have blurred shapes at best. Where the "
                 "model predicts patches of mean 0 and deviation 1 (norm_pix), those of the image are put back.",
-                _grid(found.predictions),
+                picture_table(found.predictions),
             )
         )
     if found.attention:
         parts.append(
-            _section(
+            section(
                 "What it attends to",
                 f"{found.attention_of}, laid over the image: yellow is much, violet little. Each map has its own "
                 "scale, from its 2nd to its 98th percentile, so even a nearly even one shows something: compare "
                 "within a map only. A trained encoder follows objects. In the row `patches`, one colour stands for "
                 "similar features, in all images together. If it is the same smooth rainbow in all of them, the "
                 "features say where a patch is, and little of what it shows.",
-                _grid(found.attention),
+                picture_table(found.attention),
             )
         )
     if found.over_time:
         parts.append(
-            _section(
-                "Attention over time", "All heads together, at each checkpoint that was kept.", _grid(found.over_time)
+            section(
+                "Attention over time",
+                "All heads together, at each checkpoint that was kept.",
+                picture_table(found.over_time),
             )
         )
     if found.map:
@@ -551,13 +553,13 @@ def _map(m: Map, n: int) -> list[Html]:
         for c, (size, typical, strange, most) in enumerate(m.groups)
     ]
     return [
-        _section(
+        section(
             "Nearest neighbours",
             "The first image of a row, and the images whose features are most similar (cosine). Neighbours should "
             "show the same kind of thing, not only the same colours." + said,
             rows,
         ),
-        _section(
+        section(
             "Map of the images",
             f"{len(m.names)} images along the two directions in which their features differ most; these have "
             f"{m.explained:.0%} of the variance, so images that lie together may still differ.",
@@ -566,7 +568,7 @@ def _map(m: Map, n: int) -> list[Html]:
             el("p", class_="under", role="status"),
             el("ul", class_="legend"),
         ),
-        _section(
+        section(
             "Clusters",
             "By k-means. Typical images lie nearest to the middle of their cluster, the strangest farthest from it: "
             "look there for broken or foreign images.",
@@ -599,7 +601,7 @@ def _broken(one: Facts) -> Html | None:
     more = (
         f" The first {len(one.broken)} are shown; bad_images.txt has all." if one.broken_count > len(one.broken) else ""
     )
-    return _section(
+    return section(
         "Images that cannot be read",
         f"{one.broken_count:,} files were skipped.{more}",
         table(["file", "reason"], one.broken),
