@@ -151,10 +151,18 @@ def attend(encoder: Encoder, normalize: Normalize, images: Tensor, block: int = 
     Memory grows with B times the square of the patches.
     """
     blocks = list(encoder.model.blocks)
-    inputs: list[Tensor] = []  # of the attention of each block
+    inputs, patches = attention_inputs(encoder, normalize(images))
+    weights = attention_of(blocks[block].attn, inputs[block]).cpu()
+    pairs = zip(blocks, inputs, strict=True) if with_means else ()
+    return Maps(weights, [attention_of(one.attn, x).mean(dim=1).cpu() for one, x in pairs], patches.float().cpu())
+
+
+def attention_inputs(encoder: Encoder, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """[B, C, H, W] normalised -> what the attention of each block gets, [B, N, D], and the patch tokens [B, P, D]."""
+    inputs: list[Tensor] = []
     hooks = [
         hook
-        for one in blocks
+        for one in encoder.model.blocks
         for hook in (
             one.register_forward_pre_hook(lambda module, args: None),  # a block with hooks is run as timm runs it
             one.attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0])),
@@ -162,13 +170,11 @@ def attend(encoder: Encoder, normalize: Normalize, images: Tensor, block: int = 
     ]
     try:
         with torch.compiler.set_stance("force_eager"):
-            patches = encoder(normalize(images)).patches.float().cpu()
+            patches = encoder(x).patches
     finally:
         for hook in hooks:
             hook.remove()
-    weights = attention_of(blocks[block].attn, inputs[block]).cpu()
-    pairs = zip(blocks, inputs, strict=True) if with_means else ()
-    return Maps(weights, [attention_of(one.attn, x).mean(dim=1).cpu() for one, x in pairs], patches)
+    return inputs, patches
 
 
 def attention_of(module: Attention, x: Tensor) -> Tensor:

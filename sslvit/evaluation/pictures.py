@@ -129,8 +129,13 @@ def heat(values: Tensor) -> Tensor:
     """[H, W] float -> [3, H, W] float in [0, 255]: from violet over green to yellow, between the 2nd and the 98th
     percentile of these values. So a map that is nearly even shows its differences too."""
     low, high = values.float().quantile(torch.tensor([0.02, 0.98]))
+    return viridis((values.float() - low) / (high - low).clamp(min=1e-12))
+
+
+def viridis(shares: Tensor) -> Tensor:
+    """[H, W] float -> [3, H, W] float in [0, 255]: violet at 0 and below, yellow at 1 and above."""
     stops = torch.tensor([list(bytes.fromhex(colour)) for colour in VIRIDIS.split()], dtype=torch.float32)
-    x = ((values.float() - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) * (len(stops) - 1)
+    x = shares.float().clamp(0, 1) * (len(stops) - 1)
     below = x.floor().clamp(max=len(stops) - 2).long()
     share = (x - below).unsqueeze(-1)
     return (stops[below] * (1 - share) + stops[below + 1] * share).permute(2, 0, 1)

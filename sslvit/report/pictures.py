@@ -118,7 +118,7 @@ def make(facts: Facts, seconds: float, spec: str = "") -> Pictures:
         config = pretrained.settings_of(facts.path)
         if max(filter(lambda one: isinstance(one, int), vars(config.objective).values()), default=0) > LARGEST_SETTING:
             raise UserError("the settings of the objective have a number that is too large.")
-        found.spec = spec or _local(facts)
+        found.spec = spec or local(facts.settings)
         source = open_source(found.spec, config.data)
         chosen = readable(source, config.seed, GALLERY)
         if not chosen:
@@ -141,9 +141,9 @@ def make(facts: Facts, seconds: float, spec: str = "") -> Pictures:
     return found
 
 
-def _local(facts: Facts) -> str:
+def local(settings: dict[str, Any]) -> str:
     """data.train of a run. Raises UserError for what would be fetched from a network, if only a file names it."""
-    named = str(facts.settings.get("data.train") or "")
+    named = str(settings.get("data.train") or "")
     place = split_part(named)[0]
     if named.startswith("fractals") or (place and Path(place).expanduser().exists()):
         return named
@@ -279,7 +279,9 @@ def _attention(
         picture = drawing.image_of(images[n].float(), drawing.cell_size(encoder.image_size, SIDE), smooth=True)
         size = (picture.height, picture.width)
         row = [encoded(picture), encoded(drawing.image_of(255 * colours[n].permute(2, 0, 1), size))]
-        row += [_on_image(picture, one.unflatten(0, grid)) for one in (weights[n].mean(dim=0), *weights[n][:heads])]
+        row += [
+            encoded(on_image(picture, one.unflatten(0, grid))) for one in (weights[n].mean(dim=0), *weights[n][:heads])
+        ]
         rows.append(row)
     found.attention = Grid(titles, rows, [_name(source, i) for i in kept[:shown]])
     what = "the class token" if query == "cls" else "all patches together"
@@ -296,15 +298,18 @@ def _attention(
                 for n in range(shown)
             ]
             columns.append(
-                [_on_image(picture, weights[n].mean(dim=0).unflatten(0, grid)) for n, picture in enumerate(pictures)]
+                [
+                    encoded(on_image(picture, weights[n].mean(dim=0).unflatten(0, grid)))
+                    for n, picture in enumerate(pictures)
+                ]
             )
         found.over_time = Grid(titles, [list(row) for row in zip(*columns, strict=True)], found.attention.names)
 
 
-def _on_image(picture: Image.Image, values: Tensor) -> str:
+def on_image(picture: Image.Image, values: Tensor) -> Image.Image:
     """A map in colours, laid over its image in gray."""
     colours = drawing.image_of(drawing.heat(values), (picture.height, picture.width), smooth=True)
-    return encoded(Image.blend(picture.convert("L").convert("RGB"), colours, 0.62))
+    return Image.blend(picture.convert("L").convert("RGB"), colours, 0.62)
 
 
 @torch.inference_mode()
