@@ -2,8 +2,8 @@
 network, and can be mailed. A run writes it too, as <run>/report.html (log.report=false: not).
 
 verdict.py judges a run, with all thresholds. facts.py reads a run directory, curves.py its log, pictures.py loads the
-encoder and draws, page.py makes the HTML. May import evaluation, objectives, data and what is below, but not run or
-pretraining.
+encoder and draws. page.py puts charts.py, tables.py and map.py in order, in the shell that other pages share
+(shell.py). May import evaluation, objectives, data and what is below, but not run or pretraining.
 """
 
 import time
@@ -16,8 +16,9 @@ from ..distributed import say
 from ..errors import UserError, check_range
 from ..evaluation.config import Report as Config
 from .facts import Facts, command_name, gather, runs_in
-from .page import MARK, page
+from .page import page
 from .pictures import Pictures
+from .shell import MARK
 
 LEAST = 1.0  # seconds, below which pictures are not begun at the end of a run
 PICTURES_FOR = 4  # runs of a page that have pictures; more would make it too large for a mail

@@ -251,14 +251,14 @@ SAFETY = [
     ),
     Mistake(
         "a name in a report becomes HTML",
-        "report/page.py",
+        "report/shell.py",
         'return html.escape(printable(str(value), keep="\\n"))',
         "return str(value)",
         "tests/report/test_report.py",
     ),
     Mistake(
         "data in a report can end its element",
-        "report/page.py",
+        "report/shell.py",
         '.replace("<", "\\\\u003c")',
         "",
         "tests/report/test_report.py",
