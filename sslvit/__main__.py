@@ -36,6 +36,7 @@ TOOLS = {
 PLAIN = {
     "export": ("export", "run=... to=timm,hf,onnx,torch out=<folder>", "write the encoder in forms that others load"),
     "embed": ("tools.embed", "run=... data=... out=<file>", "features of all images: .parquet, .npy or .faiss"),
+    "inspect": ("inspection", "run=... out=inspect.html", "what an encoder has learned, block by block, as one page"),
     "search": ("tools.search", "index=<file> image=...", "nearest images; duplicates; a diverse subset"),
 }
 # Modules with a function of the command's name, which takes runs and the keys.
@@ -216,7 +217,7 @@ def _completion(arguments: list[str]) -> None:
 
 def own_keys(command: str) -> Any:
     """The keys of a command, with their defaults: an instance of the class of its name in a config.py."""
-    evaluation = command in RUNS or command in evaluations()
+    evaluation = command in (*RUNS, *evaluations(), "inspect")
     folder = "evaluation" if evaluation else command if command == "export" else "tools"
     return getattr(import_module(f".{folder}.config", __package__), command.title())()
 

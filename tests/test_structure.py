@@ -22,6 +22,7 @@ LAYERS = [
     {"tools"},
     {"pretraining"},
     {"run", "config", "memory", "sharding", "pace"},
+    {"inspection"},
     {"report"},
     {"evaluation", "export"},
     {"pretrained", "start"},

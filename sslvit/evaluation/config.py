@@ -130,6 +130,14 @@ class Finetune(EncoderConfig):
 
 
 @dataclass
+class Inspect(EncoderConfig):
+    other: str = ""  # a second encoder, to compare with: named as in run=
+    data: str = ""  # images, labelled or not; empty: those that the run was trained on, if they are on this machine
+    images: int = 2000  # how many of them, chosen by the seed
+    out: str = "inspect.html"  # the page to write, or a picture of it if the name ends in .png
+
+
+@dataclass
 class Knn(LabelledConfig):
     k: tuple[int, ...] = KS  # numbers of neighbours; of the default ones those that the training set has
     temperature: tuple[float, ...] = (TEMPERATURE,)  # a neighbour votes with exp(similarity / temperature)

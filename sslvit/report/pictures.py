@@ -154,10 +154,10 @@ def _name(source: Source, index: int) -> str:
     return printable(source.name(index)[-200:])
 
 
-def encoded(image: Image.Image) -> str:
+def encoded(image: Image.Image, lossless: bool = False) -> str:
     """An image as an address that holds it."""
     file = io.BytesIO()
-    image.save(file, "WEBP", quality=82, method=4)
+    image.save(file, "WEBP", lossless=lossless, quality=82, method=4)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

@@ -1,0 +1,331 @@
+"""The findings as one page, or as one picture: parts with charts, and a sentence for each that says how to read it."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ..evaluation import pictures
+from ..report.page import Html, document, el, picture_table, prose, section, table
+from ..report.pictures import Grid, encoded
+from . import measures
+from .collect import Findings
+from .drawing import SCALE, Chart, Series, cells, chart, hex_of, mosaic
+
+KNN = RANK = SPECTRA = DISTANCE = ROLLOUT = NORMS = CKA = FILTERS = POSITIONS = "x"
+MOST_FILTERS, ACROSS, FILTER_SIDE = 28, 7, 44  # as many as in the ViT paper
+MOST_MAPS, MAP_SIDE = 7, 48  # maps of positions along a side of the grid
+WRAP = 100  # letters of a line of text in a picture
+LEAST_SHARE = 0.005  # of artefacts: above it registers are wanted (DINOv2's ViT-g has 0.024)
+COLOURS = ("c0", "c1")
+
+
+@dataclass
+class Part:
+    title: str
+    help: str  # how to read it, and what a healthy encoder looks like
+    charts: list[Chart] = field(default_factory=list)
+    images: list[tuple[Image.Image, str]] = field(default_factory=list)  # with what is below
+    rows: list[list[Image.Image]] = field(default_factory=list)
+    row_names: list[str] = field(default_factory=list)
+    titles: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Result:
+    """Of one encoder or two, on the same images."""
+
+    found: list[Findings]
+    across: Tensor | None  # [L, M] CKA between blocks of the first and of the second
+    spec: str  # the images; empty: none
+    rows: list[list[Image.Image]]  # of some images: see `titles`
+    names: list[str]
+    titles: list[str]
+    left_out: list[str]
+
+    @property
+    def labels(self) -> list[str]:
+        """Short names of the encoders; empty where there is one."""
+        names = [one.name.rstrip("/").rsplit("/", 1)[-1] for one in self.found]
+        begins = [one.name.partition(":")[0] + ":" if one.name.startswith("untrained:") else "" for one in self.found]
+        names = [begin + name.removeprefix(begin) for begin, name in zip(begins, names, strict=True)]
+        return [""] if len(names) == 1 else names if names[0] != names[1] else ["run", "other"]
+
+
+def sentences(one: Findings) -> list[str]:
+    """What the findings say, each with its numbers."""
+    said, last = [], len(one.ranks) - 1
+    if one.knn:
+        share = one.knn[one.best] / 100
+        noise = 196 * math.sqrt(share * (1 - share) / one.knn_images)
+        said.append(
+            f"Best {one.unit} by k-NN: {one.best} with {one.knn[one.best]:.1f} %; the last, {last}, has "
+            f"{one.knn[last]:.1f} % (always the largest class: {one.chance:.1f} %). Of {one.knn_images:,} images, each "
+            f"is classified by all the others, and other images could change a number by {noise:.1f} points."
+        )
+    if one.artefacts:
+        worst = max(range(last + 1), key=lambda block: one.artefacts[block])
+        share = one.artefacts[worst]
+        have = f"It has {one.registers} registers. " if one.registers else ""
+        if share > LEAST_SHARE:
+            more = "more registers" if one.registers else "registers"
+            what = f"{more} are wanted: train with `model.args={{reg_tokens: {2 * one.registers or 4}}}`"
+        else:
+            what = "no more are wanted" if one.registers else "registers are not wanted"
+        said.append(
+            f"Artefact tokens: {share:.2%} of the tokens of {one.unit} {worst} (no {one.unit} has more) have a norm "
+            f"above {measures.OUTLIER:g} times the median. {have}So {what}."
+        )
+    if one.ranks:
+        said.append(
+            f"Effective rank of the features: {one.ranks[0]:.0f} after the first {one.unit}, {one.ranks[last]:.0f} "
+            f"after the last, of {len(one.spectra[last])} at most."
+        )
+    if one.heads is not None and one.grid:
+        by_block = one.heads[:, :, 1]
+        said.append(
+            f"Attention distance: heads reach {by_block.min():.1f} to {by_block.max():.1f} patches, on average "
+            f"{by_block[0].mean():.1f} in the first block and {by_block[-1].mean():.1f} in the last. Even attention "
+            f"would reach {measures.even_distance(one.grid):.1f}."
+        )
+    if one.filters:
+        shares, weight = one.filters[1], one.filters[0]
+        drawn = torch.randn(one.width, *weight.shape[1:], generator=torch.Generator().manual_seed(0))
+        by_chance = measures.count_for(measures.filter_components(drawn)[1], 0.9)
+        said.append(
+            f"Filters of the patch embedding: 90 % of their variance is in {measures.count_for(shares, 0.9)} of "
+            f"{weight[0].numel()} directions; random filters need {by_chance}."
+        )
+    if one.positions:
+        p = one.positions
+        fixed = " They are fixed sines and cosines, which are not trained." if p.fixed else ""
+        said.append(f"Positions: cosine {p.near:.2f} between neighbours, {p.far:.2f} half the image apart.{fixed}")
+    return said
+
+
+def parts(result: Result) -> list[Part]:
+    """All that can be shown, in the order of the page."""
+    found = result.found
+    chance = {"always the largest class": found[0].chance}
+    made = [
+        _by_block("Which block is best", KNN, result, "k-NN accuracy, %", [one.knn for one in found], chance),
+        _by_block("Effective rank of the features", RANK, result, "effective rank", [one.ranks for one in found]),
+        _spectra(result),
+        _distance(result),
+        Part("What reaches the output", ROLLOUT, rows=result.rows, row_names=result.names, titles=result.titles),
+        _norms(result),
+        _similar(result),
+        _filters(result),
+        _positions(result),
+    ]
+    return [part for part in made if part.charts or part.images or part.rows]
+
+
+def _by_block(
+    title: str, help_text: str, result: Result, what: str, values: Sequence[Sequence[float]],
+    levels: dict[str, float] | None = None,
+) -> Part:  # fmt: skip
+    """A line for each encoder."""
+    series = [
+        Series(label, list(enumerate(map(float, one))), COLOURS[n], dashed=n > 0)
+        for n, (label, one) in enumerate(zip(result.labels, values, strict=True))
+        if len(one)
+    ]
+    unit = result.found[0].unit
+    return Part(title, help_text, [chart(f"{what} by {unit}", series, unit, levels)] if series else [])
+
+
+def _spectra(result: Result) -> Part:
+    charts = []
+    for one, label in zip(result.found, result.labels, strict=True):
+        last, series = len(one.spectra) - 1, []
+        for n, values in enumerate(one.spectra):
+            shares = (values / values.max().clamp(min=1e-30)).tolist()
+            named = f"{one.unit} {n}" if n in {0, last // 2, last} else ""
+            colour = hex_of(0.9 * n / max(last, 1))
+            points = [(i + 1.0, max(share, 1e-6)) for i, share in enumerate(shares) if share > 1e-6]
+            series.append(Series(named, points, colour, dots=False))
+        if series:
+            about = f"singular values by {one.unit}, as shares of the largest"
+            charts.append(chart(about, series, _of(label, "singular value number"), log=True))
+    return Part("Singular values of the features", SPECTRA, charts)
+
+
+def _of(label: str, text: str) -> str:
+    return f"{label}: {text}" if label else text
+
+
+def _distance(result: Result) -> Part:
+    series, levels = [], {}
+    for n, (one, label) in enumerate(zip(result.found, result.labels, strict=True)):
+        if one.heads is None or one.grid is None:
+            continue
+        levels["even attention"] = measures.even_distance(one.grid)
+        points = [
+            (block + 0.16 * n, float(distance)) for block, row in enumerate(one.heads[:, :, 1]) for distance in row
+        ]
+        series.append(Series(label, points, COLOURS[n], dashed=n > 0, joined=False))
+    about = "mean attention distance in patches, a dot for each head"
+    return Part("How far the heads look", DISTANCE, [chart(about, series, "block", levels, low=0.0)] if series else [])
+
+
+def _norms(result: Result) -> Part:
+    charts = []
+    for one, label in zip(result.found, result.labels, strict=True):
+        if not one.norms:
+            continue
+        names = ("5 % are below", "median", "95 % are below", "largest")
+        series = [
+            Series(name, [(float(block), row[n]) for block, row in enumerate(one.norms)], colour, dashed, dots=n == 1)
+            for n, (name, colour, dashed) in enumerate(
+                zip(names, ("soft", "c0", "soft", "c1"), (True, False, False, True), strict=True)
+            )
+        ]
+        charts.append(chart(f"norms of patch tokens by {one.unit}", series, _of(label, one.unit), log=True))
+    return Part("Norms of the patch tokens", NORMS, charts)
+
+
+def _similar(result: Result) -> Part:
+    charts = []
+    for one, label in zip(result.found, result.labels, strict=True):
+        if one.cka is not None:
+            name = _of(label, one.unit)
+            charts.append(cells("CKA between blocks", one.cka, name, name))
+    if result.across is not None:
+        down, across = (_of(label, one.unit) for label, one in zip(result.labels, result.found, strict=True))
+        charts.append(cells("CKA between the blocks of two encoders", result.across, across, down))
+    return Part("Which blocks are similar", CKA, charts)
+
+
+def _filters(result: Result) -> Part:
+    images = []
+    for one, label in zip(result.found, result.labels, strict=True):
+        if one.filters:
+            components = one.filters[0][:MOST_FILTERS]
+            largest = components.flatten(1).abs().amax(dim=1).view(-1, 1, 1, 1)
+            sheet = mosaic(list(127.5 + 127.5 * components / largest.clamp(min=1e-12)), ACROSS, FILTER_SIDE)
+            share = float(one.filters[1][: len(components)].sum())
+            images.append((sheet, _of(label, f"{len(components)} directions with {share:.0%} of the variance")))
+    return Part("Filters of the patch embedding", FILTERS, images=images)
+
+
+def _positions(result: Result) -> Part:
+    images = []
+    for one, label in zip(result.found, result.labels, strict=True):
+        if p := one.positions:
+            rows, columns = ([*range(0, n, -(-n // MOST_MAPS))] for n in p.grid)
+            shares = (p.similarity - p.similarity.min()) / (1 - p.similarity.min()).clamp(min=1e-12)
+            maps = [pictures.viridis(shares[r * p.grid[1] + c].unflatten(0, p.grid)) for r in rows for c in columns]
+            lowest = f"violet is a cosine of {p.similarity.min():.2f}, yellow of 1"
+            images.append((mosaic(maps, len(columns), MAP_SIDE), _of(label, lowest)))
+    return Part("Similarity of the position embeddings", POSITIONS, images=images)
+
+
+def html(result: Result) -> str:
+    """The page."""
+    found = result.found
+    names = " and ".join(one.name for one in found)
+    data = f" {found[0].images:,} images of {result.spec}." if found[0].images else ""
+    body = [
+        el("header", el("h1", f"Inspection of {names}"), el("p", f"{_features(found)}.{data}", class_="made")),
+        [_short(one, label) for one, label in zip(found, result.labels, strict=True)],
+        [_part(part) for part in parts(result)],
+        [_table(one, label) for one, label in zip(found, result.labels, strict=True) if one.images],
+        _left_out(result.left_out),
+    ]
+    return document(f"inspection of {names}", [part for part in body if part is not None])
+
+
+def _features(found: Sequence[Findings]) -> str:
+    return "Features: " + ", ".join(dict.fromkeys(f"{one.what} of each {one.unit}" for one in found))
+
+
+def _short(one: Findings, label: str) -> Html:
+    return el(
+        "section",
+        el("h2", f"In short: {label}" if label else "In short"),
+        el("ul", [el("li", prose(sentence)) for sentence in sentences(one)]),
+    )
+
+
+def _part(part: Part) -> Html:
+    figures = [el("figure", one.svg(), el("figcaption", one.about)) for one in part.charts]
+    figures += [el("figure", el("img", src=encoded(one, lossless=True), alt=below), el("figcaption", below))
+                for one, below in part.images]  # fmt: skip
+    rows = [[encoded(image) for image in row] for row in part.rows]
+    grid = picture_table(Grid(part.titles, rows, part.row_names)) if rows else None
+    return section(part.title, part.help, el("div", figures, class_="charts") if figures else None, grid)
+
+
+def header(one: Findings) -> list[str]:
+    return [one.unit, "k-NN %", "rank", "distance", "norm", "artefacts %", "CKA to last"]
+
+
+def rows_of(one: Findings) -> list[list[str]]:
+    """A row for each block; what is not known is empty."""
+    rows = []
+    for block, rank in enumerate(one.ranks):
+        assert one.cka is not None
+        heads = None if one.heads is None else one.heads[block, :, 1]
+        rows.append([
+            str(block), f"{one.knn[block]:.1f}" if one.knn else "", f"{rank:.1f}",
+            "" if heads is None else f"{heads.mean():.2f} ({heads.min():.1f}-{heads.max():.1f})",
+            f"{one.norms[block][1]:.1f}", f"{100 * one.artefacts[block]:.2f}", f"{one.cka[block, -1]:.2f}",
+        ])  # fmt: skip
+    return rows
+
+
+def _table(one: Findings, label: str) -> Html:
+    title = f"Each {one.unit} in numbers" + (f": {label}" if label else "")
+    help_text = (
+        "Distance: mean over the heads, in patches, with the lowest and the highest. Norm: the median. CKA to last: "
+        f"similarity to the last {one.unit}."
+    )
+    return section(title, help_text, table(header(one), rows_of(one), sortable=True))
+
+
+def _left_out(left_out: Sequence[str]) -> Html | None:
+    return section("What is left out", "", el("ul", [el("li", prose(one)) for one in left_out])) if left_out else None
+
+
+def png(result: Result) -> Image.Image:
+    """The pictures of the page, one below the other, each with its help."""
+    sheets = [_words(f"Inspection of {' and '.join(one.name for one in result.found)}", 2)]
+    for one, label in zip(result.found, result.labels, strict=True):
+        sheets += [_words(_of(label, sentence).replace("`", ""), 1) for sentence in sentences(one)]
+    for part in parts(result):
+        sheets += [_words(part.title, 2), _words(part.help.replace("`", ""), 1)]
+        images = [(one.image(), one.about) for one in part.charts]
+        images += [(one.resize((SCALE * one.width, SCALE * one.height), Image.Resampling.NEAREST), below)
+                   for one, below in part.images]  # fmt: skip
+        if images:
+            sheets.append(_beside([pictures.stacked([one, _words(below, 1)]) for one, below in images]))
+        if part.rows:
+            sheets.append(pictures.montage(part.rows, part.row_names, part.titles))
+    return pictures.stacked(sheets, gap=16)
+
+
+def _words(text: str, size: int) -> Image.Image:
+    """Black on white, in lines; size: 1 for text, 2 for a title."""
+    lines = textwrap.wrap(pictures.drawable(text), WRAP // size) or [""]
+    letters, height = 13 * size, 18 * size
+    width = max(pictures.text_width(line, letters) for line in lines)
+    sheet = Image.new("RGB", (width + 8, height * len(lines) + 4), pictures.PAPER)
+    for n, line in enumerate(lines):
+        ImageDraw.Draw(sheet).text((4, n * height), line, pictures.INK, pictures.font_for(line, letters))
+    return sheet
+
+
+def _beside(images: Sequence[Image.Image], gap: int = 24) -> Image.Image:
+    whole = Image.new(
+        "RGB", (sum(one.width + gap for one in images), max(one.height for one in images)), pictures.PAPER
+    )
+    left = 0
+    for one in images:
+        whole.paste(one, (left, 0))
+        left += one.width + gap
+    return whole
