@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -244,7 +245,9 @@ def peak_memory(device: torch.device) -> int:
         return int(psutil.Process().memory_info().rss)
 
 
+@cache
 def versions() -> dict[str, str]:
+    """{package: its version}, for records."""
     packages = ("sslvit", "torch", "torchvision", "timm", "accelerate", "faiss-cpu", "omegaconf", "numpy")
     found = {"python": platform.python_version()}
     for package in packages:

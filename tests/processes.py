@@ -1,5 +1,6 @@
 """Runs in processes of their own, which can be killed: forked from a server that has imported everything already."""
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -27,6 +28,7 @@ def _child(work: Callable[..., int | None], arguments: tuple, output: str, envir
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
     sys.exit(work(*arguments))
 
 

@@ -8,6 +8,7 @@ the record of its results), protocol.py (training and test images and their feat
 
 import ast
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 
@@ -35,6 +36,7 @@ class Command:
     columns: tuple[Column, ...] = ()
 
 
+@cache
 def commands() -> dict[str, Command]:
     """{name: COMMAND of the module}. Reads the source files and imports none of them: importing torch takes seconds."""
     found = {}

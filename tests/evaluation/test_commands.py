@@ -34,7 +34,9 @@ def test_a_script_is_the_command_of_its_name(name, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(f"sslvit {name} {evaluation.commands()[name].usage}")
 
 
-def test_a_new_evaluation_is_one_file(monkeypatch, tmp_path, cli):
+def test_a_new_evaluation_is_one_file(monkeypatch, tmp_path, cli, request):
+    evaluation.commands.cache_clear()
+    request.addfinalizer(evaluation.commands.cache_clear)
     source = 'from . import Column, Command\n\nCOMMAND = Command("run=...", "weighs it", (Column("weight", "kg"),))\n'
     (tmp_path / "weigh.py").write_text(source)
     (tmp_path / "part.py").write_text("SIZE = 1\n")
