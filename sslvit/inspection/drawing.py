@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..evaluation import pictures
-from ..report.page import Html, el
+from ..report.shell import Html, el
 
 # On paper. A page has these names too, with other colours in the dark.
 COLOURS = {"c0": "#0072b2", "c1": "#d55e00", "ink": "#1d2530", "soft": "#5b6676", "line": "#d8dde4"}
@@ -146,10 +146,9 @@ def chart(
     for x in whole[:: max(1, math.ceil(len(whole) / 13))] if len(whole) <= 64 else _ticks(left, right):
         found.text(at(x, 10**bottom if log else bottom)[0], HEIGHT - BOTTOM + 16, f"{x:g}", "middle")
     found.text(WIDTH - RIGHT, HEIGHT - 5, x_name, "end")
-    for name, y in levels.items():
+    for y in levels.values():
         place = at(left, y)[1]
-        found.line([(LEFT, place), (WIDTH - RIGHT, place)], "soft", dashed=True, width=1)
-        found.text(WIDTH - RIGHT, place - 4, name, "end")
+        found.line([(LEFT, place), (WIDTH - RIGHT, place)], "ink", dashed=True, width=1)
     at_legend = float(LEFT)
     for one in series:
         points = [(x, y) for x, y in one.points if math.isfinite(y)]
@@ -159,11 +158,18 @@ def chart(
             named = f"{one.name}, " if one.name else ""
             found.dot(*at(x, y), one.colour, one.dashed, f"{named}{x_name} {x:g}: {y:.4g}")
         if one.name:
-            found.line([(at_legend, 12), (at_legend + 24, 12)], one.colour, one.dashed)
-            name = pictures.shorten(one.name, 22)
-            found.text(at_legend + 30, 16, name, colour="ink")
-            at_legend += 46 + pictures.text_width(name, TEXT)
+            at_legend = _legend(found, at_legend, one.name, one.colour, one.dashed)
+    for name in levels:
+        _legend(found, at_legend, name, "ink", True, 1)
     return found
+
+
+def _legend(found: Chart, left: float, name: str, colour: str, dashed: bool, width: float = 1.6) -> float:
+    """Returns where the next name begins."""
+    found.line([(left, 12), (left + 24, 12)], colour, dashed, width)
+    name = pictures.shorten(name, 22)
+    found.text(left + 30, 16, name, colour="ink")
+    return left + 44 + pictures.text_width(name, TEXT)
 
 
 def _ticks(low: float, high: float) -> list[float]:
