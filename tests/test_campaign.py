@@ -95,8 +95,8 @@ def killed(case: int, variant: tuple, whole, tmp_path: Path) -> Counter:
 
 
 def test_runs_killed_at_any_instant_end_as_if_they_had_not_been(whole, tmp_path):
-    for case in range(4):  # six kills
-        killed(case, VARIANTS[case % 2], whole, tmp_path)
+    for case in range(2):  # four kills
+        killed(case, VARIANTS[case], whole, tmp_path)
 
 
 @pytest.mark.slow  # eight minutes

@@ -87,6 +87,9 @@ def test_where_images_are_kept_does_not_change_a_run(cli, images, tmp_path, meth
     assert torch.allclose(losses(tmp_path / "both"), losses(tmp_path / "device"), rtol=2e-3)
 
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
 def losses(run_dir: Path) -> torch.Tensor:
     return torch.tensor([line["loss"] for line in processes.lines(run_dir) if "loss" in line])
 
@@ -237,26 +240,25 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(cli, fails, ima
     assert "NaN" not in (out / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize(
-    ("knobs", "expected"),
-    [
-        (["teacher_temp=5", "teacher_temp_start=5"], "collapsed to one even answer"),
-        (["teacher_temp=0.002", "teacher_temp_start=0.002", "center_momentum=1"], "collapsed to one prototype"),
-    ],
-)
-def test_a_collapse_is_said_in_plain_words_early_and_can_stop_the_run(cli, fails, images, tmp_path, knobs, expected):
-    arguments = [
-        "pretrain",
-        images,
-        *words("dino", "epochs=20", "warmup_epochs=0", "base_lr=0.05", "momentum=0.5", *knobs),
-    ]
-    printed = cli(*arguments, f"out={tmp_path / 'run'}")[1]
-    step = int(re.search(rf"Warning at step (\d+): DINO has {expected}", printed).group(1))
+FAST = ["epochs=20", "warmup_epochs=0", "base_lr=0.05", "momentum=0.5"]
+EVEN = ["teacher_temp=5", "teacher_temp_start=5"]
+ONE = ["teacher_temp=0.002", "teacher_temp_start=0.002", "center_momentum=1"]
+
+
+def test_a_collapse_is_said_once_in_plain_words_and_early(cli, images, tmp_path):
+    printed = cli("pretrain", images, *words("dino", *FAST, *EVEN, f"out={tmp_path / 'run'}"))[1]
+    step = int(re.search(r"Warning at step (\d+): DINO has collapsed to one even answer", printed).group(1))
     assert step <= 8  # a tenth of the run
     assert printed.count("Warning at step") == 1
-    stopped = fails(*arguments, f"out={tmp_path / 'other'}", "on_collapse=stop")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "expected"), [(EVEN, "collapsed to one even answer"), (ONE, "collapsed to one prototype")]
+)
+def test_a_collapse_can_stop_the_run(fails, images, tmp_path, knobs, expected):
+    stopped = fails("pretrain", images, *words("dino", *FAST, *knobs, f"out={tmp_path / 'run'}", "on_collapse=stop"))
     assert expected in stopped
-    assert f"stops at step {step}" in stopped
+    assert int(re.search(r"stops at step (\d+)", stopped).group(1)) <= 8
 
 
 def test_a_healthy_run_raises_no_alarm(cli, images, tmp_path):
@@ -309,16 +311,25 @@ def test_knn_during_the_run_is_logged_and_reported(cli, labelled, tmp_path):
     assert f"untrained encoder {measured[0][1]:.1f}%, trained encoder {measured[-1][1]:.1f}%" in printed
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["-m", "accelerate.commands.launch", "--cpu"],
-        pytest.param(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], marks=pytest.mark.slow),
-    ],
-)
+def test_accelerate_launches_it(images, tmp_path, capfd, monkeypatch):
+    """`accelerate launch`, in this process, and the process that it starts."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    run = ["-m", "sslvit", "pretrain", str(images), *words("dino", f"out={tmp_path / 'run'}")]
+    launch_command(launch_command_parser().parse_args(["--cpu", *run]))
+    printed = capfd.readouterr().out
+    assert printed.count("step 8/8") == 1
+    assert "8 x 1 micro-batches x 1 processes" in printed
+    assert state.steps_saved(tmp_path / "run") == [8]
+
+
+@pytest.mark.slow  # starts Python three times
+@pytest.mark.parametrize("launcher", [["accelerate.commands.launch", "--cpu"], TORCHRUN])
 def test_the_launchers_start_it(images, tmp_path, launcher):
     out = tmp_path / "run"
-    command = [sys.executable, *launcher, "-m", "sslvit", "pretrain", str(images), *words("dino", f"out={out}")]
+    command = [sys.executable, "-m", *launcher, "-m", "sslvit", "pretrain", str(images), *words("dino", f"out={out}")]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

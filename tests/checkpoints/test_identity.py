@@ -327,7 +327,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(images, tmp_path)
 def test_a_run_whose_directory_goes_ends_and_says_it(run, cli, images, tmp_path, how):
     """And makes no part of it anew. From the place to which it was moved it goes on as if nothing had been."""
     out, command, log = tmp_path / "going", run[1], tmp_path / "log"
-    command = [*command[:-1], "epochs=40", f"out={out}", "log.tensorboard=true"]
+    command = [*command[:-1], "epochs=24", f"out={out}", "log.tensorboard=true"]
     process = processes.start(command, log)
     processes.wait_for_step(process, out, 9)
     out.rename(tmp_path / "moved")
