@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import pretrained
+from .. import pretrained, rng
 from ..arguments import flatten, read_yaml
 from ..data import Source
 from ..distributed import on_first_process, say
@@ -25,7 +25,7 @@ from ..evaluation.classes import labels_of
 from ..evaluation.config import Inspect as Config
 from ..evaluation.features import CentreCropped, batches
 from ..evaluation.frozen import Frozen, load_frozen
-from ..evaluation.subset import random_subset
+from ..evaluation.subset import Subset
 from ..report import check_out, write
 from ..report.pictures import SIDE, local, on_image
 from .collect import Findings, Meter
@@ -73,12 +73,11 @@ def _look(config: Config, loaded: Sequence[Frozen]) -> Result:
     except UserError as error:
         spec = ""
         left_out.append(f"There is nothing that needs images: {error}")
-    sources = [random_subset(one.open(spec), config.images, config.seed, "inspect") for one in loaded] if spec else []
+    sources = [_some_of(one.open(spec), config) for one in loaded] if spec else []
     across = _measure(config, loaded, meters, sources)
-    found = [
-        meter.finish(labels_of(source), len(source.classes)) if source else meter.finish(torch.empty(0), 0)
-        for meter, source in zip(meters, sources or [None] * len(meters), strict=True)
-    ]
+    for meter, source in zip(meters, sources, strict=bool(sources)):
+        meter.finish(labels_of(source), len(source.classes))
+    found = [meter.found for meter in meters]
     if spec and not found[0].images:
         raise UserError(f"None of the {len(sources[0])} images of {spec} can be read.")
     if sources and found[0].images < len(sources[0]):
@@ -86,6 +85,12 @@ def _look(config: Config, loaded: Sequence[Frozen]) -> Result:
     rows, names, titles = _samples(loaded[0], found, sources)
     left_out += [sentence for one in found for sentence in one.left_out]
     return Result(found, across, spec, rows, names, titles, left_out)
+
+
+def _some_of(source: Source, config: Config) -> Source:
+    """In a random order: CKA is a mean over batches, and a batch of one class has other similarities than all images.
+    The first images also stand for the attention of all."""
+    return Subset(source, rng.permutation(rng.fold_in(config.seed, "inspect"), len(source))[: config.images])
 
 
 def _own_images(frozen: Frozen) -> str:

@@ -180,13 +180,13 @@ class Meter:
                     found.samples.append((int(numbers[at]), one.unflatten(0, grid), norms[at].unflatten(0, grid)))
             self.attended += len(part)
 
-    def finish(self, labels: Tensor, classes: int) -> Findings:
-        """labels: [images of the source], -1 where there is none. All batches are in."""
+    def finish(self, labels: Tensor, classes: int) -> None:
+        """All batches are in. labels: [images of the source], -1 where there is none."""
         found = self.found
+        if not found.images:
+            return
         if self.attended:
             found.heads = self.sums / self.attended
-        if not found.images:
-            return found
         found.norms = [(*map(one.quantile, QUANTILES), one.largest) for one in self.norms]
         found.artefacts = [one.artefacts() for one in self.norms]
         found.spectra, found.ranks = [one.values() for one in self.spectra], [one.rank() for one in self.spectra]
@@ -198,4 +198,3 @@ class Meter:
             found.knn_images, found.chance = len(here), 100 * here.bincount().max().item() / len(here)
             blocks = zip(*self.bank, strict=True)
             found.knn = [measures.knn(torch.cat(features)[known], here, classes) for features in blocks]
-        return found

@@ -161,7 +161,7 @@ def _registers(one: Findings, share: float) -> str:
 def parts(result: Result) -> list[Part]:
     """All that can be shown, in the order of the page."""
     found = result.found
-    chance = {"always the largest class": found[0].chance}
+    chance = {"largest class": found[0].chance}
     made = [
         _by_block("Which block is best", KNN, result, "k-NN accuracy, %", [one.knn for one in found], chance),
         _by_block("Effective rank of the features", RANK, result, "effective rank", [one.ranks for one in found]),
@@ -216,7 +216,8 @@ def _distance(result: Result) -> Part:
         (1, "mean attention distance of each head, in patches"),
         (0, "entropy of each head, in bits"),
     ):
-        series, levels = [], {}
+        series: list[Series] = []
+        levels: dict[str, float] = {}
         for n, (one, label) in enumerate(zip(result.found, result.labels, strict=True)):
             if one.heads is None or one.grid is None:
                 continue
