@@ -59,7 +59,8 @@ def split_own(arguments: list[str], schema: Any, section: str) -> tuple[list[str
     def key(argument: str) -> str:
         return argument.lstrip("-").partition("=")[0]
 
-    own = [one for one in arguments if "=" in one and (key(one) in names or key(one).startswith(f"{section}."))]
+    # data.workers of `sslvit data` is a key of the run.
+    own = [one for one in arguments if "=" in one and key(one).removeprefix(f"{section}.") in names]
     rest = [one for one in arguments if one not in own]
     return [one.lstrip("-").removeprefix(f"{section}.") for one in own], rest
 

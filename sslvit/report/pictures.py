@@ -28,6 +28,7 @@ from ..model.encoder import Encoder
 from ..objectives import Objective
 from .facts import Facts, command_name
 from .samples import columns_of, readable, views_of
+from .shell import Grid
 
 GALLERY, ROWS, MAPPED = 24, 8, 512  # images alone, in tables, and on the map
 FOR_COLOURS = 32  # images whose patches choose the colours together
@@ -37,15 +38,6 @@ NEAREST, CLUSTERS, MEMBERS = 6, 8, 6
 BATCH = 64
 LARGEST_SETTING = 2**22  # a million local crops would take all memory
 VALUES_READ, VALUES_RUN = 2**28, 2**25  # of the images of a map that are held in memory, and run at once
-
-
-@dataclass
-class Grid:
-    """A table of images."""
-
-    titles: list[str]
-    rows: list[list[str]]  # addresses that hold the images themselves
-    names: list[str]  # of the rows
 
 
 @dataclass

@@ -9,13 +9,13 @@ import hashlib
 import html
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..errors import printable
-from .pictures import Grid
 
 FOLDER = Path(__file__).parent / "page"
 MARK = "<!-- made by sslvit report -->"  # only files with this mark are replaced
@@ -24,6 +24,15 @@ VOID = ("br", "img", "input", "link", "meta")  # elements without an end
 
 class Html(str):
     """Text that is HTML already."""
+
+
+@dataclass
+class Grid:
+    """A table of images."""
+
+    titles: list[str]
+    rows: list[list[str]]  # addresses that hold the images themselves
+    names: list[str]  # of the rows
 
 
 def el(tag: str, *children: Any, **attributes: Any) -> Html:
@@ -137,10 +146,15 @@ def picture_table(grid: Grid) -> Html:
     return el("div", el("table", el("tbody", rows), class_="grid"), class_="scroll")
 
 
-def figure(image: str, caption: Any, **attributes: Any) -> Html:
+def share_bar(percent: float) -> Html:
+    """A cell of a table."""
+    return el("td", el("span", style=f"width:{max(0.0, min(100.0, percent)):.1f}%", class_="bar"))
+
+
+def figure(image: str, caption: Any, alt: str = "", **attributes: Any) -> Html:
     return el(
         "figure",
-        el("img", src=image, alt=caption if isinstance(caption, str) else ""),
+        el("img", src=image, alt=alt or (caption if isinstance(caption, str) else "")),
         el("figcaption", caption),
         **attributes,
     )

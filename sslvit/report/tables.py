@@ -7,7 +7,7 @@ import numpy as np
 from ..metrics import format_bytes
 from ..progress import duration
 from .facts import Facts, differing, usual_result
-from .shell import Html, el, section, table
+from .shell import Html, el, section, share_bar, table
 
 MARKS = {
     "learned": "✓",
@@ -81,11 +81,7 @@ def results(one: Facts) -> Html | None:
     rows = []
     for r in one.results:
         interval = "" if r.interval is None else f"{r.interval[0]:.1f} to {r.interval[1]:.1f}"
-        bar = (
-            el("td", el("span", style=f"width:{max(0.0, min(100.0, r.number)):.1f}%", class_="bar"))
-            if r.unit == "%"
-            else el("td")
-        )
+        bar = share_bar(r.number) if r.unit == "%" else el("td")
         rows.append(
             [
                 r.title,
@@ -104,11 +100,7 @@ def results(one: Facts) -> Html | None:
             table(
                 ["class", "accuracy %", ""],
                 [
-                    [
-                        name,
-                        f"{value:.1f}",
-                        el("td", el("span", style=f"width:{max(0.0, min(100.0, value)):.1f}%", class_="bar")),
-                    ]
+                    [name, f"{value:.1f}", share_bar(value)]
                     for name, value in sorted(r.by_class.items(), key=lambda pair: -pair[1])
                 ],
                 sortable=True,

@@ -17,6 +17,7 @@ class Data:
     sample: int = 10_000  # images that are examined, chosen by the seed; 0: all
     picture: str | None = None  # a PNG file to draw images to, and their crops and masks
     report: str | None = None  # a JSON file to write the findings to
+    out: str | None = None  # an HTML page (.html) of the findings, with pictures; any other out= is that of the run
 
 
 @dataclass

@@ -5,17 +5,13 @@ standard deviation to use, and a picture of the crops and masks of a recipe. Not
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
 import re
 import shlex
-import statistics
 import warnings
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +28,7 @@ from ..checkpoints import textfile
 from ..config import RunConfig
 from ..data import BadImage, Source
 from ..data.crops import resize
-from ..data.depth import DARK, dark_sentence, range_that_fits
+from ..data.depth import dark_sentence
 from ..data.sources.decode import DICOM, NPY, PNG, decode
 from ..data.sources.files import Encoded
 from ..data.sources.several import Several
@@ -43,13 +39,9 @@ from ..evaluation import pictures
 from ..progress import counting
 from . import picture
 from .config import Data as Config
-from .near import near_groups
+from .findings import FileKind, Findings, ImageStats, facts, share, summary
 
 THUMBNAIL = 16  # pixels a side, gray; near duplicates have similar thumbnails
-# Correlation of thumbnails from which two images count as nearly the same. Of pairs of CIFAR-10 that were checked by
-# eye, 24 of 24 between 0.985 and 0.995 are copies; between 0.97 and 0.98, 7 of 24 are not (horizons at sea).
-NEAR = 0.985
-MIN_CENTERED = 50  # images; their mean thumbnail is subtracted: scans of one organ are alike without being copies
 FLAT = 2.0  # standard deviation of a thumbnail, in levels of 255; below it an image shows nothing
 EXAMPLES = 3  # of each finding that are printed
 BLOCK = 2**20  # pixels of a large image that are measured at a time
@@ -62,63 +54,7 @@ MODES = {
 DEEP_PNG = {2: "16-bit colour", 4: "16-bit gray with alpha", 6: "16-bit colour with alpha"}
 
 
-@dataclass
-class FileKind:
-    """What the header of an image file says."""
-
-    format: str  # PNG, JPEG ...
-    depth: str  # channels and depth
-    pages: int
-    size: int  # bytes of the file
-
-
-@dataclass
-class ImageStats:
-    """What is kept of one image."""
-
-    index: int
-    shape: tuple[int, ...]  # as the encoder gets it: channels, height, width
-    file: FileKind | None  # None if the source has no image files
-    deep: bool  # more than 8 bits
-    digest: bytes  # of the pixels
-    mean: np.ndarray  # [C] in [0, 255]
-    mean_square: np.ndarray  # [C]
-    largest: float  # value
-    thumbnail: np.ndarray | None  # [256] float32, of mean 0 and length 1; None for an image that shows nothing
-
-
 Examined = tuple[list[ImageStats], list[tuple[int, str]]]  # and (index, reason) of the images that cannot be read
-
-
-@dataclass
-class Findings:
-    """Of the images that were examined."""
-
-    source: str
-    count: int  # images of the source
-    examined: int
-    classes: dict[str, int] = field(default_factory=dict)  # images of each, in the whole source
-    unlabelled: int = 0
-    heights: list[int] = field(default_factory=list)  # smallest, median, largest
-    widths: list[int] = field(default_factory=list)
-    sizes: int = 0  # different ones
-    formats: dict[str, int] = field(default_factory=dict)
-    depths: dict[str, int] = field(default_factory=dict)
-    pages: int = 0  # files of which only the first page is read
-    file_bytes: int = 0  # median
-    broken: list[tuple[str, str]] = field(default_factory=list)  # name, reason
-    flat: list[str] = field(default_factory=list)  # names of images of one colour
-    same: list[list[str]] = field(default_factory=list)  # names of images with the same pixels
-    near: list[list[str]] = field(default_factory=list)  # and with nearly the same
-    mean: list[float] = field(default_factory=list)  # of each channel, in [0, 1]
-    std: list[float] = field(default_factory=list)
-    largest: float = 0.0  # value of all images, of 255
-    deep: int = 0  # images of more than 8 bits
-    value_range: tuple[float, float] | None = None  # that deep images need, which come out nearly black
-
-    @property
-    def all_gray(self) -> bool:
-        return bool(self.depths) and all("gray" in kind and "alpha" not in kind for kind in self.depths)
 
 
 class Examination:
@@ -197,17 +133,33 @@ def run(config: RunConfig, settings: Config, arguments: list[str]) -> None:
 
     arguments: those of the command line without this tool's own, for the command that is suggested.
     """
-    found = examine(config, settings)
+    page = settings.out if (settings.out or "").lower().endswith(".html") else None
+    if settings.out and not page:
+        arguments = [*arguments, f"out={settings.out}"]  # of the run
+    if page:
+        from . import data_page  # draws, which needs more than a look does
+
+        data_page.check(page)
+    source, stats, broken = look(config, settings)
+    found = summary(config.data.train, source, stats, broken)
     say(*lines(found, config, arguments))
     if settings.picture:
         say("")
         picture.draw(config, Path(settings.picture))
     if settings.report:
         save(found, Path(settings.report))
+    if page:
+        data_page.write(page, found, config, source, stats, advice(found, config), suggestion(found, config, arguments))
 
 
 def examine(config: RunConfig, settings: Config) -> Findings:
-    """Examine the images of `data.train`, with all cores. Raises UserError."""
+    """What is known of the images of `data.train`. Raises UserError."""
+    return summary(config.data.train, *look(config, settings))
+
+
+def look(config: RunConfig, settings: Config) -> tuple[Source, list[ImageStats], list[tuple[int, str]]]:
+    """The images of `data.train`, what was measured of those that were examined, with all cores, and (index, reason) of
+    those that cannot be read. Raises UserError."""
     check(config, settings)
     source = data.open_source(config.data.train, config.data)
     indices = list(range(len(source)))
@@ -222,7 +174,7 @@ def examine(config: RunConfig, settings: Config) -> Findings:
     for some, unreadable in _progress(chunks, len(indices)):
         stats += some
         broken += unreadable
-    return summary(config.data.train, source, stats, broken)
+    return source, stats, broken
 
 
 def check(config: RunConfig, settings: Config) -> None:
@@ -246,58 +198,6 @@ def _progress(chunks: Iterable[Examined], count: int) -> Iterable[Examined]:
             show(done)
 
 
-def summary(spec: str, source: Source, stats: list[ImageStats], broken: list[tuple[int, str]]) -> Findings:
-    """What is known of each image, together."""
-    found = Findings(spec, len(source), len(stats) + len(broken))
-    found.broken = [(source.name(index), reason) for index, reason in broken]
-    if source.labels is not None:
-        counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
-        found.classes = dict(zip(source.classes, counts.tolist(), strict=True))
-        found.unlabelled = int((source.labels < 0).sum())
-    if not stats:
-        return found
-    found.heights, found.widths = (_three([s.shape[axis] for s in stats]) for axis in (1, 2))
-    found.sizes = len({s.shape[1:] for s in stats})
-    files = [(s.file, s.shape[0]) for s in stats if s.file]
-    found.formats = dict(Counter(f.format for f, _ in files).most_common()) or {type(source).__name__: len(stats)}
-    found.depths = dict(Counter(f.depth for f, _ in files).most_common())
-    found.pages = sum(f.format == "TIFF" and f.pages > 1 and f.pages != channels for f, channels in files)
-    found.file_bytes = int(statistics.median([f.size for f, _ in files] or [0]))
-    found.flat = [source.name(s.index) for s in stats if s.thumbnail is None]
-    # Every image counts alike, whatever its size: crops of it will all have one size.
-    mean = np.mean([s.mean for s in stats], axis=0)
-    variance = np.mean([s.mean_square for s in stats], axis=0) - mean**2
-    found.mean = [round(float(m) / 255, 4) for m in mean]
-    found.std = [round(math.sqrt(max(0.0, v)) / 255, 4) for v in variance]
-    brightest = max(stats, key=lambda s: s.largest)
-    found.largest, found.deep = brightest.largest, sum(s.deep for s in stats)
-    if brightest.deep and found.largest < DARK:
-        found.value_range = range_that_fits(source, brightest.index, source.read(brightest.index), found.largest)
-    by_digest: dict[bytes, list[ImageStats]] = {}
-    for s in stats:
-        by_digest.setdefault(s.digest, []).append(s)
-    found.same = [[source.name(s.index) for s in group] for group in by_digest.values() if len(group) > 1]
-    found.near = [[source.name(i) for i in group] for group in _near([group[0] for group in by_digest.values()])]
-    return found
-
-
-def _three(values: list[int]) -> list[int]:
-    return [min(values), int(statistics.median(values)), max(values)]
-
-
-def _near(stats: list[ImageStats]) -> list[list[int]]:
-    """Groups of images, by index, that are linked by a correlation of NEAR between thumbnails."""
-    found = [(s.index, s.thumbnail) for s in stats if s.thumbnail is not None]
-    if len(found) < 2:
-        return []
-    vectors = np.stack([small for _, small in found]).astype(np.float32)
-    if len(vectors) >= MIN_CENTERED:
-        vectors = vectors - vectors.mean(axis=0)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-6)
-    groups = near_groups(torch.from_numpy(vectors), NEAR)
-    return sorted([found[row][0] for row in rows.tolist()] for rows in groups)
-
-
 def lines(found: Findings, config: RunConfig, given: list[str]) -> list[str]:
     """The findings as they are printed. given: arguments of the command line, which the suggested command repeats."""
     some = found.examined < found.count
@@ -307,40 +207,23 @@ def lines(found: Findings, config: RunConfig, given: list[str]) -> list[str]:
         out.append(
             f"  examined {found.examined:,} of them, chosen at random; what follows is about these (sample=0: all)"
         )
-    if found.classes:
-        sizes = sorted(found.classes.values())
-        most = ", ".join(f"{name} {count:,}" for name, count in itertools.islice(found.classes.items(), 5))
-        out.append(_row("classes", f"{sizes[0]:,} to {sizes[-1]:,} images each: {most}{' ...' * (len(sizes) > 5)}"))
-    if found.unlabelled:
-        out.append(_row("no label", f"{found.unlabelled:,}"))
-    if found.heights:
-        same = f"{found.widths[0]}x{found.heights[0]} pixels, all of them"
-        many = (
-            f"width {_between(found.widths)}, height {_between(found.heights)} pixels (smallest, median, largest); "
-            f"{found.sizes:,} different"
-        )
-        out.append(_row("sizes", same if found.sizes == 1 else many))
-        out.append(_row("formats", _counts(found.formats)))
-        if found.depths:
-            out.append(_row("stored as", _counts(found.depths)))
-            out.append(_row("file", f"{found.file_bytes / 1000:,.1f} kB (median)"))
-        if found.pages:
-            out.append(_row("pages", f"{found.pages:,} TIFF files have several, and only the first is read: "
-                                     "pages:<source> makes every page an image"))  # fmt: skip
-    out.append(_row("broken", _share(len(found.broken), found.examined)))
+    out += [_row(*pair) for pair in facts(found)]
+    out.append(_row("broken", share(len(found.broken), found.examined)))
     out += [f"    {name}: {reason}" for name, reason in found.broken[:EXAMPLES]]
     if found.flat:
-        out.append(_row("one colour", f"{_share(len(found.flat), found.examined)}, for example {found.flat[0]}"))
+        out.append(_row("one colour", f"{share(len(found.flat), found.examined)}, for example {found.flat[0]}"))
     for title, groups in (("same pixels", found.same), ("nearly same", found.near)):
         copies = sum(len(group) - 1 for group in groups)
-        out.append(_row(title, _share(copies, found.examined) + (" are copies of others" if copies else "")))
+        out.append(_row(title, share(copies, found.examined) + (" are copies of others" if copies else "")))
         out += [
             f"    {'  =  '.join(group[:EXAMPLES])}{' ...' * (len(group) > EXAMPLES)}" for group in groups[:EXAMPLES]
         ]
     if some and (found.same or found.near):
         out.append("    (other images may have more copies)")
     if found.mean:
-        out += ["", f"  {normalization_keys(found)}", *_advice(found, config), "", *_suggestion(found, config, given)]
+        out += ["", f"  {normalization_keys(found)}", *(f"  {one}" for one in advice(found, config)), ""]
+        out.append("  a command to start from (`sslvit bench` with the same arguments says how long it takes):")
+        out.append(f"    {suggestion(found, config, given)}")
     return out
 
 
@@ -354,24 +237,25 @@ def normalization_keys(found: Findings, channels: int | None = None, gain: float
     return f"data.mean=[{mean}] data.std=[{std}]"
 
 
-def _advice(found: Findings, config: RunConfig) -> list[str]:
+def advice(found: Findings, config: RunConfig) -> list[str]:
+    """Sentences: what to mend first."""
     out = []
     if config.data.in_chans == 3 and found.all_gray:
-        out.append("  all images are gray: data.in_chans=1 reads a third of the values.")
+        out.append("all images are gray: data.in_chans=1 reads a third of the values.")
     if found.value_range:
-        out.append(f"  {dark_sentence(found.value_range, found.largest)}")
+        out.append(dark_sentence(found.value_range, found.largest))
     if len(found.broken) > config.data.bad_ratio * found.examined:
         out.append(
-            f"  more images are broken than data.bad_ratio={config.data.bad_ratio:g} allows, so a run would stop: mend "
+            f"more images are broken than data.bad_ratio={config.data.bad_ratio:g} allows, so a run would stop: mend "
             "or remove them, or raise it."
         )
     small = min(found.heights[1], found.widths[1])
     if small < min(data.image_size(config.data)) / 2:
-        out.append(f"  images of {small} pixels are enlarged to data.image_size={config.data.image_size}.")
+        out.append(f"images of {small} pixels are enlarged to data.image_size={config.data.image_size}.")
     return out
 
 
-def _suggestion(found: Findings, config: RunConfig, given: list[str]) -> list[str]:
+def suggestion(found: Findings, config: RunConfig, given: list[str]) -> str:
     """A command to start from: the given arguments, the numbers found, and what else follows from the images."""
     arguments = [word for word in given if not re.match(r"-*(data\.)?(mean|std)=", word)]
     named = {word.lstrip("-").partition("=")[0].rpartition(".")[2] for word in arguments if "=" in word}
@@ -390,8 +274,7 @@ def _suggestion(found: Findings, config: RunConfig, given: list[str]) -> list[st
         keys["value_range"], gain = f"[0,{top:g}]", (65535 if top > 1 else 1) / top
     arguments += [f"{key}={value}" for key, value in keys.items() if key.rpartition(".")[2] not in named]
     arguments += normalization_keys(found, channels, gain).split(" ")
-    return ["  a command to start from (`sslvit bench` with the same arguments says how long it takes):",
-            f"    sslvit pretrain {shlex.join(arguments)}"]  # fmt: skip
+    return f"sslvit pretrain {shlex.join(arguments)}"
 
 
 def _recipe(found: Findings, config: RunConfig, named: set[str]) -> dict[str, Any]:
@@ -432,22 +315,12 @@ def _row(title: str, text: str) -> str:
     return f"  {title:<12} {text}"
 
 
-def _between(three: list[int]) -> str:
-    return " / ".join(f"{value:,}" for value in three)
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
-
-
-def _share(count: int, whole: int) -> str:
-    return f"{count:,} of {whole:,} ({count / whole:.2%})" if count else "none"
-
-
 def save(found: Findings, path: Path) -> None:
     """Write the findings as JSON. Raises UserError."""
     try:
-        textfile.write(path.expanduser(), json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+        values = dataclasses.asdict(found)
+        del values["where"]
+        textfile.write(path.expanduser(), json.dumps(values, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"report={path} cannot be written: {error.strerror}.") from error
     say(f"written to {path}")

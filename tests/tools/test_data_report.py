@@ -1,5 +1,6 @@
 """`sslvit data`: what a set is like, against sets made to be so."""
 
+import html
 import json
 import re
 import shlex
@@ -13,7 +14,7 @@ from PIL import Image
 from sslvit import config
 from sslvit.data import Config as DataConfig
 from sslvit.data import open_source
-from sslvit.tools import data_report
+from sslvit.tools import data_page, data_report
 from tests.conftest import TINY, words, write_images
 from tests.data.test_broken import BROKEN
 
@@ -219,3 +220,32 @@ def test_floats_far_below_1_are_noticed_and_nan_is_broken(tmp_path):
     result = found(tmp_path / "x.npy", "in_chans=1")
     assert result.value_range == (0.0, 0.05)
     assert [reason.split(":")[0] for _, reason in result.broken] == ["it has NaN or infinite pixels"]
+
+
+def test_the_page_shows_what_was_found_and_escapes_names(folder, cli, fails, tmp_path):
+    shutil.copy(folder / "000.png", folder / "<img src=x>.png")
+    Image.open(folder / "001.png").resize((80, 96)).save(folder / "larger.png")
+    Image.new("RGB", (48, 40), (250, 20, 20)).save(folder / "red.png")
+    (folder / "<script>alert(1).jpg").write_bytes(BROKEN["text.jpg"])
+    page = tmp_path / "data.html"
+    status, said, error = cli("data", folder, *TINY, "data.workers=0", f"out={page}")
+    assert (status, error) == (0, "")
+    text = page.read_text()
+    for title in ("Some images", "What an encoder gets of them", "The same pixels", "Nearly the same", "One colour"):
+        assert f"<h2>{title}</h2>" in text
+    assert "&lt;script&gt;alert(1).jpg" in text
+    assert text.count("<script") == 2
+    assert "<img src=x>" not in text
+    command = next(line.strip() for line in said.splitlines() if "sslvit pretrain" in line)
+    assert html.escape(command) in text
+    assert "out=" not in command
+    (tmp_path / "mine.html").write_text("<p>mine")
+    assert "is no report of sslvit" in fails("data", folder, *TINY, f"out={tmp_path / 'mine.html'}")
+
+
+def test_outliers_are_named_with_what_makes_them_so(folder):
+    Image.open(folder / "000.png").resize((20, 400)).save(folder / "odd.png")
+    source, stats, _ = data_report.look(config.load([str(folder), "image_size=32"]), data_report.Config())
+    (index, why), *_ = data_page.outliers(stats)
+    assert source.name(index).endswith("odd.png")
+    assert why == "narrow: width to height 0.05, usually 0.83"
