@@ -1,6 +1,21 @@
 """What an encoder has learned, block by block: a table, and one page that needs nothing else.
 
-TEXT
+Parts of the page, each with a sentence that says how to read it and what a healthy encoder shows:
+
+k-NN         which block has the best features: each image is classified by its 20 nearest among all the others (DINO,
+             section 4.1), if the images have labels
+rank         effective rank and singular values of the features of each block, minus their mean (RankMe, arXiv
+             2210.02885)
+attention    mean distance and entropy of each head (Dosovitskiy et al., ICLR 2021, figure 7), and rollout (Abnar and
+             Zuidema, arXiv 2005.00928), on 256 images
+norms        of the patch tokens of each block: artefact tokens, and whether registers are wanted (Darcet et al., arXiv
+             2309.16588)
+CKA          similarity of blocks, and with other= of two encoders (Nguyen et al., arXiv 2010.15327)
+filters      principal components of the patch embedding, and similarity of the positions (Dosovitskiy et al., figure 7)
+
+Features are pooled as pool= says and taken after the final norm; blocks count from 0. Memory does not grow with the
+number of images. k-NN takes 5,000 of them at most. Of a model that is no plain ViT the stages are shown, and a sentence
+says what is left out. The numbers are also written to <run>/eval/inspect.json.
 
 collect.py measures an encoder with measures.py, page.py draws with drawing.py. May import report, evaluation, data and
 what is below.
@@ -83,7 +98,7 @@ def _look(config: Config, loaded: Sequence[Frozen]) -> Result:
     if sources and found[0].images < len(sources[0]):
         left_out.append(f"{len(sources[0]) - found[0].images} of {len(sources[0])} images cannot be read.")
     rows, names, titles = _samples(loaded[0], found, sources)
-    left_out += [sentence for one in found for sentence in one.left_out]
+    left_out += dict.fromkeys(sentence for one in found for sentence in one.left_out)
     return Result(found, across, spec, rows, names, titles, left_out)
 
 
@@ -150,10 +165,14 @@ def _numbers(result: Result) -> dict[str, Any]:
     """JSON values."""
     numbers: dict[str, Any] = {"encoders": []}
     for one in result.found:
-        numbers["encoders"].append({
-            "run": one.name, "features": one.what, "images": one.images, "summary": sentences(one),
-            f"{one.unit}s": [dict(zip(header(one), row, strict=True)) for row in rows_of(one)],
-        })  # fmt: skip
-    if result.across is not None:
-        numbers["cka"] = [[round(value, 4) for value in row] for row in result.across.nan_to_num().tolist()]
-    return numbers
+        rows = [dict(zip(header(one), row, strict=True)) for row in rows_of(one)]
+        record = {"run": one.name, "features": one.what, "images": one.images, "in_short": sentences(one)}
+        numbers["encoders"].append(
+            {**record, f"{one.unit}s": rows, "cka": _rounded(one.cka), "heads": _rounded(one.heads)}
+        )
+    return numbers | {"cka": _rounded(result.across)}
+
+
+def _rounded(values: Tensor | None) -> Any:
+    """Lists of JSON numbers; None where nothing was measured."""
+    return None if values is None else values.nan_to_num().mul(1e4).round().div(1e4).tolist()

@@ -198,3 +198,5 @@ class Meter:
             found.knn_images, found.chance = len(here), 100 * here.bincount().max().item() / len(here)
             blocks = zip(*self.bank, strict=True)
             found.knn = [measures.knn(torch.cat(features)[known], here, classes) for features in blocks]
+        else:
+            found.left_out.append(f"k-NN by block needs more than {2 * measures.K} labelled images of several classes.")

@@ -47,7 +47,7 @@ class Chart:
     def svg(self) -> Html:
         inside = [_svg(kind, **shape) for kind, shape in self.shapes]
         return el("svg", inside, viewBox=f"0 0 {self.width} {self.height}", role="img", aria_label=self.about,
-                  font_size=TEXT)  # fmt: skip
+                  font_size=TEXT, style=f"width:{self.width}px")  # fmt: skip
 
     def image(self) -> Image.Image:
         sheet = Image.new("RGB", (SCALE * self.width, SCALE * self.height), pictures.PAPER)
