@@ -52,6 +52,11 @@ def case_of(name: str, dry: bool) -> benchmark.Case:
     return TINY[case.method] if dry else case
 
 
+def products(dry: bool) -> tuple[int, ...]:
+    """Sizes of the matrix products whose rate is measured; none: those of the benchmark."""
+    return (64,) if dry else ()
+
+
 def finished(on: torch.device) -> None:
     if on.type == "cuda":
         torch.cuda.synchronize(on)
@@ -91,7 +96,8 @@ def machine(setting: Setting, note: Note) -> None:
             with contextlib.suppress(Exception):  # one that cannot be found keeps nothing else from being measured
                 note({"what": what, "value": find()})
     for dtype in (torch.bfloat16, torch.float32):
-        note({"what": f"matrix products, {dtype}, TFLOP/s", "value": bench.matmul_rate(on, dtype) / 1e12})
+        rate = bench.matmul_rate(on, dtype, products(setting.dry))
+        note({"what": f"matrix products, {dtype}, TFLOP/s", "value": rate / 1e12})
 
 
 def golden(setting: Setting, note: Note) -> None:
@@ -139,7 +145,7 @@ def gpu_tests(setting: Setting, note: Note) -> None:
 def steps(setting: Setting, note: Note, name: str) -> None:
     """The step beside the plain implementation's. A variant that fails has a row that says so; the others go on."""
     case, on = case_of(name, setting.dry), device()
-    rate = bench.matmul_rate(on, torch.bfloat16)
+    rate = bench.matmul_rate(on, torch.bfloat16, products(setting.dry))
     batches = [benchmark.batch(case, i, on) for i in range(2)]
     seconds = 0.0 if setting.dry else min(3.0, setting.seconds / 20)
     found: dict[str, dict[str, Any]] = {}  # what was measured of the variants so far
@@ -249,7 +255,7 @@ def end_to_end(setting: Setting, note: Note, name: str, photos: Path, on: torch.
     config.data = dataclasses.replace(config.data, train=f"[{','.join([str(photos)] * folders)}]", cache=False)
     config.data.workers = 0 if setting.dry else None
     with contextlib.redirect_stdout(io.StringIO()):
-        loop = bench.bench(config, bench.Config(seconds=seconds))
+        loop = bench.bench(config, bench.Config(seconds=seconds), products(setting.dry))
     step, batch = benchmark.variants(case, 0.1, ["sslvit bf16"])["sslvit bf16"], benchmark.batch(case, 0, on)
     synthetic = seconds_of(lambda: step(batch, 0), on, seconds) / case.batch_size
     share = synthetic / loop.loop

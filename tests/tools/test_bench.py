@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from sslvit import config, data
+from sslvit.__main__ import main
 from sslvit.tools import bench
 from tests.conftest import METHODS, words
-from tests.processes import launch
+from tests.processes import begin, environments, finish
+
+PRODUCTS = (64,)  # their rate at the usual sizes takes two seconds
 
 
 @pytest.fixture(scope="module")
 def report(images):
     run = config.load([str(images), *words("mae", "precision=float32", "workers=0", "batch_size=4")])
-    return bench.bench(run, bench.Config(seconds=0.05)), run
+    return bench.bench(run, bench.Config(seconds=0.05), PRODUCTS), run
 
 
 def test_the_operations_of_a_step_are_those_of_the_equations(report):
@@ -60,10 +63,18 @@ def test_the_advice_follows_from_the_measurements(report, changes, expected):
     )
 
 
+def with_small_products(argv: list[str]) -> int:
+    measure = bench.matmul_rate
+    bench.matmul_rate = lambda device, dtype, sizes: measure(device, dtype, PRODUCTS)
+    return main(argv)
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_two_processes_measure_together_and_leave_nothing_behind(method, images, tmp_path):
     own = ["seconds=0.05", f"report={tmp_path / 'report.json'}"]
-    text = launch(["bench", str(images), *words(method, f"out={tmp_path / 'run'}"), *own], tmp_path / "log", 2)
+    command, log = ["bench", str(images), *words(method, f"out={tmp_path / 'run'}"), *own], tmp_path / "log"
+    both = [begin(with_small_products, command, output=log, environment=one) for one in environments(2)]
+    text = [finish(process, log) for process in both][-1]
     assert json.loads((tmp_path / "report.json").read_text())["processes"] == 2
     assert "2 processes" in text
     assert text.count("the whole run") == 1
@@ -96,7 +107,7 @@ def test_a_model_without_blocks_is_not_compiled_and_nothing_is_written(fails, im
 
 def test_images_on_the_device_are_cut_there_without_loader_processes(images):
     run = config.load([str(images), *words("mae", "batch_size=4", "data.cache=device")])
-    found = bench.bench(run, bench.Config(seconds=0.05))
+    found = bench.bench(run, bench.Config(seconds=0.05), PRODUCTS)
     assert found.on_device
     assert found.workers == 0
     assert re.search(r"cut the crops, on the device +[0-9,]+ +[0-9.]+", "\n".join(bench.lines(found, run)))
@@ -113,7 +124,7 @@ def test_images_that_stay_in_memory_are_decoded_in_the_first_epoch_only(images, 
     opened = data.open_source
     monkeypatch.setattr(data, "open_source", lambda *words: Slow(opened(*words)))
     run = config.load([str(images), *words("mae", "precision=float32", "workers=0", "cache=ram", "epochs=10")])
-    report = bench.bench(run, bench.Config(seconds=0.05))
+    report = bench.bench(run, bench.Config(seconds=0.05), PRODUCTS)
     assert report.first > report.loop + 0.008  # of three steps one is of the second epoch
     assert (report.epoch, report.images) == (32, 320)
     assert report.whole == pytest.approx(32 * report.first + 288 * report.loop)
