@@ -112,7 +112,7 @@ def quick_python():
     interpreter = Interpreter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exported, "sys", interpreter)
-        yield
+        yield interpreter
     interpreter.close()
 
 

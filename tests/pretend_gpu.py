@@ -7,6 +7,7 @@ device with torch for the life of the process, so it has one of its own:
     python -m tests.pretend_gpu commands.json     [[words of `sslvit ...`], ...]; prints a JSON line for each
 """
 
+import gc
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -166,6 +167,7 @@ def present() -> Iterator[None]:
 if __name__ == "__main__":
     with open(sys.argv[1]) as file:
         commands = json.load(file)
+    gc.freeze()  # as in conftest.py
     with present():
         for words in commands:
             waits.clear()

@@ -20,7 +20,10 @@ from sslvit.__main__ import main
 from sslvit.checkpoints import state
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sslvit.__main__", "sslvit.pretraining", "sslvit.evaluation.knn", "tests.processes"])
+METHODS = [f"sslvit.objectives.{name}" for name in ("dino", "distill", "mae")]
+CONTEXT.set_forkserver_preload(
+    ["sslvit.__main__", "sslvit.settings", "sslvit.pretraining", "sslvit.evaluation.knn", "faiss", *METHODS, __name__]
+)
 
 
 def _child(work: Callable[..., int | None], arguments: tuple, output: str, environment: dict[str, str]) -> None:

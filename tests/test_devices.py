@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ pytestmark = pytest.mark.skipif(
     reason="this torch registers no devices that are written in Python",
 )
 STEPS = 5
+PRETEND = "import runpy; runpy.run_module('tests.pretend_gpu', run_name='__main__', alter_sys=True)"
 RUNS = {
     "mae": ["mae", "koleo_weight=0.05"],
     "dino": ["dino", "koleo_weight=0.1", "student_keep=0.5", "drop_path=0.1"],
@@ -60,14 +60,15 @@ def without_times(record: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def there(images, labelled, colour_run, tmp_path_factory):
-    """{name: (status, waits, where its output lies)} of all commands on the pretend device, in one process."""
+def there(images, labelled, colour_run, quick_python, tmp_path_factory):
+    """{name: (status, waits, where its output lies)} of all commands on the pretend device, in one process: forked from
+    one that has imported torch and not sslvit."""
     folder = tmp_path_factory.mktemp("device")
     commands = {name: pretraining(name, images, labelled, folder / name) for name in RUNS}
     commands |= {name: evaluation(name, colour_run, labelled, folder / f"{name}.json") for name in EVALUATIONS}
     (folder / "commands.json").write_text(json.dumps(list(commands.values())))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.pretend_gpu", str(folder / "commands.json")],
+        [quick_python.executable, "-c", PRETEND, str(folder / "commands.json")],
         capture_output=True, text=True, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"status"')]
