@@ -24,7 +24,7 @@ class Positions:
     grid: tuple[int, int]
     near: float
     far: float
-    fixed: bool  # sine and cosine, never trained
+    fixed: bool  # sines and cosines, not trained
 
 
 @dataclass

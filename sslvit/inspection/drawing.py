@@ -15,7 +15,7 @@ from ..report.shell import Html, el
 
 # On paper. A page has these names too, with other colours in the dark.
 COLOURS = {"c0": "#0072b2", "c1": "#d55e00", "ink": "#1d2530", "soft": "#5b6676", "line": "#d8dde4"}
-SCALE = 2  # pixels of a picture for one of a chart
+SCALE = 3  # drawn so much larger for a picture, and reduced: smooth lines
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 28, 38
 TEXT = 12
@@ -54,7 +54,7 @@ class Chart:
         draw = ImageDraw.Draw(sheet)
         for kind, shape in self.shapes:
             _paint(draw, kind, **shape)
-        return sheet
+        return sheet.resize((self.width, self.height), Image.Resampling.LANCZOS)
 
 
 def _svg(kind: str, colour: str, title: str = "", **s: Any) -> Html:
@@ -80,7 +80,7 @@ def _paint(draw: ImageDraw.ImageDraw, kind: str, colour: str, title: str = "", *
                       max(1, round(SCALE * s["width"])))  # fmt: skip
     elif kind == "dot":
         box = [SCALE * (v + d) for d in (-3.5, 3.5) for v in (s["x"], s["y"])]
-        draw.ellipse(box, None if s["hollow"] else paint, paint, 3)
+        draw.ellipse(box, None if s["hollow"] else paint, paint, 4)
     elif kind == "cell":
         box = [SCALE * v for v in (s["x"], s["y"], s["x"] + s["w"], s["y"] + s["h"])]
         draw.rectangle([round(v) for v in box], paint)

@@ -14,12 +14,12 @@ from ..report.pictures import Grid, encoded
 from ..report.shell import Html, document, el, picture_table, prose, section, table
 from . import measures
 from .collect import Findings
-from .drawing import SCALE, Chart, Series, cells, chart, hex_of, mosaic
+from .drawing import Chart, Series, cells, chart, hex_of, mosaic
 
 # How to read each part, and what is healthy: MAE, DINO and untrained are those of eval/README.md, on CIFAR-10.
 KNN = (
     "Each image is classified by the 20 images whose features are nearest, for each block by itself. In a healthy "
-    "encoder later blocks are better than the first. If the last falls back, as in MAE (41.3 % in block 10, 39.8 % in "
+    "encoder later blocks are better than the first. If the last falls back, as in MAE (41.2 % in block 10, 39.8 % in "
     "block 11), its features serve the loss more than you. An untrained encoder is flat (28 to 30 %)."
 )
 RANK = (
@@ -33,7 +33,7 @@ SPECTRA = (
 DISTANCE = (
     "How far from a patch those lie that it attends to, and over how many it spreads its attention: 6 bits of entropy "
     "are 64 patches. In a healthy encoder heads differ, and some are far below the line of even attention in one of "
-    "the two: MAE looks near (0.8 to 4.7 patches), DINO narrowly (1.8 to 5.5 bits). Untrained heads all lie on both "
+    "the two: MAE looks near (0.8 to 4.4 patches), DINO narrowly (1.7 to 5.4 bits). Untrained heads all lie on both "
     "lines."
 )
 ROLLOUT = (
@@ -49,7 +49,7 @@ NORMS = (
 )
 CKA = (
     "1 (yellow): the two blocks have the same features, rotated and scaled at most; 0: unrelated ones. In a healthy "
-    "encoder similarity falls as blocks lie farther apart: the first and the last have 0.40 in MAE, 0.49 in DINO. "
+    "encoder similarity falls as blocks lie farther apart: the first and the last have 0.39 in MAE, 0.43 in DINO. "
     "Untrained, all have 0.99: no block changes anything. Two encoders alike in a block have learned similar "
     "features."
 )
@@ -65,7 +65,7 @@ POSITIONS = (
 )
 MOST_FILTERS, ACROSS, FILTER_SIDE = 28, 7, 44  # as many as in the ViT paper
 MOST_MAPS, MAP_SIDE = 7, 48  # maps of positions along a side of the grid
-WRAP = 100  # letters of a line of text in a picture
+WRAP = 140  # letters of a line of text in a picture, or half as many beside another one
 LEAST_SHARE = 0.005  # of artefacts: above it registers are wanted (DINOv2's ViT-g has 0.024)
 COLOURS = ("c0", "c1")
 
@@ -143,7 +143,7 @@ def sentences(one: Findings) -> list[str]:
         )
     if one.positions:
         p = one.positions
-        fixed = " They are fixed sines and cosines, which are not trained." if p.fixed else ""
+        fixed = " They are the sines and cosines of the start, which no training has changed." if p.fixed else ""
         said.append(f"Positions: cosine {p.near:.2f} between neighbours, {p.far:.2f} half the image apart.{fixed}")
     return said
 
@@ -352,39 +352,40 @@ def _left_out(left_out: Sequence[str]) -> Html | None:
 
 
 def png(result: Result) -> Image.Image:
-    """The pictures of the page, one below the other, each with its help."""
-    sheets = [_words(f"Inspection of {' and '.join(one.name for one in result.found)}", 2)]
+    """The pictures of the page with their help, two in a row where they are narrow."""
+    sheets = [_words(f"Inspection of {' and '.join(one.name for one in result.found)}", WRAP, title=True)]
     for one, label in zip(result.found, result.labels, strict=True):
-        sheets += [_words(_of(label, sentence).replace("`", ""), 1) for sentence in sentences(one)]
+        sheets += [_words(_of(label, sentence), WRAP) for sentence in sentences(one)]
+    narrow = False
     for part in parts(result):
-        sheets += [_words(part.title, 2), _words(part.help.replace("`", ""), 1)]
-        images = [(one.image(), one.about) for one in part.charts]
-        images += [(one.resize((SCALE * one.width, SCALE * one.height), Image.Resampling.NEAREST), below)
-                   for one, below in part.images]  # fmt: skip
-        if images:
-            sheets.append(_beside([pictures.stacked([one, _words(below, 1)]) for one, below in images]))
+        wide = len(part.charts) + len(part.images) > 1 or bool(part.rows)
+        letters = WRAP if wide else WRAP // 2
+        stack = [_words(part.title, letters, title=True), _words(part.help, letters)]
+        shown = [(one.image(), one.about) for one in part.charts] + part.images
+        if shown:
+            stack.append(_beside([pictures.stacked([one, _words(below, WRAP // 2)]) for one, below in shown]))
         if part.rows:
-            sheets.append(pictures.montage(part.rows, part.row_names, part.titles))
-    return pictures.stacked(sheets, gap=16)
+            stack.append(pictures.montage([list(row) for row in zip(*part.rows, strict=True)], part.titles))
+        sheet = pictures.stacked(stack)
+        sheets.append(_beside([sheets.pop(), sheet]) if narrow and not wide else sheet)
+        narrow = not wide and not narrow
+    return pictures.stacked(sheets, gap=12)
 
 
-def _words(text: str, size: int) -> Image.Image:
-    """Black on white, in lines; size: 1 for text, 2 for a title."""
-    lines = textwrap.wrap(pictures.drawable(text), WRAP // size) or [""]
-    letters, height = 13 * size, 18 * size
-    width = max(pictures.text_width(line, letters) for line in lines)
+def _words(text: str, letters: int, title: bool = False) -> Image.Image:
+    """Black on white, in lines of so many letters; a title in half as many larger ones."""
+    lines = textwrap.wrap(pictures.drawable(text.replace("`", "")), letters // (1 + title)) or [""]
+    size, height = (20, 30) if title else (13, 18)
+    width = max(pictures.text_width(line, size) for line in lines)
     sheet = Image.new("RGB", (width + 8, height * len(lines) + 4), pictures.PAPER)
     for n, line in enumerate(lines):
-        ImageDraw.Draw(sheet).text((4, n * height), line, pictures.INK, pictures.font_for(line, letters))
+        ImageDraw.Draw(sheet).text((4, n * height), line, pictures.INK, pictures.font_for(line, size))
     return sheet
 
 
-def _beside(images: Sequence[Image.Image], gap: int = 24) -> Image.Image:
-    whole = Image.new(
-        "RGB", (sum(one.width + gap for one in images), max(one.height for one in images)), pictures.PAPER
-    )
-    left = 0
-    for one in images:
-        whole.paste(one, (left, 0))
-        left += one.width + gap
+def _beside(images: Sequence[Image.Image], gap: int = 28) -> Image.Image:
+    height, width = (max(one.size[axis] for one in images) for axis in (1, 0))
+    whole = Image.new("RGB", (len(images) * (width + gap), height), pictures.PAPER)
+    for n, one in enumerate(images):
+        whole.paste(one, (n * (width + gap), 0))
     return whole

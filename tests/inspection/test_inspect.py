@@ -105,7 +105,7 @@ def test_the_page_and_the_record_of_a_run(cli, colour_run, labelled, tmp_path):
     assert [row["block"] for row in one["blocks"]] == ["0", "1"]
     assert one["blocks"][1]["CKA to last"] == "1.00"
     assert one["blocks"][1]["k-NN %"] in said
-    assert "They are fixed sines and cosines" in said
+    assert "They are the sines and cosines of the start" in said
     status, said, _ = cli(*words)
     assert status == 0, "its own page is replaced"
     assert "each block, 36 images" in said, "those that it was trained on"
@@ -183,6 +183,6 @@ def test_charts_show_what_is_finite_with_round_numbers_beside():
     assert [drawing._ticks(0, top) for top in (1, 7.3)] == [[0, 0.2, 0.4, 0.6, 0.8, 1], [0, 2, 4, 6]]
     assert drawing._powers(-2.5, 0.2) == [0.01, 0.1, 1]
     image = chart.image()
-    assert image.size == (2 * chart.width, 2 * chart.height)
+    assert image.size == (chart.width, chart.height)
     parts = drawing._dashes([(0, 0), (8, 0), (8, 20)])
     assert sum(abs(u - x) + abs(v - y) for (x, y), (u, v) in parts) == pytest.approx(18), "6 of each 10"
