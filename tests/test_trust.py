@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from sslvit import arguments, config, pretrained
+from sslvit import arguments, config, pretrained, report
 from sslvit.errors import UserError
 from sslvit.export import timm_folder
 from sslvit.model import factory
@@ -302,3 +302,15 @@ def test_files_of_settings_have_a_limit_of_size(fails, exported, tmp_path):
 def test_a_mean_that_is_no_list_of_numbers_is_a_sentence(exported, mean):
     change_json(exported, cfg={"mean": mean})
     refused(str(exported))
+
+
+def test_images_that_the_run_of_somebody_else_names_are_not_shown(run, images, tmp_path):
+    """A page that is mailed back would tell what lies on this machine."""
+    out = tmp_path / "report.html"
+    report.report([str(run)], report.Config(out=str(out)))
+    text = out.read_text()
+    assert "<img" not in text
+    assert "may be somebody else&#x27;s" in text
+    assert "000.png" not in text
+    report.report([str(run)], report.Config(out=str(out), data=str(images)))
+    assert out.read_text().count("<img") > 50

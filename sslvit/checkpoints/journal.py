@@ -42,10 +42,20 @@ def sync(run_dir: Path) -> None:
 
 def add_start(run_dir: Path, start: dict[str, Any]) -> bytes:
     """Write the line of a start to starts.jsonl, and return it. Raises OSError."""
-    path, line = run_dir / STARTS, json.dumps(start).encode() + b"\n"
+    # The number of the folder on this disk, which a copy does not have: a report shows images of this machine only for
+    # runs that were made here.
+    path, line = run_dir / STARTS, json.dumps(start | {"folder": run_dir.stat().st_ino}).encode() + b"\n"
     before = _start_lines(run_dir) if path.exists() else b""
     textfile.write(path, before + (b"" if before.endswith(b"\n") or not before else b"\n") + line)
     return line
+
+
+def made_here(run_dir: Path) -> bool:
+    """Whether a run has made this very folder. A copy has another number, which nobody elsewhere could know."""
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        number, lines = run_dir.stat().st_ino, _start_lines(run_dir).splitlines()
+        return any(json.loads(line)["folder"] == number for line in lines if b'"folder"' in line)
+    return False
 
 
 def run_id(run_dir: Path) -> str | None:

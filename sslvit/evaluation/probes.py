@@ -176,8 +176,9 @@ def report(config: Any, classes: list[str], predictions: Tensor, labels: Tensor,
     say(f"by class from {by_class[worst]:.1f} % ({worst}) to {by_class[best]:.1f} % ({best})")
     if config.picture:
         confusion.picture(matrix, classes, config.picture)
+    few = {"confusion": matrix.tolist()} if len(classes) <= confusion.NUMBERED else {}
     return {
-        "top1": round(top1, 4), "top1_interval": (low, high), "by_class": by_class,
+        "top1": round(top1, 4), "top1_interval": (low, high), "by_class": by_class, **few,
         "mean_by_class": round(sum(by_class.values()) / len(by_class), 4), "right": records.pack_bits(right),
     }  # fmt: skip
 

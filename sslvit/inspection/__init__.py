@@ -114,7 +114,7 @@ def _own_images(frozen: Frozen) -> str:
     where = pretrained.root_of(results) / "config.yaml" if results else None
     if where is None or not where.is_file():
         raise UserError("give data=<folder>, since an encoder of this kind does not say on what it was trained.")
-    return local(flatten(read_yaml(where)))
+    return local(where.parent, flatten(read_yaml(where)))
 
 
 def _measure(

@@ -17,6 +17,11 @@ CURVES = {
         "k-NN accuracy, %",
         "Of labelled images that it never trained on. It should rise above its first value.",
     ),
+    "score/unlabelled": (
+        "Score without labels, %",
+        "Whether an image is found by another view of it, times the rank. It tells ruin; differences of a point are "
+        "noise.",
+    ),
     "rankme": (
         "Effective rank of the features",
         "Higher is richer. Near 1, all images have the same feature: a collapse.",

@@ -19,6 +19,7 @@ from ..checkpoints.state import steps_saved
 from ..errors import UserError, printable
 from ..evaluation import commands
 from ..evaluation.compare import cells_of
+from ..evaluation.confusion import NUMBERED
 from ..metrics import METRICS, SKIPPED
 from . import curves
 from .curves import Curves, lines_of, open_regular
@@ -43,6 +44,7 @@ class Result:
     images: int | None  # that it was measured on
     test: str
     by_class: dict[str, float]
+    confusion: list[list[int]] = field(default_factory=list)  # images of a class (row) that were said to be another
 
 
 @dataclass
@@ -225,6 +227,7 @@ def _results(facts: Facts, folder: Path, subject: str) -> list[Result]:
                             test.get("images") if isinstance(test.get("images"), int) else None,
                             printable(str(test.get("data", record.get("data", "")))[:200]),
                             {printable(str(key)[:80]): float(value) for key, value in list(classes.items())[:1000]},
+                            _matrix(row.get("confusion")),
                         )
                     )
             except FileNotFoundError:
@@ -236,6 +239,13 @@ def _results(facts: Facts, folder: Path, subject: str) -> list[Result]:
                 if sentence not in facts.missing:
                     facts.missing.append(sentence)
     return found
+
+
+def _matrix(value: Any) -> list[list[int]]:
+    """A square of numbers, or nothing."""
+    if not isinstance(value, list) or not 0 < len(value) <= NUMBERED or any(len(row) != len(value) for row in value):
+        return []
+    return [[int(number) for number in row] for row in value]
 
 
 def _interval(value: Any) -> tuple[float, float] | None:

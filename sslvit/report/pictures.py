@@ -2,6 +2,7 @@
 one that fails or comes too late leaves a sentence behind."""
 
 import base64
+import importlib.util
 import io
 import math
 import time
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .. import data, objectives, pretrained, rng
 from ..checkpoints import state
+from ..checkpoints.journal import made_here
 from ..data import Source, open_source, split_part
 from ..data.augment import Normalize
 from ..errors import UserError, printable
@@ -36,6 +38,7 @@ SIDE, TILE = 112, 40  # pixels of an image, and of one on the map
 MOST_HEADS, MOST_STEPS = 12, 4
 NEAREST, CLUSTERS, MEMBERS = 6, 8, 6
 BATCH = 64
+UMAP_TAKES = 30.0  # seconds, most of them to compile it
 LARGEST_SETTING = 2**22  # a million local crops would take all memory
 VALUES_READ, VALUES_RUN = 2**28, 2**25  # of the images of a map that are held in memory, and run at once
 
@@ -51,7 +54,7 @@ class Map:
     labels: list[int]  # -1: none
     classes: list[str]
     clusters: list[int]
-    explained: float  # share of the variance that two directions have
+    explained: float | None  # share of the variance that two directions have; None: by UMAP
     neighbours: list[tuple[int, list[tuple[int, float]]]]  # of some images: (number, similarity) of the nearest
     agreement: dict[str, float]  # share of images whose nearest neighbour has their label: encoder, pixels, chance
     groups: list[tuple[int, list[int], list[int], str]]  # size, typical images, strangest images, most frequent label
@@ -110,7 +113,7 @@ def make(facts: Facts, seconds: float, spec: str = "") -> Pictures:
         config = pretrained.settings_of(facts.path)
         if max(filter(lambda one: isinstance(one, int), vars(config.objective).values()), default=0) > LARGEST_SETTING:
             raise UserError("the settings of the objective have a number that is too large.")
-        found.spec = spec or local(facts.settings)
+        found.spec = spec or local(facts.path, facts.settings)
         source = open_source(found.spec, config.data)
         chosen = readable(source, config.seed, GALLERY)
         if not chosen:
@@ -133,13 +136,21 @@ def make(facts: Facts, seconds: float, spec: str = "") -> Pictures:
     return found
 
 
-def local(settings: dict[str, Any]) -> str:
-    """data.train of a run. Raises UserError for what would be fetched from a network, if only a file names it."""
+def local(run_dir: Path, settings: dict[str, Any]) -> str:
+    """data.train of a run. Raises UserError if only a file names it: for what would be fetched from a network, and for
+    images of this machine, if the run may be somebody else's. Its report could go back to whom it came from."""
     named = str(settings.get("data.train") or "")
     place = split_part(named)[0]
-    if named.startswith("fractals") or (place and Path(place).expanduser().exists()):
+    if named.startswith("fractals"):
         return named
-    raise UserError(f"data.train={named} is no file or folder here: give data=<images>.")
+    if not (place and Path(place).expanduser().exists()):
+        raise UserError(f"data.train={named} is no file or folder here: give data=<images>.")
+    if not made_here(run_dir):
+        raise UserError(
+            f"{run_dir} is a copy, or made by an older version, so the run may be somebody else's. Images of this "
+            "machine that such a run names are shown only if you name them too: give data=<images>."
+        )
+    return named
 
 
 def _name(source: Source, index: int) -> str:
@@ -368,7 +379,7 @@ def _map(facts: Facts, source: Source, seed: int, clock: Clock) -> Map:
     sheet = Image.new("RGB", (across * TILE, math.ceil(count / across) * TILE), drawing.PAPER)
     for n, image in enumerate(images):
         sheet.paste(drawing.thumbnail(image, TILE), (n % across * TILE, n // across * TILE))
-    points, explained = plane(unit)
+    points, explained = _layout(unit, clock)
     return Map(
         encoded(sheet),
         across,
@@ -393,6 +404,21 @@ def _others(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return similarity.gather(1, rest), rows.gather(1, rest)
 
 
+def _layout(x: Tensor, clock: Clock) -> tuple[list[tuple[float, float]], float | None]:
+    """By UMAP where it is installed and there is time for it, else by `plane`."""
+    if importlib.util.find_spec("umap") is None or clock.end - time.monotonic() < UMAP_TAKES:
+        return plane(x)
+    umap = importlib.import_module("umap")
+    y = torch.from_numpy(umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(x.numpy())).double()
+    return _in_square(y), None
+
+
+def _in_square(y: Tensor) -> list[tuple[float, float]]:
+    """[N, 2] -> coordinates in [0, 1]."""
+    low, high = y.min(dim=0).values, y.max(dim=0).values
+    return [(round(a, 4), round(b, 4)) for a, b in ((y - low) / (high - low).clamp(min=1e-12)).tolist()]
+
+
 def plane(x: Tensor) -> tuple[list[tuple[float, float]], float]:
     """[N, D] -> coordinates in [0, 1] along the two directions in which the rows differ most, and their share of the
     variance."""
@@ -400,7 +426,5 @@ def plane(x: Tensor) -> tuple[list[tuple[float, float]], float]:
     u, s, _ = torch.linalg.svd(x, full_matrices=False)
     y = u[:, :2] * s[:2]
     y = y * y.gather(0, y.abs().argmax(dim=0, keepdim=True)).sign()
-    low, high = y.min(dim=0).values, y.max(dim=0).values
-    y = (y - low) / (high - low).clamp(min=1e-12)
     share = float(s[:2].square().sum() / s.square().sum().clamp(min=1e-30))
-    return [(round(a, 4), round(b, 4)) for a, b in y.tolist()], share
+    return _in_square(y), share

@@ -123,8 +123,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], sortable: bool =
             "table",
             el("thead", el("tr", heads)),
             el("tbody", body),
-            class_="sortable" if sortable else None,
-            **attributes,
+            **{"class_": "sortable" if sortable else None} | attributes,
         ),
         class_="scroll",
     )

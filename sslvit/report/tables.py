@@ -1,14 +1,17 @@
 """The tables of a page: all runs together, and the results, the cost, broken files and settings of one."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from ..errors import printable
 from ..metrics import format_bytes
 from ..progress import duration
-from .facts import Facts, differing, usual_result
+from .facts import Facts, Result, differing, usual_result
 from .shell import Html, el, section, share_bar, table
 
+UNTRAINED, FROZEN = "untrained", "frozen start (model.init)"
 MARKS = {
     "learned": "✓",
     "learning": "→",
@@ -76,9 +79,9 @@ def _number(value: float | None, form: str = ".4g") -> str:
 
 
 def results(one: Facts) -> Html | None:
-    if not one.results:
+    rows = _on_the_way(one)
+    if not one.results and not rows:
         return None
-    rows = []
     for r in one.results:
         interval = "" if r.interval is None else f"{r.interval[0]:.1f} to {r.interval[1]:.1f}"
         bar = share_bar(r.number) if r.unit == "%" else el("td")
@@ -109,9 +112,14 @@ def results(one: Facts) -> Html | None:
         for r in one.results
         if r.by_class
     ]
+    matrices = [
+        el("details", el("summary", f"{r.title}, {r.subject}: which class is taken for which"), _confusion(r))
+        for r in one.results
+        if r.confusion
+    ]
     baseline = (
         None
-        if any(r.subject == "untrained" for r in one.results)
+        if any(row[1] in (UNTRAINED, FROZEN) for row in rows)
         else el(
             "p",
             "To compare with: `sslvit knn run=untrained:<run>` measures the encoder before training, and "
@@ -129,8 +137,32 @@ def results(one: Facts) -> Html | None:
         ),
         table(["evaluation", "of", "result", "95 % interval", "", "test images", "from"], rows),
         classes,
+        matrices,
         baseline,
     )
+
+
+def _on_the_way(one: Facts) -> list[list[Any]]:
+    """k-NN that the run itself measured: before the first step, and at the end."""
+    steps, values = one.curves.get("knn/top1")
+    if not len(steps) or not np.isfinite(values[[0, -1]]).all():
+        return []
+    test = printable(str(one.settings.get("eval.test") or "")[:200])
+    start = FROZEN if one.settings.get("model.init") else UNTRAINED
+    ends = [(start, values[0])] * bool(steps[0] == 0) + [(f"this run, step {steps[-1]:,.0f}", values[-1])]
+    return [["k-NN, by the run", of, f"{value:.2f} %", "", share_bar(float(value)), "", test] for of, value in ends]
+
+
+def _confusion(result: Result) -> Html:
+    """Rows: what the images are. The share of a row is in the depth of its blue, and in numbers."""
+    names = list(result.by_class) if len(result.by_class) == len(result.confusion) else []
+    names = names or [str(c) for c in range(len(result.confusion))]
+    rows = []
+    for name, counts in zip(names, result.confusion, strict=True):
+        whole = max(1, sum(counts))
+        cells = [el("td", f"{n:,}" if n else "·", style=f"--share:{100 * n / whole:.0f}%") for n in counts]
+        rows.append([el("td", name), *cells])
+    return table(["images of", *(f"as {name}" for name in names)], rows, class_="matrix")
 
 
 def cost(one: Facts) -> Html | None:

@@ -108,6 +108,10 @@ def test_the_page_and_the_record_of_a_run(cli, colour_run, labelled, tmp_path):
     assert "They are the sines and cosines of the start" in said
     status, said, _ = cli(*words)
     assert status == 0, "its own page is replaced"
+    assert "may be somebody else's" in said, "images that only a copied folder names are not shown"
+    with (run / "starts.jsonl").open("a") as file:
+        file.write(json.dumps({"folder": run.stat().st_ino}) + "\n")
+    _, said, _ = cli(*words)
     assert "each block, 36 images" in said, "those that it was trained on"
 
 

@@ -50,6 +50,7 @@ def whole(colour_run, tmp_path_factory):
     """The report with pictures of a finished run, measured by k-NN."""
     out = tmp_path_factory.mktemp("report") / "whole.html"
     report.report([str(colour_run)], report.Config(out=str(out)))
+    assert out.stat().st_size < 5_000_000
     return out.read_text()
 
 
@@ -264,3 +265,30 @@ def test_the_alarm_of_a_method_makes_the_verdict(tmp_path):
     assert verdict.advice[0].startswith("Lower objective.teacher_temp")
     odd = write_run(tmp_path / "odd", lines(30, teacher_entropy=6.2), method="dino", objective={"prototypes": "many"})
     assert gather(odd).verdict.state == "stopped"
+
+
+def test_baselines_stand_beside_the_result(tmp_path):
+    first, *rest = lines(10)
+    knn = [json.dumps({"step": step, "knn/top1": value}) + "\n" for step, value in ((0, 31.25), (10, 44.5))]
+    for init, said in (("", "untrained"), ("timm:vit_tiny", "frozen start (model.init)")):
+        run = write_run(
+            tmp_path / f"run{len(init)}", [knn[0], first, *rest, knn[1]], model={"init": init}, eval={"test": "x"}
+        )
+        text = text_of(run)
+        assert f"<td>{said}</td><td>31.25 %</td>" in text
+        assert "<td>this run, step 10</td><td>44.50 %</td>" in text
+        assert "To compare with" not in text
+
+
+@pytest.mark.parametrize("odd", [[[1]], [[1, 2], [3]], [[1, 2], "ab"], [[1, "x"], [2, 3]], "matrix", [[[], 2], [3, 4]]])
+def test_a_confusion_is_a_table_and_a_damaged_one_is_none(odd, tmp_path):
+    run = write_run(tmp_path / "run", lines(5))
+    (run / "eval").mkdir()
+    result = {"top1": 80.0, "by_class": {"cat": 90.0, HOSTILE: 70.0}, "confusion": [[9, 1], [3, 7]]}
+    (run / "eval" / "linear.json").write_text(json.dumps({"results": result, "test": {"data": "x", "images": 20}}))
+    text = text_of(run)
+    assert '<td>cat</td><td style="--share:90%">9</td><td style="--share:10%">1</td>' in text
+    assert text.count("<script") == 2
+    result["confusion"] = odd
+    (run / "eval" / "linear.json").write_text(json.dumps({"results": result, "test": {"data": "x", "images": 20}}))
+    assert '<table class="matrix">' not in text_of(run) or odd == [[1]]
