@@ -17,7 +17,11 @@ def test_it_opens_without_complaint_and_fits(browser, cli, colour_run, labelled,
     assert look(browser, out, size) == ([], [])
     wait(browser, "[...document.images].every((one) => one.complete)")
     assert browser.execute_script("return [...document.images].filter((one) => !one.naturalWidth).length") == 0
-    assert browser.execute_script("return [...document.querySelectorAll('svg')].every((one) => one.clientHeight > 100)")
+    heights = browser.execute_script(
+        "return [...document.querySelectorAll('svg')].map((one) => one.getBoundingClientRect().height)"
+    )
+    assert len(heights) == 11
+    assert min(heights) > 60
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     values = "return [...document.querySelectorAll('tbody tr')].map((row) => row.cells[0].textContent).slice(-2)"
     before = browser.execute_script(values)

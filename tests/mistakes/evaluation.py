@@ -21,6 +21,9 @@ MODE = HERE + "test_features.py::test_features_are_those_of_evaluation_mode_and_
 STORED = PROTOCOLS + "test_losses_are_the_stored_ones"
 GOLDEN = "tests/test_golden_runs.py::test_a_run_gives_the_stored_numbers"
 
+MEASURES = "tests/inspection/test_measures.py::"
+INSPECT = "tests/inspection/test_inspect.py::"
+
 KNN = [
     Mistake(
         "a neighbour votes without the temperature",
@@ -742,4 +745,91 @@ EXPORT = [
     ),
 ]
 
-EVALUATION = KNN + FEATURES + PROBES + FINETUNING + OTHERS + EXPORT
+INSPECTION = [
+    Mistake(
+        "CKA counts the similarity of each image with itself",
+        "inspection/measures.py",
+        ".fill_diagonal_(0)",
+        "",
+        MEASURES + "test_cka_of_unrelated_features_is_0_for_any_width",
+    ),
+    Mistake(
+        "CKA is not corrected for what rows have in common",
+        "inspection/measures.py",
+        "- 2 / (n - 2) * rows",
+        "- 0 / (n - 2) * rows",
+        MEASURES + "test_cka_equals_the_slow_unbiased_estimate",
+    ),
+    Mistake(
+        "the mean of the features counts as a direction",
+        "inspection/measures.py",
+        "- self.count * mean.outer(mean)",
+        "- 0 * mean.outer(mean)",
+        MEASURES + "test_the_rank_of_three_equal_directions_is_3",
+    ),
+    Mistake(
+        "the mean filter counts as a difference of filters",
+        "inspection/measures.py",
+        "x = weight.detach().cpu().double().flatten(1)\n    x = x - x.mean(dim=0)",
+        "x = weight.detach().cpu().double().flatten(1)",
+        MEASURES + "test_filters_have_the_components_that_they_were_made_of",
+    ),
+    Mistake(
+        "artefacts are above three times the norm that few tokens have",
+        "inspection/measures.py",
+        "self.above(OUTLIER * self.quantile(0.5))",
+        "self.above(OUTLIER * self.quantile(0.95))",
+        MEASURES + "test_artefacts_are_tokens_above_three_times_the_median",
+    ),
+    Mistake(
+        "an image is its own neighbour in k-NN by block",
+        "inspection/measures.py",
+        "rest = own.int()",
+        "rest = (own & False).int()",
+        MEASURES + "test_knn_is_that_of_the_evaluation",
+    ),
+    Mistake(
+        "far patches are those of neighbouring columns too",
+        "inspection/measures.py",
+        "apart >= max(grid) / 2",
+        "apart >= min(grid) / 2",
+        MEASURES + "test_neighbours_are_a_patch_apart_and_far_ones_half_the_image",
+    ),
+    Mistake(
+        "images are inspected in the order of their classes",
+        "inspection/__init__.py",
+        'rng.permutation(rng.fold_in(config.seed, "inspect"), len(source))',
+        "torch.arange(len(source))",
+        INSPECT + "test_a_class_does_not_fill_a_batch",
+    ),
+    Mistake(
+        "attention is a mean over batches",
+        "inspection/collect.py",
+        "self.sums + len(part) * ",
+        "self.sums + ",
+        INSPECT + "test_attention_is_the_mean_over_its_images_in_batches_of_any_size",
+    ),
+    Mistake(
+        "registers count as patches in norms",
+        "inspection/collect.py",
+        "output[:, prefix:].float().norm",
+        "output[:, 1:].float().norm",
+        INSPECT + "test_features_and_norms_of_the_last_block_are_those_of_the_encoder",
+    ),
+    Mistake(
+        "features of a block are taken before the final norm",
+        "inspection/collect.py",
+        "tokens = model.norm(output)",
+        "tokens = output",
+        INSPECT + "test_features_and_norms_of_the_last_block_are_those_of_the_encoder",
+    ),
+    Mistake(
+        "rollouts are shown beside another image",
+        "inspection/collect.py",
+        "at = n - found.images",
+        "at = 0",
+        INSPECT + "test_even_attention_has_the_known_distance_entropy_and_rollout",
+    ),
+]
+
+EVALUATION = KNN + FEATURES + PROBES + FINETUNING + OTHERS + EXPORT + INSPECTION
