@@ -25,14 +25,13 @@ from ..model import factory
 from ..model.ema import EMA
 from ..model.encoder import Encoder
 from ..model.heads import PrototypeHead, koleo
-from ..model.objective import Objective
+from ..model.objective import ENOUGH_IMAGES, Objective, differences
 from .keys.dino import DEFAULTS as DEFAULTS
 from .keys.dino import PRESETS as PRESETS
 from .keys.dino import SMALL as SMALL
 from .keys.dino import Config as Config
 
 Resolutions = list[tuple[Tensor, Tensor]]  # crops [R, C, h, w] of one size and their keys [R], for each size
-ENOUGH_IMAGES = 8  # in a micro-batch, for its mean output to be logged
 PARTS = 8  # of the student's crops, for crop_wise_backward; by more the memory hardly falls, as the weights stay
 
 
@@ -175,6 +174,7 @@ class DINO(Objective):
         teacher_logits = self._teach(resolutions)
         features = self.student.features(resolutions, self.config.student_keep)
         values = self.loss(self.student.head(features), teacher_logits, self.teacher_temp(step))
+        values |= differences(views["global"][0], features[: len(teacher_logits)])
         if self.config.koleo_weight:
             spread = koleo(features[: len(teacher_logits)].unflatten(0, (2, -1)))
             values["koleo"] = spread
@@ -364,7 +364,8 @@ def _refuse_batch_norm(encoder: Encoder, name: str) -> None:
 
 def _entropies(target: Tensor) -> dict[str, Tensor]:
     """[2 * B, K] -> what is logged of the teacher's answers."""
-    values = {"teacher_entropy": _entropy(target).mean()}
+    first, second = target.argmax(dim=-1).chunk(2)
+    values = {"teacher_entropy": _entropy(target).mean(), "teacher_agreement": (first == second).float().mean()}
     if len(target) >= 2 * ENOUGH_IMAGES:
         values["teacher_mean_entropy"] = _entropy(target.mean(dim=0))
     return values

@@ -28,7 +28,7 @@ from ..distributed import all_reduce_sum, say
 from ..errors import UserError, check_limits, check_share
 from ..model import factory
 from ..model.encoder import Encoder
-from ..model.objective import Objective
+from ..model.objective import Objective, differences
 from .keys.distill import DEFAULTS as DEFAULTS
 from .keys.distill import PRESETS as PRESETS
 from .keys.distill import SMALL as SMALL
@@ -149,7 +149,7 @@ class Distill(Objective):
         if self.config.patch_weight:
             values["patch_loss"] = self.error("patches", own[1].flatten(1, 2), tokens.flatten(1, 2))
             loss = loss + self.config.patch_weight * values["patch_loss"]
-        return {"loss": loss, **values}
+        return {"loss": loss, **values, **differences(images, own[0])}
 
     def error(self, name: str, own: Tensor, theirs: Tensor) -> Tensor:
         """[B, ..., D] of the student, [B, ..., D'] of the teacher -> mean squared error, in the teacher's variances."""

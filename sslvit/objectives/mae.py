@@ -19,7 +19,7 @@ from ..errors import UserError, check_limits, check_share
 from ..model import blocks, factory, masks
 from ..model.encoder import Encoder, patchify, sincos, take, unpatchify, xavier
 from ..model.heads import koleo
-from ..model.objective import Objective
+from ..model.objective import Objective, differences
 from .keys.mae import DEFAULTS as DEFAULTS
 from .keys.mae import PRESETS as PRESETS
 from .keys.mae import SMALL as SMALL
@@ -99,9 +99,11 @@ class MAE(Objective):
         latent = self.encode(images, keep)
         prediction = self.predict(self.decode(latent, keep, hide, hidden_only=True))
         loss = (prediction.float() - take(self.target(images), hide)).square().mean()
+        features = latent[:, -keep.shape[1] :].float().mean(dim=1)
+        values = {"loss": loss, **differences(images, features)}
         if not (self.config.koleo_weight or self.anchor):
-            return {"loss": loss}
-        values, features = {"loss": loss, "reconstruction": loss}, latent[:, -keep.shape[1] :].float().mean(dim=1)
+            return values
+        values["reconstruction"] = loss
         if self.config.koleo_weight:
             values["koleo"] = koleo(features.unsqueeze(0))
             values["loss"] = loss + self.config.koleo_weight * values["koleo"]

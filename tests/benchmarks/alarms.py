@@ -1,0 +1,263 @@
+"""How often the alarms of report/verdict.py are right: runs that are sabotaged, and healthy ones.
+
+    python -m tests.benchmarks.alarms run data=<cifar10> photos=<folder> out=<folder> [seeds=0,1] [only=<part of a name>]
+    python -m tests.benchmarks.alarms table out=<folder>     error rates, as in eval/README.md
+    python -m tests.benchmarks.alarms store out=<folder>     the lines of all runs, for tests/report/test_alarms.py
+
+A run takes half a minute of one core; finished ones (<out>/<name>.<seed>.json) are not made again. Three sets of
+images of 32 pixels: 3,000 of CIFAR-10, 3,000 fractals, crops of 256 photos. Whether a run was harmed is decided by k-NN
+with labels (CIFAR-10's for the photos), which `judge` does not see.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STEPS, EVERY = 160, 4
+ENCODER = ["model.name=vit_tiny_patch16_224", "model.args={patch_size: 4, embed_dim: 128, depth: 4, num_heads: 4}"]
+SHORT = [*ENCODER, f"steps={STEPS}", "global_batch_size=64", "data.image_size=32", "data.workers=0"]
+WATCHED = [f"log.every_steps={EVERY}", f"log.rank_every_steps={8 * EVERY}", "log.tensorboard=false", "log.report=false"]
+MAE = ["mae_cifar10.yaml", "objective.decoder_width=64", "optim.warmup_epochs=0.4"]
+DINO = ["dino_cifar10.yaml", "objective.prototypes=256", "objective.hidden_dim=256", "global_batch_size=32"]
+QUICK = ["quickstart.yaml", "objective.prototypes=256", "objective.hidden_dim=256", "global_batch_size=32"]
+# As the paper's, with two local crops and without KoLeo.
+PLAIN = [
+    "dino_vits16_in1k_100ep.yaml", "objective.prototypes=256", "objective.hidden_dim=256", "global_batch_size=32",
+    "objective.bottleneck_dim=64", "objective.local_crops=2", "objective.local_crop_size=16", "objective.momentum=0.98",
+    "objective.drop_path=0", "optim.base_lr=3e-3", "optim.warmup_epochs=0.3", "freeze_last_layer_epochs=0.1",
+]  # fmt: skip
+WHOLE = ["objective.flip_prob=0"]  # no augmentation
+STILL = [
+    *WHOLE, "objective.global_crop_scale=[1,1]", "objective.jitter_prob=0", "objective.gray_prob=0",
+    "objective.blur_prob=[0,0,0]", "objective.solarize_prob=0", "objective.student_keep=1", "objective.local_crops=0",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. sabotage: what is wrong with it, in words; empty for a healthy one."""
+
+    name: str
+    base: list[str]
+    images: str  # a set of `make_images`
+    words: tuple[str, ...] = ()
+    sabotage: str = ""
+    patch: str = ""  # a function of PATCHES
+
+
+def cases() -> list[Case]:
+    """Healthy and sabotaged ones, mixed, so that a campaign that is cut short has some of each."""
+    pairs = itertools.zip_longest(healthy(), sabotaged())
+    return [case for pair in pairs for case in pair if case]
+
+
+def healthy() -> list[Case]:
+    def case(name: str, base: list[str], images: str, *words: str) -> Case:
+        return Case(f"healthy_{name}", base, images, words)
+
+    small = ["global_batch_size=64", "optim.warmup_epochs=0.4"]
+    return [
+        case("mae_cifar10", MAE, "cifar10"),
+        case("dino_cifar10", DINO, "cifar10"),
+        case("quickstart", QUICK, "fractals"),
+        case("dino_photos", PLAIN, "photos"),
+        case("mae_fractals", MAE, "fractals"),
+        case("mae_photos", MAE, "photos"),
+        case("dino_fractals_plain", PLAIN, "fractals"),
+        case("auto_mae", [], "cifar10", "minutes=0.4", "method=mae"),
+        case("auto_dino", [], "cifar10", "minutes=0.6", "method=dino"),
+        case("mae_vitb16", ["mae_vitb16_in1k_800ep.yaml", "objective.decoder_width=64", "objective.decoder_depth=2",
+             "objective.decoder_heads=4", "optim.base_lr=2e-3", *small], "cifar10"),
+        case("dino_boosted", [*PLAIN[1:], "dino_vits16_in1k_300ep_boosted.yaml",
+             "objective.teacher_temp_warmup_epochs=0.5"], "cifar10"),
+        case("continue", ["continue.yaml", "save.keep_best=false", "objective.decoder_width=64"], "photos",
+             "model.init={healthy_mae_cifar10}"),
+        case("distill", ["distill_cifar10.yaml"], "cifar10", "teacher={healthy_mae_cifar10}"),
+        case("mae_pixels", MAE, "cifar10", "objective.norm_pix=false"),
+        case("mae_microscopy", MAE, "fractals", "preset=microscopy", "objective.koleo_weight=0"),
+        case("dino_gray", QUICK, "fractals", "preset=gray"),
+        case("dino_satellite", PLAIN, "photos", "preset=satellite", "optim.lr_schedule=hold"),
+        case("dino_channels", DINO, "photos", "preset=channels"),
+        case("dino_microscopy", DINO, "cifar10", "preset=microscopy", "objective.koleo_weight=0.3"),
+        case("mae_slow", MAE, "photos", "optim.base_lr=3e-4", "objective.mask_ratio=0.6"),
+        case("dino_xray", QUICK, "cifar10", "preset=xray", "optim.base_lr=1e-3"),
+    ]  # fmt: skip
+
+
+def sabotaged() -> list[Case]:
+    def case(name: str, base: list[str], images: str, what: str, *words: str, patch: str = "") -> Case:
+        return Case(name, base, images, words, what, patch)
+
+    off = "objective.center_momentum=1"
+    return [
+        case("mae_rate_100", MAE, "cifar10", "rate x 100", "optim.base_lr=0.2"),
+        case("dino_center_off", QUICK, "fractals", "center off", off),
+        case("mae_same_image", MAE, "same", "one image"),
+        case("dino_hot_teacher", QUICK, "fractals", "teacher_temp 1", "objective.teacher_temp=1",
+             "objective.teacher_temp_start=1"),
+        case("mae_rate_low", MAE, "cifar10", "rate / 1000", "optim.base_lr=2e-6"),
+        case("dino_frozen_teacher", DINO, "cifar10", "teacher momentum 1", "objective.momentum=1"),
+        case("mae_repeat", MAE, "cifar10", "one batch again and again", patch="repeat"),
+        case("dino_center_off_photos", PLAIN, "photos", "center off", off),
+        case("mae_decay", MAE, "cifar10", "weight decay 100", "optim.weight_decay=100"),
+        case("dino_momentum_0", PLAIN, "fractals", "teacher momentum 0", "objective.momentum=0",
+             "objective.momentum_end=0"),
+        case("mae_overflow", MAE, "photos", "overflow in bf16", "optim.base_lr=1e7", "optim.warmup_epochs=0",
+             "precision=bf16"),
+        case("dino_rate_100", PLAIN, "photos", "rate x 100", "optim.base_lr=0.3", "optim.clip=null",
+             "optim.warmup_epochs=0"),
+        case("mae_blank", MAE, "blank", "constant images"),
+        case("dino_augment_off", DINO, "cifar10", "augmentation off", *STILL),
+        case("mae_mask_98", MAE, "fractals", "mask ratio 0.98", "objective.mask_ratio=0.98"),
+        case("dino_cold_student", QUICK, "fractals", "student_temp 0.01", "objective.student_temp=0.01"),
+        case("mae_mask_05", MAE, "cifar10", "mask ratio 0.05", "objective.mask_ratio=0.05"),
+        case("dino_same_image", DINO, "same", "one image"),
+        case("mae_no_warmup", MAE, "fractals", "rate x 50, no warm-up", "optim.base_lr=0.1", "optim.warmup_epochs=0"),
+        case("dino_repeat", QUICK, "fractals", "one batch again and again", patch="repeat"),
+        case("mae_16_images", MAE, "few", "16 images", "global_batch_size=16"),
+        case("dino_decay_all", PLAIN, "photos", "weight decay 20 of everything", "optim.weight_decay=20",
+             "optim.weight_decay_end=20", patch="decay_all"),
+        case("dino_rate_low", DINO, "cifar10", "rate / 1000", "optim.base_lr=3e-6"),
+        case("mae_nearly_same", MAE, "nearly", "nearly one image"),
+        case("dino_cold_teacher", PLAIN, "cifar10", "teacher_temp 0.001", "objective.teacher_temp=0.001",
+             "objective.teacher_temp_start=0.001"),
+        case("dino_16_images", QUICK, "few", "16 images", "global_batch_size=16"),
+        case("dino_hot_student", PLAIN, "cifar10", "student_temp 2", "objective.student_temp=2"),
+        case("mae_rate_100_photos", MAE, "photos", "rate x 100", "optim.base_lr=0.2"),
+        case("dino_nearly_same", PLAIN, "nearly", "nearly one image"),
+        case("dino_overflow", QUICK, "fractals", "overflow in bf16", "optim.base_lr=1e7", "optim.warmup_epochs=0",
+             "optim.clip=null", "precision=bf16"),
+        case("dino_frozen_teacher_plain", PLAIN, "photos", "teacher momentum 1", "objective.momentum=1"),
+    ]  # fmt: skip
+
+
+# The images: arrays of [N, 32, 32, 3] or [N, 48, 48, 3], with labels for k-NN.
+
+
+def make_images(cifar10: Path, photos: Path, out: Path) -> None:
+    """Write <out>/<set>.npy. What is there is not made again."""
+    if (out / "few.npy").exists():
+        return
+    from PIL import Image
+
+    from sslvit.data import Config, open_source
+
+    def write(name: str, images: Any, labels: Any = None) -> None:
+        np.save(out / f"{name}.npy", np.asarray(images, dtype=np.uint8))
+        if labels is not None:
+            np.save(out / f"{name}.labels.npy", np.asarray(labels))
+
+    def part(spec: str, count: int, name: str) -> np.ndarray:
+        source = open_source(spec, Config(image_size=32))
+        every = np.random.default_rng(0).permutation(len(source))[:count]
+        images = np.stack([source.read(int(i)).permute(1, 2, 0).numpy() for i in every])
+        write(name, images, source.labels[every])
+        return images
+
+    train = part(str(cifar10 / "train"), 3000, "cifar10")
+    part(str(cifar10 / "train"), 2000, "cifar10_bank")
+    part(str(cifar10 / "test"), 1000, "cifar10_test")
+    part("fractals:train,count=3000", 3000, "fractals")
+    part("fractals:train,count=2000", 2000, "fractals_bank")
+    part("fractals:test,count=1000", 1000, "fractals_test")
+    small = [Image.open(path).convert("RGB").resize((48, 48)) for path in sorted(photos.glob("*.JPEG"))]
+    write("photos", [np.asarray(image) for image in small])
+    rng = np.random.default_rng(0)
+    write("same", np.repeat(train[:1], 3000, axis=0))
+    write("nearly", np.clip(train[1] + rng.normal(0, 2, (3000, 32, 32, 3)), 0, 255))
+    write("blank", np.broadcast_to(rng.integers(0, 256, (3000, 1, 1, 3)), (3000, 32, 32, 3)))
+    write("few", train[:16])
+
+
+def _repeat() -> Iterator[None]:
+    """A loader that gives its first batch for ever."""
+    from sslvit import pretraining
+
+    usual = pretraining.make_loader
+    pretraining.make_loader = lambda *a, **k: itertools.repeat(next(iter(usual(*a, **k))))
+    yield
+    pretraining.make_loader = usual
+
+
+def _decay_all() -> Iterator[None]:
+    """Weight decay of biases and gains too."""
+    from sslvit import optim
+
+    usual = optim.parameter_groups
+    optim.parameter_groups = lambda module: [
+        {"params": [p for p in module.parameters() if p.requires_grad], "decayed": True}
+    ]
+    yield
+    optim.parameter_groups = usual
+
+
+PATCHES: dict[str, Callable[[], Iterator[None]]] = {"repeat": _repeat, "decay_all": _decay_all}
+
+
+def run(case: Case, seed: int, out: Path) -> dict[str, Any]:
+    """Train, and write <out>/<name>.<seed>.json: its words, settings, lines and what it said. The run is deleted, but
+    for those from which others begin."""
+    record = out / f"{case.name}.{seed}.json"
+    if record.exists():
+        return json.loads(record.read_text())
+    from sslvit.__main__ import main
+    from sslvit.arguments import flatten, read_yaml
+
+    folder = out / "runs" / f"{case.name}.{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    labelled = "fractals" if case.images == "fractals" else "cifar10"
+    words = [word for word in case.base if not word.endswith(".yaml")]
+    recipe = [str(CONFIGS / word) for word in case.base if word.endswith(".yaml")]
+    given = {}
+    usual = SHORT if case.base else ["data.image_size=32", "data.workers=0"]
+    evaluated = [f"eval.train={out / labelled}_bank.npy", f"eval.test={out / labelled}_test.npy"]
+    for word in [*usual, *WATCHED, *evaluated, *words, *case.words, f"seed={seed}", f"data.train={out / case.images}.npy"]:
+        key, _, value = word.partition("=")
+        given[key] = value.replace("{healthy_mae_cifar10}", str(out / "runs" / f"healthy_mae_cifar10.{seed}"))
+    said, began = io.StringIO(), time.monotonic()
+    with contextlib.contextmanager(PATCHES.get(case.patch, lambda: iter([None])))():
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            status = main(["pretrain", *recipe, *(f"{key}={value}" for key, value in given.items()), f"out={folder}"])
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists():
+        sys.exit(f"{case.name} has not begun:\n{said.getvalue()[-2000:]}")
+    printed = [line for line in said.getvalue().splitlines() if "Warning" in line or "rror" in line or status]
+    result = {
+        "name": case.name, "seed": seed, "sabotage": case.sabotage, "status": status or 0,
+        "seconds": round(time.monotonic() - began, 1), "said": printed[-8:],
+        "settings": flatten(read_yaml(folder / "config.yaml")),
+        "lines": [json.loads(line) for line in metrics.read_text().splitlines()],
+    }  # fmt: skip
+    record.write_text(json.dumps(result))
+    if case.name != "healthy_mae_cifar10":
+        shutil.rmtree(folder)
+    return result
+
+
+def run_all(out: Path, seeds: list[int], only: str) -> None:
+    for seed in seeds:
+        for case in cases():
+            if only in case.name:
+                result = run(case, seed, out)
+                knn = [line["knn/top1"] for line in result["lines"] if "knn/top1" in line]
+                print(f"{case.name}.{seed}: {result['seconds']} s, k-NN {knn}, {len(result['lines'])} lines", flush=True)
+
+
+if __name__ == "__main__":
+    given = dict(word.split("=", 1) for word in sys.argv[2:])
+    folder = Path(given["out"])
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.argv[1] == "run":
+        make_images(Path(given["data"]), Path(given["photos"]), folder)
+        run_all(folder, [int(seed) for seed in given.get("seeds", "0,1").split(",")], given.get("only", ""))
