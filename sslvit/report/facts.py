@@ -96,8 +96,8 @@ def gather(path: Path, name: str = "", running: bool | None = None) -> Facts:
             "data.test=<others>."
         )
     facts.running = is_running(path) if running is None else running
-    facts.total = _total(facts)
-    facts.verdict = judge(_measured(facts))
+    facts.total = total_of(facts)
+    facts.verdict = judge(measured_of(facts))
     return facts
 
 
@@ -264,7 +264,7 @@ def _per_epoch(facts: Facts) -> int | None:
     return round(each) if 1 <= each < 1e12 else None
 
 
-def _total(facts: Facts) -> int | None:
+def total_of(facts: Facts) -> int | None:
     """Steps that the settings ask for, as config.make_plan reckons them."""
     steps, images, epochs = (_number(facts.settings, key) for key in ("steps", "images", "epochs"))
     batch, per_epoch = _number(facts.settings, "global_batch_size"), _per_epoch(facts)
@@ -313,7 +313,7 @@ def usual_result(facts: Facts) -> Result | None:
     return next((r for r in own if "k=20 " in r.title), next(iter(own), None))
 
 
-def _measured(facts: Facts) -> Measured:
+def measured_of(facts: Facts) -> Measured:
     found, settings = facts.curves, facts.settings
     every = [steps[-1] for steps, _ in found.columns.values() if len(steps)]
     per_epoch = _per_epoch(facts)

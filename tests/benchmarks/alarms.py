@@ -5,7 +5,7 @@
     python -m tests.benchmarks.alarms store out=<folder>     the lines of all runs, for tests/report/test_alarms.py
 
 A run takes half a minute of one core; finished ones (<out>/<name>.<seed>.json) are not made again. Three sets of
-images of 32 pixels: 3,000 of CIFAR-10, 3,000 fractals, crops of 256 photos. Whether a run was harmed is decided by k-NN
+images, seen at 24 pixels: 3,000 of CIFAR-10, 3,000 fractals, crops of 256 photos. Whether a run was harmed is decided by k-NN
 with labels (CIFAR-10's for the photos), which `judge` does not see.
 """
 
@@ -23,10 +23,15 @@ from typing import Any
 
 import numpy as np
 
+from sslvit.report.curves import Curves
+from sslvit.report.facts import Facts, measured_of, total_of
+from sslvit.report.verdict import ALARMS, Verdict, judge
+
 CONFIGS = Path(__file__).parents[2] / "configs"
+UNSEEN = {"knn/top1", "images", "seconds", "images_per_second", "data_wait", "weight_decay", "grad_norm_max"}
 STEPS, EVERY = 160, 4
-ENCODER = ["model.name=vit_tiny_patch16_224", "model.args={patch_size: 4, embed_dim: 128, depth: 4, num_heads: 4}"]
-SHORT = [*ENCODER, f"steps={STEPS}", "global_batch_size=64", "data.image_size=32", "data.workers=0"]
+ENCODER = ["model.name=vit_tiny_patch16_224", "model.args={patch_size: 4, embed_dim: 128, depth: 3, num_heads: 4}"]
+SHORT = [*ENCODER, f"steps={STEPS}", "global_batch_size=64", "data.image_size=24", "data.workers=0"]
 WATCHED = [f"log.every_steps={EVERY}", f"log.rank_every_steps={8 * EVERY}", "log.tensorboard=false", "log.report=false"]
 MAE = ["mae_cifar10.yaml", "objective.decoder_width=64", "optim.warmup_epochs=0.4"]
 DINO = ["dino_cifar10.yaml", "objective.prototypes=256", "objective.hidden_dim=256", "global_batch_size=32"]
@@ -34,7 +39,7 @@ QUICK = ["quickstart.yaml", "objective.prototypes=256", "objective.hidden_dim=25
 # As the paper's, with two local crops and without KoLeo.
 PLAIN = [
     "dino_vits16_in1k_100ep.yaml", "objective.prototypes=256", "objective.hidden_dim=256", "global_batch_size=32",
-    "objective.bottleneck_dim=64", "objective.local_crops=2", "objective.local_crop_size=16", "objective.momentum=0.98",
+    "objective.bottleneck_dim=64", "objective.local_crops=2", "objective.local_crop_size=12", "objective.momentum=0.98",
     "objective.drop_path=0", "optim.base_lr=3e-3", "optim.warmup_epochs=0.3", "freeze_last_layer_epochs=0.1",
 ]  # fmt: skip
 WHOLE = ["objective.flip_prob=0"]  # no augmentation
@@ -220,7 +225,7 @@ def run(case: Case, seed: int, out: Path) -> dict[str, Any]:
     words = [word for word in case.base if not word.endswith(".yaml")]
     recipe = [str(CONFIGS / word) for word in case.base if word.endswith(".yaml")]
     given = {}
-    usual = SHORT if case.base else ["data.image_size=32", "data.workers=0"]
+    usual = SHORT if case.base else ["data.image_size=24", "data.workers=0"]
     evaluated = [f"eval.train={out / labelled}_bank.npy", f"eval.test={out / labelled}_test.npy"]
     for word in [*usual, *WATCHED, *evaluated, *words, *case.words, f"seed={seed}", f"data.train={out / case.images}.npy"]:
         key, _, value = word.partition("=")
@@ -243,6 +248,52 @@ def run(case: Case, seed: int, out: Path) -> dict[str, Any]:
     if case.name != "healthy_mae_cifar10":
         shutil.rmtree(folder)
     return result
+
+
+# What is said of a run, line by line.
+
+
+def curves_of(lines: list[dict[str, float]]) -> Curves:
+    columns: dict[str, tuple[list[float], list[float]]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key != "step" and key not in UNSEEN:
+                steps, values = columns.setdefault(key, ([], []))
+                steps.append(line["step"])
+                values.append(value)
+    return Curves({key: (np.array(steps, float), np.array(values, float)) for key, (steps, values) in columns.items()})
+
+
+def replay(record: dict[str, Any]) -> Iterator[tuple[int, Verdict]]:
+    """The step of each line, and what `judge` says when the run has come so far. It does not see k-NN."""
+    whole = curves_of(record["lines"])
+    steps = np.unique(np.concatenate([steps for steps, _ in whole.columns.values()]))
+    for step in steps:
+        places = {key: int(np.searchsorted(steps, step, side="right")) for key, (steps, _) in whole.columns.items()}
+        so_far = {
+            key: (whole.columns[key][0][:place], whole.columns[key][1][:place])
+            for key, place in places.items()
+            if place
+        }
+        facts = Facts(Path("run"), "run", record["settings"], Curves(so_far), running=bool(step < steps[-1]))
+        facts.total = total_of(facts)
+        yield int(step), judge(measured_of(facts))
+
+
+def first_alarm(record: dict[str, Any]) -> tuple[float, Verdict] | None:
+    """(share of the run, verdict) of the first line with an alarm; None if there is none."""
+    total = record["settings"].get("steps") or max(line["step"] for line in record["lines"])
+    return next(((step / total, verdict) for step, verdict in replay(record) if verdict.state in ALARMS), None)
+
+
+def knn_of(record: dict[str, Any]) -> tuple[float, float]:
+    """(untrained, trained) in percent; a run that broke off has the untrained encoder's twice."""
+    values = [line["knn/top1"] for line in record["lines"] if "knn/top1" in line]
+    return values[0], values[-1]
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
 
 
 def run_all(out: Path, seeds: list[int], only: str) -> None:
