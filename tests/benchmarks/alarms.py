@@ -36,12 +36,14 @@ WATCHED = [f"log.every_steps={EVERY}", f"log.rank_every_steps={8 * EVERY}", "log
 MAE = ["mae_cifar10.yaml", "objective.decoder_width=64", "optim.warmup_epochs=0.4"]
 DINO = ["dino_cifar10.yaml", "objective.prototypes=256", "objective.hidden_dim=256", "global_batch_size=32"]
 QUICK = ["quickstart.yaml", "objective.prototypes=256", "objective.hidden_dim=256", "global_batch_size=32"]
-# As the paper's, with two local crops and without KoLeo.
-PLAIN = [
+BARE = [*QUICK, "objective.koleo_weight=0"]  # DINO alone: KoLeo hides what happens to it
+# As the paper's, with two local crops.
+PAPER = [
     "dino_vits16_in1k_100ep.yaml", "objective.prototypes=256", "objective.hidden_dim=256", "global_batch_size=32",
     "objective.bottleneck_dim=64", "objective.local_crops=2", "objective.local_crop_size=12", "objective.momentum=0.98",
     "objective.drop_path=0", "optim.base_lr=3e-3", "optim.warmup_epochs=0.3", "freeze_last_layer_epochs=0.1",
 ]  # fmt: skip
+PLAIN = [*PAPER, "objective.init=mae", "objective.pool=mean", "objective.koleo_weight=0.1"]
 WHOLE = ["objective.flip_prob=0"]  # no augmentation
 STILL = [
     *WHOLE, "objective.global_crop_scale=[1,1]", "objective.jitter_prob=0", "objective.gray_prob=0",
@@ -76,6 +78,7 @@ def healthy() -> list[Case]:
         case("mae_cifar10", MAE, "cifar10"),
         case("dino_cifar10", DINO, "cifar10"),
         case("quickstart", QUICK, "fractals"),
+        case("quickstart_bare", BARE, "fractals"),
         case("dino_photos", PLAIN, "photos"),
         case("mae_fractals", MAE, "fractals"),
         case("mae_photos", MAE, "photos"),
@@ -107,9 +110,9 @@ def sabotaged() -> list[Case]:
     off = "objective.center_momentum=1"
     return [
         case("mae_rate_100", MAE, "cifar10", "rate x 100", "optim.base_lr=0.2"),
-        case("dino_center_off", QUICK, "fractals", "center off", off),
+        case("dino_center_off", BARE, "fractals", "center off", off),
         case("mae_same_image", MAE, "same", "one image"),
-        case("dino_hot_teacher", QUICK, "fractals", "teacher_temp 1", "objective.teacher_temp=1",
+        case("dino_hot_teacher", BARE, "fractals", "teacher_temp 1", "objective.teacher_temp=1",
              "objective.teacher_temp_start=1"),
         case("mae_rate_low", MAE, "cifar10", "rate / 1000", "optim.base_lr=2e-6"),
         case("dino_frozen_teacher", DINO, "cifar10", "teacher momentum 1", "objective.momentum=1"),
@@ -125,11 +128,11 @@ def sabotaged() -> list[Case]:
         case("mae_blank", MAE, "blank", "constant images"),
         case("dino_augment_off", DINO, "cifar10", "augmentation off", *STILL),
         case("mae_mask_98", MAE, "fractals", "mask ratio 0.98", "objective.mask_ratio=0.98"),
-        case("dino_cold_student", QUICK, "fractals", "student_temp 0.01", "objective.student_temp=0.01"),
+        case("dino_cold_student", BARE, "fractals", "student_temp 0.01", "objective.student_temp=0.01"),
         case("mae_mask_05", MAE, "cifar10", "mask ratio 0.05", "objective.mask_ratio=0.05"),
         case("dino_same_image", DINO, "same", "one image"),
         case("mae_no_warmup", MAE, "fractals", "rate x 50, no warm-up", "optim.base_lr=0.1", "optim.warmup_epochs=0"),
-        case("dino_repeat", QUICK, "fractals", "one batch again and again", patch="repeat"),
+        case("dino_repeat", BARE, "fractals", "one batch again and again", patch="repeat"),
         case("mae_16_images", MAE, "few", "16 images", "global_batch_size=16"),
         case("dino_decay_all", PLAIN, "photos", "weight decay 20 of everything", "optim.weight_decay=20",
              "optim.weight_decay_end=20", patch="decay_all"),
@@ -137,12 +140,17 @@ def sabotaged() -> list[Case]:
         case("mae_nearly_same", MAE, "nearly", "nearly one image"),
         case("dino_cold_teacher", PLAIN, "cifar10", "teacher_temp 0.001", "objective.teacher_temp=0.001",
              "objective.teacher_temp_start=0.001"),
-        case("dino_16_images", QUICK, "few", "16 images", "global_batch_size=16"),
+        case("dino_16_images", BARE, "few", "16 images", "global_batch_size=16"),
         case("dino_hot_student", PLAIN, "cifar10", "student_temp 2", "objective.student_temp=2"),
         case("mae_rate_100_photos", MAE, "photos", "rate x 100", "optim.base_lr=0.2"),
         case("dino_nearly_same", PLAIN, "nearly", "nearly one image"),
-        case("dino_overflow", QUICK, "fractals", "overflow in bf16", "optim.base_lr=1e7", "optim.warmup_epochs=0",
+        case("dino_overflow", BARE, "fractals", "overflow in bf16", "optim.base_lr=1e7", "optim.warmup_epochs=0",
              "optim.clip=null", "precision=bf16"),
+        case("dino_paper_short", PAPER, "photos", "no KoLeo, 160 steps of 256 photos"),
+        case("dino_paper_fractals", PAPER, "fractals", "no KoLeo, 160 steps of fractals"),
+        case("dino_center_off_koleo", QUICK, "fractals", "center off, with KoLeo", off),
+        case("dino_hot_teacher_koleo", QUICK, "fractals", "teacher_temp 1, with KoLeo", "objective.teacher_temp=1",
+             "objective.teacher_temp_start=1"),
         case("dino_frozen_teacher_plain", PLAIN, "photos", "teacher momentum 1", "objective.momentum=1"),
     ]  # fmt: skip
 
