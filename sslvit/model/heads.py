@@ -74,3 +74,15 @@ def koleo(features: Tensor) -> Tensor:
             nearest = similarity.argmax(dim=2)
         distance = ((x - take(x, nearest)).square().sum(dim=-1) + 1e-12).sqrt()
         return -(distance + 1e-8).log().mean(dim=1).sum()
+
+
+@torch.no_grad()
+def differences(images: Tensor, features: Tensor) -> dict[str, Tensor]:
+    """[B, C, H, W], [N, D] -> how they differ, 0 to 1, for the log: the variance between images at a place as a share
+    of all, and 1 minus the squared length of the mean of the features of unit length. {} for few images."""
+    if len(images) < ENOUGH_IMAGES:
+        return {}
+    x, unit = images[:, :, ::4, ::4].float(), F.normalize(features.detach().float(), dim=-1)
+    between, total = x.var(dim=0, correction=0).mean(), x.var(dim=(0, 2, 3), correction=0).mean()
+    spread = 1 - unit.mean(dim=0).square().sum()
+    return {"image_difference": between / total.clamp(min=1e-12), "feature_spread": spread}

@@ -3,28 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .anchor import Anchor
 from .encoder import Encoder
-
-ENOUGH_IMAGES = 8  # in a micro-batch, for what is logged of how they differ
-
-
-@torch.no_grad()
-def differences(images: Tensor, features: Tensor) -> dict[str, Tensor]:
-    """[B, C, H, W], [N, D] -> how much the images and their features differ, 0 to 1, for the alarms of reports.
-
-    image_difference: variance at a place between images, as a share of all variance. feature_spread: 1 minus the
-    squared length of the mean of the features of unit length; 0 if all have one direction.
-    """
-    if len(images) < ENOUGH_IMAGES:
-        return {}
-    x, unit = images[:, :, ::4, ::4].float(), F.normalize(features.detach().float(), dim=-1)
-    between, total = x.var(dim=0, correction=0).mean(), x.var(dim=(0, 2, 3), correction=0).mean()
-    spread = 1 - unit.mean(dim=0).square().sum()
-    return {"image_difference": between / total.clamp(min=1e-12), "feature_spread": spread}
 
 
 class Objective(nn.Module):

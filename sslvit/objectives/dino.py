@@ -24,8 +24,8 @@ from ..errors import UserError, check_limits, check_share
 from ..model import factory
 from ..model.ema import EMA
 from ..model.encoder import Encoder
-from ..model.heads import PrototypeHead, koleo
-from ..model.objective import ENOUGH_IMAGES, Objective, differences
+from ..model.heads import ENOUGH_IMAGES, PrototypeHead, differences, koleo
+from ..model.objective import Objective
 from .keys.dino import DEFAULTS as DEFAULTS
 from .keys.dino import PRESETS as PRESETS
 from .keys.dino import SMALL as SMALL

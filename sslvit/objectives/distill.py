@@ -28,7 +28,8 @@ from ..distributed import all_reduce_sum, say
 from ..errors import UserError, check_limits, check_share
 from ..model import factory
 from ..model.encoder import Encoder
-from ..model.objective import Objective, differences
+from ..model.heads import differences
+from ..model.objective import Objective
 from .keys.distill import DEFAULTS as DEFAULTS
 from .keys.distill import PRESETS as PRESETS
 from .keys.distill import SMALL as SMALL

@@ -18,8 +18,8 @@ from ..data.crops import Crop, Views
 from ..errors import UserError, check_limits, check_share
 from ..model import blocks, factory, masks
 from ..model.encoder import Encoder, patchify, sincos, take, unpatchify, xavier
-from ..model.heads import koleo
-from ..model.objective import Objective, differences
+from ..model.heads import differences, koleo
+from ..model.objective import Objective
 from .keys.mae import DEFAULTS as DEFAULTS
 from .keys.mae import PRESETS as PRESETS
 from .keys.mae import SMALL as SMALL

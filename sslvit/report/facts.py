@@ -350,6 +350,9 @@ def measured_of(facts: Facts) -> Measured:
         seconds_a_line=float(seconds[-1]) / len(seconds) if len(seconds) and len(loss_steps) else None,
         pretrained=bool(settings.get("model.init")),
         run=command_name(facts),
+        method=facts.method,
+        settings=settings,
+        columns=found.columns,
     )
 
 

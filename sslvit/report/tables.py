@@ -19,6 +19,7 @@ MARKS = {
     "undertrained": "▲",
     "collapsed": "✕",
     "diverged": "✕",
+    "faulty": "✕",
     "stopped": "■",
     "no metrics": "?",
 }

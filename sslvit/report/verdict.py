@@ -14,16 +14,20 @@ How often each rule errs is not measured yet.
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ..evaluation.online import rank_alarm
 
-State = Literal["no metrics", "warming up", "learning", "learned", "undertrained", "collapsed", "diverged", "stopped"]
+State = Literal[
+    "no metrics", "warming up", "learning", "learned", "undertrained", "collapsed", "diverged", "faulty", "stopped"
+]
+ALARMS = ("collapsed", "diverged", "faulty")  # states in which a run should be ended
 
 FEW_LINES = 3  # of the log, below which nothing is said of its trend
 RISEN = 0.5  # of the fall of the loss, which it has lost again: diverged. DINO's first lines rise by 0.4 and recover
+RISEN_TAUGHT = 1.2  # the same of the distance of student and teacher
 SKIPPED = 0.5  # of the steps of the last line: diverged
 STILL_FALLING = 0.10  # of the whole fall of the loss within the last fifth of a run that has ended: undertrained
 KNN_GAIN = 1.0  # points that k-NN must rise by, in all
@@ -34,6 +38,20 @@ RANK_LOW = 4.0  # ... a rank below this: collapsed
 # and more at any line (dino_cifar10.yaml). Center off on fractals: 1.8 of 512, and k-NN hardly rises.
 PROTOTYPES = 4.0
 FEW_EPOCHS = 50  # passes over the images, below which a longer run is suggested
+SAME_RANK, SAME_SPREAD = 1.5, 0.05
+MOMENTUM = 0.98  # of a teacher in a short run
+LOW_RATE = 2e-5  # optim.base_lr
+RATES = {"mae": 2e-3, "dino": 3e-3, "distill": 1.2e-2}  # optim.base_lr of configs/, for short runs
+# Key, lowest and highest value that are known to work, what to set.
+USUAL = [
+    ("optim.base_lr", 0, 0.04, "{rate}"),
+    ("objective.teacher_temp", 0.01, 0.2, "objective.teacher_temp=0.04 objective.teacher_temp_start=0.04"),
+    ("objective.student_temp", 0.05, 0.5, "objective.student_temp=0.1"),
+    ("objective.center_momentum", 0, 0.999, "objective.center_momentum=0.9"),
+    ("objective.momentum", 0.5, 0.99999, "objective.momentum=0.98"),
+    ("objective.mask_ratio", 0.2, 0.95, "objective.mask_ratio=0.75"),
+    ("optim.weight_decay", 0, 2, "optim.weight_decay=0.05 optim.weight_decay_end=null"),
+]
 QUIET = 10  # times the usual time between two lines: a run that says nothing any more
 
 Points = tuple[np.ndarray, np.ndarray]  # steps [n], values [n]
@@ -64,6 +82,19 @@ class Measured:
     seconds_a_line: float | None = None
     pretrained: bool = False  # it began with model.init
     run: str = "<run>"  # as a command line names it
+    method: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)  # flat: {"optim.base_lr": 0.001, ...}
+    columns: dict[str, Points] = field(default_factory=dict)  # all that the log holds
+
+    def values(self, name: str) -> np.ndarray:
+        """Of a column of the log, where they are finite."""
+        found = self.columns.get(name, NONE)[1]
+        return found[np.isfinite(found)]
+
+    def setting(self, key: str, default: float) -> float:
+        """A number of the settings."""
+        found = self.settings.get(key)
+        return float(found) if isinstance(found, (int, float)) and math.isfinite(found) else default
 
 
 @dataclass
@@ -82,10 +113,13 @@ def judge(m: Measured) -> Verdict:
     end = f"step {m.step:,}"
     if reason := _diverged(m):
         advice = [
-            "Divide optim.base_lr by 3, and warm it up for longer (optim.warmup_epochs).",
+            f"Lower the learning rate: {_rate(m)}. Warm it up for longer (optim.warmup_epochs).",
             "Limit the gradient: optim.clip=1. If the loss overflows in bf16 or fp16, try precision=float32.",
         ]
         return Verdict("diverged", f"It has diverged at {end}: {reason}.", evidence, advice)
+    if found := next((fault for rule in FAULTS if (fault := rule(m))), None):
+        reason, advice = found
+        return Verdict("faulty", f"It cannot learn like this: {reason}.", evidence, advice)
     if found := _collapsed(m):
         reason, _, remedy = found.partition(". ")  # in all such sentences the advice comes last
         first = f" The first line that shows it is of step {m.first_alarm:,}." if m.first_alarm is not None else ""
@@ -138,6 +172,89 @@ def judge(m: Measured) -> Verdict:
     )
 
 
+# What makes learning impossible. A rule gives (reason, advice), the first of which heals a run in most cases.
+Fault = tuple[str, list[str]] | None
+
+
+def _same_images(m: Measured) -> Fault:
+    ranks, spread = m.values("rankme"), m.values("feature_spread")
+    if not (len(ranks) and len(spread) and ranks[-1] < SAME_RANK and spread[: FEW_LINES].max() > SAME_SPREAD):
+        return None
+    return (
+        f"the images are nearly the same, for their features have an effective rank of {ranks[-1]:.2f}, and those of "
+        f"crops differ (spread {spread[-1]:.2f})",
+        [
+            "Look at the images that it reads, and give others as data.train: sslvit data <images>.",
+            "If they are not the same, is their range of values right (data.value_range)?",
+        ],
+    )
+
+
+def _repeated_batch(m: Measured) -> Fault:
+    values = m.values("image_difference")
+    if len(values) < 2 or not (values[-2:] == values[0]).all() or values[0] == 0:
+        return None
+    return (
+        f"each line has the same batch of images, for they differ by exactly {values[0]:.7g} in all",
+        ["The loader is broken, or there are very few images: look at what data.train gives, sslvit data <images>."],
+    )
+
+
+def _frozen_teacher(m: Measured) -> Fault:
+    values = m.values("momentum")
+    if not len(values) or values[0] < 1:
+        return None
+    return (
+        "the teacher never moves, as its momentum is 1, and it is the teacher that is exported",
+        [f"Let it follow: objective.momentum={MOMENTUM}."],
+    )
+
+
+def _same_crops(m: Measured) -> Fault:
+    values = m.values("teacher_agreement")
+    if len(values) < FEW_LINES or values[:FEW_LINES].min() < 1 or m.values("teacher_mean_entropy")[0] < 1:
+        return None
+    return (
+        "the crops of an image are the same, for the teacher gives them the same prototype always: there is nothing "
+        "to learn",
+        [
+            "Turn the augmentation on: objective.global_crop_scale=[0.4,1] objective.jitter_prob=0.8 "
+            "objective.flip_prob=0.5.",
+        ],
+    )
+
+
+def _unmoved(m: Measured) -> Fault:
+    """Neither the loss nor the gradient has changed, long after they should have."""
+    norms, losses = m.values("grad_norm"), m.values("loss")
+    if m.step is None or m.step <= m.warmup or min(len(norms), len(losses)) < 2 * FEW_LINES:
+        return None
+    if m.setting("optim.base_lr", 1) > LOW_RATE:
+        return None
+    return (
+        f"the learning rate is so low that nothing changes: the loss was {losses[0]:.4g} and is {losses[-1]:.4g}",
+        [f"Raise it: {_rate(m)}."],
+    )
+
+
+def _unusual(m: Measured) -> Fault:
+    """A setting far out of the range in which runs are known to learn."""
+    for key, low, high, words in USUAL:
+        value = m.setting(key, math.nan)
+        if (value < low or value > high) and key.startswith(("optim.", "objective.")):
+            return f"{key}={value:g} is far from what works, {low:g} to {high:g}", [f"Set {words.format(rate=_rate(m))}."]
+    return None
+
+
+FAULTS = (_same_images, _repeated_batch, _frozen_teacher, _same_crops, _unmoved, _unusual)
+
+
+def _rate(m: Measured) -> str:
+    """The learning rate of the recipes, or a third of a rate that is not above it."""
+    usual, now = RATES.get(m.method, 1e-3), m.setting("optim.base_lr", 1e-3)
+    return f"optim.base_lr={usual if now > usual or now < LOW_RATE else float(f'{now / 3:.2g}'):g}"
+
+
 def ends(points: Points) -> tuple[float, float, float] | None:
     """(first value, value at four fifths, last value), each the median of a few finite lines; None for fewer lines."""
     steps, values = (part[np.isfinite(points[1])] for part in points)
@@ -155,16 +272,30 @@ def _diverged(m: Measured) -> str:
         return f"{m.skipped:.0%} of the last steps had a loss or gradient that is not finite, and were skipped"
     if len(m.loss[1]) and not math.isfinite(m.loss[1][-1]):
         return "the loss is not finite"
-    found = ends(m.loss)
-    if found and m.step is not None and m.step > m.warmup and len(m.loss[1]) >= 2 * FEW_LINES:
+    taught, points = _excess(m)
+    found = ends(points)
+    if found and m.step is not None and m.step > m.warmup and len(points[1]) >= 2 * FEW_LINES:
         first, _, last = found
-        few = max(1, len(m.loss[1]) // 20)
-        finite = m.loss[1][np.isfinite(m.loss[1])]
+        few = max(1, len(points[1]) // 20)
+        finite = points[1][np.isfinite(points[1])]
         smooth = np.array([np.median(part) for part in np.array_split(finite, max(1, len(finite) // few))])
         lowest = float(smooth.min())
-        if last - lowest > RISEN * (first - lowest) and last - lowest > 0.02 * abs(lowest):
-            return f"the loss was {lowest:.4g} and has risen to {last:.4g}"
+        risen = RISEN_TAUGHT if taught else RISEN
+        if last - lowest > risen * (first - lowest) and last - lowest > 0.02 * abs(lowest):
+            what = "distance of student and teacher" if taught else "loss"
+            return f"the {what} was {lowest:.4g} and has risen to {last:.4g}"
     return ""
+
+
+def _excess(m: Measured) -> tuple[bool, Points]:
+    """(whether there is a teacher, the loss). DINO's loss has the entropy of its teacher in it, which rises in healthy
+    runs: without it, and without KoLeo's term, the distance of student and teacher is left."""
+    (steps, values), (also, entropy) = m.loss, m.columns.get("teacher_entropy", NONE)
+    if len(entropy) != len(values) or not (steps == also).all() or not len(values):
+        return False, m.loss
+    spread = m.columns.get("koleo", NONE)[1]
+    koleo = m.setting("objective.koleo_weight", 0) * spread if len(spread) == len(values) else 0.0
+    return True, (steps, values - entropy - koleo)
 
 
 def _collapsed(m: Measured) -> str:

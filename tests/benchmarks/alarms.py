@@ -78,7 +78,6 @@ def healthy() -> list[Case]:
         case("mae_cifar10", MAE, "cifar10"),
         case("dino_cifar10", DINO, "cifar10"),
         case("quickstart", QUICK, "fractals"),
-        case("quickstart_bare", BARE, "fractals"),
         case("dino_photos", PLAIN, "photos"),
         case("mae_fractals", MAE, "fractals"),
         case("mae_photos", MAE, "photos"),
@@ -146,6 +145,7 @@ def sabotaged() -> list[Case]:
         case("dino_nearly_same", PLAIN, "nearly", "nearly one image"),
         case("dino_overflow", BARE, "fractals", "overflow in bf16", "optim.base_lr=1e7", "optim.warmup_epochs=0",
              "optim.clip=null", "precision=bf16"),
+        case("dino_bare", BARE, "fractals", "no KoLeo"),
         case("dino_paper_short", PAPER, "photos", "no KoLeo, 160 steps of 256 photos"),
         case("dino_paper_fractals", PAPER, "fractals", "no KoLeo, 160 steps of fractals"),
         case("dino_center_off_koleo", QUICK, "fractals", "center off, with KoLeo", off),
@@ -198,7 +198,7 @@ def _repeat() -> Iterator[None]:
     from sslvit import pretraining
 
     usual = pretraining.make_loader
-    pretraining.make_loader = lambda *a, **k: itertools.repeat(next(iter(usual(*a, **k))))
+    pretraining.make_loader = lambda *a, **k: map(dict, itertools.repeat(next(iter(usual(*a, **k)))))
     yield
     pretraining.make_loader = usual
 
