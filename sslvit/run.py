@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from . import config as configuration
 from . import data
-from .arguments import flatten
+from .arguments import flatten, read_yaml
 from .checkpoints import journal, state
 from .checkpoints.journal import BAD_IMAGES, NONFINITE, REPORT, STARTS, append
 from .checkpoints.lock import Lock, create_and_acquire
@@ -53,6 +53,7 @@ MUTABLE_SECTIONS = ("save.", "log.", "eval.")
 BEFORE_FIRST_CHECKPOINT = {".lock", STARTS, "config.yaml.tmp", "submit", "checkpoints"}
 FILES = {"config.yaml", ".lock", "trace.json", REPORT, STARTS, *journal.NAMES}  # that a run writes ...
 FOLDERS = {"checkpoints", "tensorboard"}  # ... in its directory
+CHECKS, LEAST_STEPS = 20, 100  # how often a run is judged while it goes on; shorter ones are not
 REPORT_EVERY = 300.0  # seconds between two reports of a run that goes on
 REPORT_SHARE, REPORT_SECONDS = 0.02, 60.0  # of the time of training, and at most, for the pictures at its end
 
@@ -236,6 +237,8 @@ class Recorder:
     """Writes the lines of a run to metrics.jsonl, TensorBoard and the console, and its report."""
 
     next_report: float | None = None  # by time.perf_counter()
+    checked = 0  # twentieths of the run
+    settings: dict[str, Any] | None = None  # flat, for `_check`
 
     def __init__(
         self, run_dir: Path, config: RunConfig, plan: Plan, schedule: Schedule, run: RunState, source: Source,
@@ -285,6 +288,7 @@ class Recorder:
         self._warn(self.objective.alarm(record) if "loss" in record else None, run.step)
         self.timing = timing
         self.show(run, record)
+        self._check(run.step)
         self._refresh_report()
 
     def show(self, run: RunState, record: dict[str, float] | None = None) -> None:
@@ -300,6 +304,20 @@ class Recorder:
         memory = format_bytes(self._peak_memory())
         epochs = self.plan.steps / self.plan.steps_per_epoch
         self.progress.show(record | now, self.plan.steps, epochs, [memory, *self.facts.values()])
+
+    def _check(self, step: int) -> None:
+        """Warn of what the lines so far say together, each time that a twentieth of the run is over."""
+        from .report.facts import verdict_so_far
+        from .report.verdict import ALARMS
+
+        checked, self.checked = self.checked, CHECKS * step // self.plan.steps
+        if self.log is None or self.warned or self.checked == checked or self.plan.steps < LEAST_STEPS:
+            return
+        self.settings = self.settings or flatten(read_yaml(self.run_dir / "config.yaml"))
+        with self.watch.pausing():
+            verdict = verdict_so_far(self.run_dir, self.settings, self.plan.steps)
+        if verdict.state in ALARMS:
+            self._warn(f"{verdict.headline} {verdict.advice[0]}", step, may_stop=False)
 
     def _refresh_report(self) -> None:
         """Write report.html again from time to time, without pictures. It takes 0.5 % of the run's time at most."""
@@ -322,9 +340,9 @@ class Recorder:
             self.write({"step": run.step, "images": run.images_seen, "rankme": rankme})
             self._warn(rank_alarm(rankme), run.step)
 
-    def _warn(self, alarm: str | None, step: int) -> None:
+    def _warn(self, alarm: str | None, step: int, may_stop: bool = True) -> None:
         """Warn once of collapsed features. Raises UserError instead with log.on_collapse=stop."""
-        if alarm and self.stop_on_collapse:
+        if alarm and may_stop and self.stop_on_collapse:
             raise UserError(f"{alarm} The run stops at step {step}, as log.on_collapse=stop asks.")
         if alarm and not self.warned:
             say(f"Warning at step {step}: {alarm}")

@@ -121,6 +121,9 @@ def found_again(views: Tensor) -> float:
     return torch.stack([((one @ other.T).argmax(dim=1) == own).double().mean() for one, other in pairs]).mean().item()
 
 
+# Shares of the variance of all pixels of a set of images. CIFAR-10, fractals and photos: 0.97 and more between images
+# at a place, 0.6 and more within an image.
+SAME, FLAT = 0.05, 1e-6
 Monitor = KnnMonitor | ViewMonitor
 
 
@@ -187,11 +190,22 @@ def warnings_of(source: Source, index: int, images: Tensor) -> Iterator[str]:
     if len(source) == 1 or (len(images) > 1 and (images == images[:1]).all()):
         what = f"all {len(images)} that were looked at are the same" if len(images) > 1 else "there is only one"
         yield f"Warning: an encoder learns from how images differ, and {what}."
+    elif len(images) > 1 and (reason := nearly_the_same(images)):
+        yield f"Warning: an encoder learns from how images differ, and {reason}. Look at them: sslvit data <images>."
     largest = float(images.max())
     if images.is_floating_point() and largest < DARK:
         fits = range_that_fits(source, index, source.read(index), largest)
         if fits:
             yield f"Warning: {dark_sentence(fits, largest)}"
+
+
+def nearly_the_same(images: Tensor) -> str:
+    """What is wrong with images [N, C, h, w] that hold too little to learn from; "" if nothing is."""
+    x = images[:, :, ::4, ::4].double()
+    total, between = x.var(dim=(0, 2, 3), correction=0).mean(), x.var(dim=0, correction=0).mean()
+    if x.var(dim=(2, 3), correction=0).mean() < FLAT * total:
+        return f"all {len(x)} that were looked at are blank, each of one colour"
+    return f"all {len(x)} that were looked at are nearly the same" if between < SAME * total else ""
 
 
 def rank_alarm(rankme: float) -> str | None:

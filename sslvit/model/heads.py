@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .encoder import take
 
+ENOUGH_IMAGES = 8  # in a micro-batch, for what is logged of how they differ
+
 
 class Prototypes(nn.Module):
     """K prototype vectors, weight-normalised: row k of the layer is g_k * v_k / |v_k| (DINO, section 3.2 and its code).

@@ -101,6 +101,12 @@ def gather(path: Path, name: str = "", running: bool | None = None) -> Facts:
     return facts
 
 
+def verdict_so_far(run_dir: Path, settings: dict[str, Any], steps: int) -> Verdict:
+    """Of a run that goes on, by its lines alone. Raises OSError."""
+    found = curves.read(run_dir / METRICS)
+    return judge(measured_of(Facts(run_dir, run_dir.name, settings, found, total=steps, running=True)))
+
+
 def command_name(facts: Facts) -> str:
     return printable(shlex.quote(str(facts.path)))
 

@@ -31,7 +31,15 @@ def write_run(folder, lines=(), **settings):
 
 def lines(count: int, **more):
     for n in range(1, count + 1):
-        record = {"step": n, "epoch": n / 10, "images": 8 * n, "seconds": 0.5 * n, "loss": 1 + 1 / n, "lr": 0.1, **more}
+        record = {
+            "step": n,
+            "epoch": n / 10,
+            "images": 8 * n,
+            "seconds": 0.5 * n,
+            "loss": 1 + 1 / n,
+            "lr": 0.001,
+            **more,
+        }
         yield json.dumps(record) + "\n"
 
 
