@@ -218,6 +218,12 @@ def _teacher(m: Measured) -> Fault:
     )
 
 
+def _center(m: Measured) -> Fault:
+    if m.setting("objective.center_momentum", 0) < 1 or m.setting("objective.koleo_weight", 0):
+        return None
+    return "the center never moves, as its momentum is 1, and without it DINO collapses to one prototype", _causes(m)
+
+
 def _same_crops(m: Measured) -> Fault:
     values, entropy = m.values("teacher_agreement"), m.values("teacher_mean_entropy")
     if min(len(values), len(entropy)) < 2 or values[:2].min() < 1 or entropy[:2].min() < math.log(PROTOTYPES):
@@ -241,9 +247,9 @@ def _wild_rate(m: Measured) -> Fault:
 def _unmoved(m: Measured) -> Fault:
     """Neither the rate nor the loss moves."""
     losses, batch = m.values("loss"), m.setting("global_batch_size", 256)
-    if len(losses) < FEW_LINES or m.setting("optim.base_lr", 1) * batch / 256 > LOW_LR:
+    if len(losses) < 2 or m.setting("optim.base_lr", 1) * batch / 256 > LOW_LR:
         return None
-    if abs(losses[-FEW_LINES:].mean() / losses[0] - 1) > UNMOVED:
+    if abs(losses[-2:].mean() / losses[0] - 1) > UNMOVED:
         return None
     return (
         f"the learning rate is so low that nothing changes: the loss was {losses[0]:.4g} and is {losses[-1]:.4g}",
@@ -268,13 +274,13 @@ def _stuck(m: Measured) -> Fault:
 
 
 # In this order. A collapse is told from features that never spread.
-FAULTS = (_same_images, _repeated_batch, _teacher, _same_crops, _wild_rate, _unmoved)
+FAULTS = (_same_images, _repeated_batch, _teacher, _center, _same_crops, _wild_rate, _unmoved)
 
 
 def _causes(m: Measured, spread: bool = True) -> list[str]:
     """What to set, the likeliest first: settings far from all that is known to work, KoLeo, the learning rate."""
     found = [
-        f"Set {words}: {key}={value:g} is far from what works."
+        f"Set {words}. The value {value:g} of {key} is far from what works."
         for key, low, high, words in USUAL
         if not low <= (value := m.setting(key, low)) <= high
     ]

@@ -13,6 +13,7 @@ import contextlib
 import io
 import itertools
 import json
+import lzma
 import re
 import shutil
 import sys
@@ -25,11 +26,31 @@ from typing import Any
 import numpy as np
 
 from sslvit.report.curves import Curves
-from sslvit.report.facts import Facts, measured_of, total_of
+from sslvit.report.facts import Facts, measured_of
 from sslvit.report.verdict import ALARMS, Verdict, judge
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-UNSEEN = {"knn/top1", "images", "seconds", "images_per_second", "data_wait"}
+STORED = Path(__file__).parents[1] / "report" / "alarms.json.xz"
+HARM = 2.0  # points of k-NN
+START = "an encoder learns from how images differ"  # of what a run says before its first step
+COUNTS = [f"{kind}{more}" for kind in ("healthy", "harmed", "unharmed") for more in ("", ", said", ", within 5 %")]
+EXACT = {"image_difference"}
+READ = {
+    "method", "steps", "global_batch_size", "model.init", "log.every_steps", "optim.base_lr", "optim.warmup_epochs",
+    "objective.koleo_weight", "objective.center_momentum", "objective.teacher_temp", "objective.student_temp",
+    "objective.mask_ratio", "objective.prototypes",
+}  # fmt: skip
+UNSEEN = {
+    "knn/top1",
+    "images",
+    "seconds",
+    "images_per_second",
+    "data_wait",
+    "reconstruction",
+    "feature_loss",
+    "patch_loss",
+    "teacher_temp",
+}
 STEPS, EVERY = 160, 4
 ENCODER = ["model.name=vit_tiny_patch16_224", "model.args={patch_size: 4, embed_dim: 128, depth: 3, num_heads: 4}"]
 SHORT = [*ENCODER, f"steps={STEPS}", "global_batch_size=64", "data.image_size=24", "data.workers=0"]
@@ -282,37 +303,65 @@ def run(case: Case, seed: int, out: Path) -> dict[str, Any]:
 # What is said of a run, line by line.
 
 
-def curves_of(lines: list[dict[str, float]]) -> Curves:
-    columns: dict[str, tuple[list[float], list[float]]] = {}
-    for line in lines:
+def replay(record: dict[str, Any], stride: int = 1) -> Iterator[tuple[int, Verdict]]:
+    """The step of each line, and what `judge` says when the run has come so far. It does not see k-NN."""
+    whole = {
+        key: (np.array(steps, float), np.array(values, float)) for key, (steps, values) in record["columns"].items()
+    }
+    every = np.unique(np.concatenate([steps for steps, _ in whole.values()]))
+    for step in [*every[:-1:stride], every[-1]]:
+        cut = {key: int(np.searchsorted(steps, step, side="right")) for key, (steps, _) in whole.items()}
+        so_far = {key: (whole[key][0][:place], whole[key][1][:place]) for key, place in cut.items() if place}
+        running = bool(step < every[-1]) or record["status"] != 0
+        facts = Facts(Path("run"), "run", record["settings"], Curves(so_far), total=record["steps"], running=running)
+        yield int(step), judge(measured_of(facts))
+
+
+def first_alarm(record: dict[str, Any], stride: int = 1) -> tuple[float, Verdict] | None:
+    """(share of the run, verdict) of the first line with an alarm; None if there is none."""
+    found = ((step / record["steps"], verdict) for step, verdict in replay(record, stride) if verdict.state in ALARMS)
+    return next(found, None)
+
+
+def harmed(record: dict[str, Any], records: list[dict[str, Any]]) -> bool:
+    """Whether k-NN at the end is below that of all healthy runs of the same images, method and seed that have gained,
+    by more than 2 points; a run that broke off is."""
+    test = [
+        other["knn"][1]
+        for other in records
+        if not other["sabotage"] and other["test"] == record["test"] and other["seed"] == record["seed"]
+        and other["settings"]["method"] == record["settings"]["method"] and other["knn"][1] > other["knn"][0] + 2
+    ]  # fmt: skip
+    return record["status"] != 0 or bool(test and record["knn"][1] < min(test) - HARM)
+
+
+def shortened(record: dict[str, Any]) -> dict[str, Any]:
+    """What a replay needs of a run."""
+    columns: dict[str, tuple[list[int], list[float]]] = {}
+    for line in record["lines"]:
         for key, value in line.items():
             if key != "step" and key not in UNSEEN:
                 steps, values = columns.setdefault(key, ([], []))
                 steps.append(line["step"])
-                values.append(value)
-    return Curves({key: (np.array(steps, float), np.array(values, float)) for key, (steps, values) in columns.items()})
+                values.append(value if key in EXACT else float(f"{value:.4g}"))
+    knn = [line["knn/top1"] for line in record["lines"] if "knn/top1" in line]
+    settings = {key: value for key, value in record["settings"].items() if key in READ}
+    steps = record["settings"]["steps"] or max(line["step"] for line in record["lines"])
+    said = any(START in sentence for sentence in record["said"])
+    return {
+        **{key: record[key] for key in ("name", "seed", "sabotage", "status")}, "steps": steps, "said_at_start": said,
+        "test": "fractals" if "fractals" in record["settings"]["eval.test"] else "cifar10",
+        "knn": [knn[0], knn[-1]], "settings": settings, "columns": columns,
+    }  # fmt: skip
 
 
-def replay(record: dict[str, Any]) -> Iterator[tuple[int, Verdict]]:
-    """The step of each line, and what `judge` says when the run has come so far. It does not see k-NN."""
-    whole = curves_of(record["lines"])
-    steps = np.unique(np.concatenate([steps for steps, _ in whole.columns.values()]))
-    for step in steps:
-        places = {key: int(np.searchsorted(steps, step, side="right")) for key, (steps, _) in whole.columns.items()}
-        so_far = {
-            key: (whole.columns[key][0][:place], whole.columns[key][1][:place])
-            for key, place in places.items()
-            if place
-        }
-        facts = Facts(Path("run"), "run", record["settings"], Curves(so_far), running=bool(step < steps[-1]))
-        facts.total = total_of(facts)
-        yield int(step), judge(measured_of(facts))
+def records(out: Path) -> list[dict[str, Any]]:
+    return [shortened(json.loads(path.read_text())) for path in sorted(out.glob("*.json"))]
 
 
-def first_alarm(record: dict[str, Any]) -> tuple[float, Verdict] | None:
-    """(share of the run, verdict) of the first line with an alarm; None if there is none."""
-    total = record["settings"].get("steps") or max(line["step"] for line in record["lines"])
-    return next(((step / total, verdict) for step, verdict in replay(record) if verdict.state in ALARMS), None)
+def stored() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(lzma.decompress(STORED.read_bytes()))
+    return found
 
 
 def first_words(verdict: Verdict) -> list[str]:
@@ -324,28 +373,59 @@ def first_words(verdict: Verdict) -> list[str]:
 def heal(out: Path, seed: int) -> None:
     """Train the sabotaged runs again, with the first suggestion of the first alarm. Those that thereby become a run
     that exists already are not trained."""
+    from omegaconf import OmegaConf
+
+    from sslvit import settings
+    from sslvit.arguments import flatten
+
+    def resolved(case: Case) -> dict[str, Any]:
+        recipe = [str(CONFIGS / word) for word in case.base if word.endswith(".yaml")]
+        words = [f"{key}={value}" for key, value in given_to(case, seed, out).items()]
+        return flatten(OmegaConf.structured(settings.load([*recipe, *words, "out=run"])))
+
+    twins = [(case, resolved(case)) for case in healthy() if case.base and "{" not in "".join(case.words)]
     for case in sabotaged():
         path = out / f"{case.name}.{seed}.json"
-        alarm = first_alarm(json.loads(path.read_text())) if path.exists() else None
+        alarm = first_alarm(shortened(json.loads(path.read_text()))) if path.exists() else None
         words = first_words(alarm[1]) if alarm else []
         if not words or words[0].startswith("data."):
             print(f"{case.name}: {'no key' if alarm else 'no alarm'}")
             continue
         healed = replace(case, name=f"healed_{case.name}", words=(*case.words, *words))
-        settings = given_to(healed, seed, out)
-        twin = next((other for other in healthy() if not case.patch and given_to(other, seed, out) == settings), None)
-        record = run(twin or healed, seed, out)
-        print(f"{case.name}: {' '.join(words)}: k-NN {knn_of(record)}{f', is {twin.name}' if twin else ''}", flush=True)
+        now = resolved(healed)
+        twin = next((other for other, values in twins if values == now and not case.patch), None)
+        begun = shortened(run(twin or healed, seed, out))["knn"]
+        print(f"{case.name}: {' '.join(words)}: k-NN {begun}{f', is {twin.name}' if twin else ''}", flush=True)
 
 
-def knn_of(record: dict[str, Any]) -> tuple[float, float]:
-    """(untrained, trained) in percent; a run that broke off has the untrained encoder's twice."""
-    values = [line["knn/top1"] for line in record["lines"] if "knn/top1" in line]
-    return values[0], values[-1]
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+def table(runs: list[dict[str, Any]]) -> None:
+    """What eval/README.md shows, and a summary for each seed."""
+    rows: dict[str, list[Any]] = {}
+    sums: dict[int, dict[str, int]] = {}
+    for record in runs:
+        if record["name"].startswith("healed_"):
+            continue
+        alarm, bad = first_alarm(record), harmed(record, runs)
+        share = 0.0 if record["said_at_start"] else alarm[0] if alarm else None
+        rows.setdefault(record["name"], []).append((record, bad, share, alarm))
+        kind = "healthy" if not record["sabotage"] else "harmed" if bad else "unharmed"
+        count = sums.setdefault(record["seed"], dict.fromkeys(COUNTS, 0))
+        count[kind] += 1
+        count[f"{kind}, said"] += share is not None
+        count[f"{kind}, within 5 %"] += share is not None and share <= 0.05
+    for name, found in rows.items():
+        record = found[0][0]
+        cells = [
+            name,
+            record["sabotage"] or "-",
+            " / ".join(f"{r['knn'][0]:.1f} to {r['knn'][1]:.1f}" for r, *_ in found),
+            " / ".join("yes" if bad else "no" for _, bad, *_ in found),
+            " / ".join("no" if share is None else f"{share:.1%}" for *_, share, _ in found),
+            next((" ".join(first_words(alarm[1])) or "data.train" for *_, alarm in found if alarm), ""),
+        ]
+        print("| " + " | ".join(cells) + " |")
+    for seed, count in sums.items():
+        print(f"seed {seed}: " + ", ".join(f"{key} {value}" for key, value in count.items()))
 
 
 def run_all(out: Path, seeds: list[int], only: str) -> None:
@@ -368,3 +448,7 @@ if __name__ == "__main__":
         run_all(folder, [int(seed) for seed in given.get("seeds", "0,1").split(",")], given.get("only", ""))
     elif sys.argv[1] == "heal":
         heal(folder, int(given.get("seed", 1)))
+    elif sys.argv[1] == "table":
+        table(records(folder))
+    elif sys.argv[1] == "store":
+        STORED.write_bytes(lzma.compress(json.dumps(records(folder)).encode(), preset=9))

@@ -270,7 +270,7 @@ def test_the_alarm_of_a_method_makes_the_verdict(tmp_path):
     assert verdict.state == "collapsed"
     assert "DINO has collapsed to one even answer" in verdict.evidence[0]
     assert "The first line that shows it is of step 1." in verdict.evidence[0]
-    assert verdict.advice[0].startswith("Lower objective.teacher_temp")
+    assert verdict.advice[0].startswith("Set objective.koleo_weight=0.3 objective.center_momentum=0.9")
     odd = write_run(tmp_path / "odd", lines(30, teacher_entropy=6.2), method="dino", objective={"prototypes": "many"})
     assert gather(odd).verdict.state == "stopped"
 
