@@ -53,7 +53,7 @@ MUTABLE_SECTIONS = ("save.", "log.", "eval.")
 BEFORE_FIRST_CHECKPOINT = {".lock", STARTS, "config.yaml.tmp", "submit", "checkpoints"}
 FILES = {"config.yaml", ".lock", "trace.json", REPORT, STARTS, *journal.NAMES}  # that a run writes ...
 FOLDERS = {"checkpoints", "tensorboard"}  # ... in its directory
-CHECKS, LEAST_STEPS = 20, 100  # how often a run is judged while it goes on; shorter ones are not
+CHECKS, LEAST_STEPS = 20, 40  # how often a run is judged while it goes on; shorter ones are not
 REPORT_EVERY = 300.0  # seconds between two reports of a run that goes on
 REPORT_SHARE, REPORT_SECONDS = 0.02, 60.0  # of the time of training, and at most, for the pictures at its end
 

@@ -110,8 +110,8 @@ def healthy() -> list[Case]:
              "objective.decoder_heads=4", "optim.base_lr=2e-3", *small], "cifar10"),
         case("dino_boosted", [*PLAIN[1:], "dino_vits16_in1k_300ep_boosted.yaml",
              "objective.teacher_temp_warmup_epochs=0.5"], "cifar10"),
-        case("continue", ["continue.yaml", "save.keep_best=false", "objective.decoder_width=64"], "photos",
-             "model.init={healthy_mae_cifar10}"),
+        case("continue", ["continue.yaml", "save.keep_best=false", "objective.decoder_width=64",
+             "eval.every_epochs=null"], "photos", "model.init={healthy_mae_cifar10}"),
         case("distill", ["distill_cifar10.yaml"], "cifar10", "teacher={healthy_mae_cifar10}"),
         case("mae_pixels", MAE, "cifar10", "objective.norm_pix=false"),
         case("mae_microscopy", MAE, "fractals", "preset=microscopy", "objective.koleo_weight=0"),
@@ -335,6 +335,13 @@ def harmed(record: dict[str, Any], records: list[dict[str, Any]]) -> bool:
     return record["status"] != 0 or bool(test and record["knn"][1] < min(test) - HARM)
 
 
+def kind_of(record: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    """healthy, harmed or unharmed; healed: a sabotaged run with the first suggestion."""
+    if record["name"].startswith("healed_"):
+        return "healed"
+    return "healthy" if not record["sabotage"] else "harmed" if harmed(record, records) else "unharmed"
+
+
 def shortened(record: dict[str, Any]) -> dict[str, Any]:
     """What a replay needs of a run."""
     columns: dict[str, tuple[list[int], list[float]]] = {}
@@ -403,12 +410,11 @@ def table(runs: list[dict[str, Any]]) -> None:
     rows: dict[str, list[Any]] = {}
     sums: dict[int, dict[str, int]] = {}
     for record in runs:
-        if record["name"].startswith("healed_"):
+        if (kind := kind_of(record, runs)) == "healed":
             continue
         alarm, bad = first_alarm(record), harmed(record, runs)
         share = 0.0 if record["said_at_start"] else alarm[0] if alarm else None
         rows.setdefault(record["name"], []).append((record, bad, share, alarm))
-        kind = "healthy" if not record["sabotage"] else "harmed" if bad else "unharmed"
         count = sums.setdefault(record["seed"], dict.fromkeys(COUNTS, 0))
         count[kind] += 1
         count[f"{kind}, said"] += share is not None

@@ -264,13 +264,14 @@ def test_settings_of_somebody_else_cannot_take_all_memory(colour_run, images, tm
 
 
 def test_the_alarm_of_a_method_makes_the_verdict(tmp_path):
-    objective = {"prototypes": 512, "center_momentum": 1.0}
+    objective = {"prototypes": 512, "center_momentum": 0.9}
     run = write_run(tmp_path / "run", lines(30, teacher_entropy=6.2383), method="dino", objective=objective)
     verdict = gather(run).verdict
     assert verdict.state == "collapsed"
     assert "DINO has collapsed to one even answer" in verdict.evidence[0]
     assert "The first line that shows it is of step 1." in verdict.evidence[0]
-    assert verdict.advice[0].startswith("Set objective.koleo_weight=0.3 objective.center_momentum=0.9")
+    assert verdict.advice[0].startswith("Spread the features: objective.koleo_weight=0.3")
+    assert "Lower objective.teacher_temp" in verdict.advice[2]
     odd = write_run(tmp_path / "odd", lines(30, teacher_entropy=6.2), method="dino", objective={"prototypes": "many"})
     assert gather(odd).verdict.state == "stopped"
 
