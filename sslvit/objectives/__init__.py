@@ -13,6 +13,7 @@ and may define
     PRESETS    {name: values of its keys} for `objective.preset`, which is then a key of its Config
     SMALL      values of its keys that make it small, for the tests that every method has to pass
     hidden     (config, encoder, keys [B]) -> [B, N] bool, the patches that `sslvit data picture=` shows as hidden
+    WORKS      {key: value that has worked in short runs}: optim.base_lr and others, for the advice of reports
     alarm      (config, values of a line of the log) -> what they say of collapse, for reports of runs that have ended
 
 The smallest one, which pulls two crops of an image together (and would collapse):

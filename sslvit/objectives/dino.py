@@ -29,6 +29,7 @@ from ..model.objective import Objective
 from .keys.dino import DEFAULTS as DEFAULTS
 from .keys.dino import PRESETS as PRESETS
 from .keys.dino import SMALL as SMALL
+from .keys.dino import WORKS as WORKS
 from .keys.dino import Config as Config
 
 Resolutions = list[tuple[Tensor, Tensor]]  # crops [R, C, h, w] of one size and their keys [R], for each size

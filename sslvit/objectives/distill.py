@@ -33,6 +33,7 @@ from ..model.objective import Objective
 from .keys.distill import DEFAULTS as DEFAULTS
 from .keys.distill import PRESETS as PRESETS
 from .keys.distill import SMALL as SMALL
+from .keys.distill import WORKS as WORKS
 from .keys.distill import Config as Config
 
 SLOWEST = 0.01  # share of a step's statistics in the running ones, after the first hundred steps

@@ -23,6 +23,7 @@ from ..model.objective import Objective
 from .keys.mae import DEFAULTS as DEFAULTS
 from .keys.mae import PRESETS as PRESETS
 from .keys.mae import SMALL as SMALL
+from .keys.mae import WORKS as WORKS
 from .keys.mae import Config as Config
 
 

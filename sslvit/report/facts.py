@@ -356,7 +356,7 @@ def measured_of(facts: Facts) -> Measured:
         seconds_a_line=float(seconds[-1]) / len(seconds) if len(seconds) and len(loss_steps) else None,
         pretrained=bool(settings.get("model.init")),
         run=command_name(facts),
-        method=facts.method,
+        works=getattr(objectives.find(facts.method), "WORKS", {}) if facts.method in objectives.names() else {},
         settings=settings,
         columns=found.columns,
     )

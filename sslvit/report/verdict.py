@@ -43,8 +43,6 @@ HIGH_LR, LOW_LR, UNMOVED = 0.01, 5e-6, 0.03
 HIGH_DECAY = 0.005  # of a weight in a step: learning rate times weight decay
 STUCK_FROM, RANK_STUCK, RANK_RISING = 0.25, 18.0, 1.2  # share of the run
 LOW_MOMENTUM, MOMENTUM = 0.5, 0.98  # of a teacher: too low below; usual in a short run
-RATES = {"mae": 2e-3, "dino": 3e-3, "distill": 1.2e-2}  # optim.base_lr of configs/, for short runs
-KOLEO = {"mae": 0.05, "dino": 0.3}
 # Key, lowest and highest value that are known to work, what to set instead.
 USUAL = [
     ("objective.teacher_temp", 0.01, 0.2, "objective.teacher_temp=0.04 objective.teacher_temp_start=0.04"),
@@ -82,7 +80,7 @@ class Measured:
     seconds_a_line: float | None = None
     pretrained: bool = False  # it began with model.init
     run: str = "<run>"  # as a command line names it
-    method: str = ""
+    works: dict[str, float] = field(default_factory=dict)  # keys of the method and values that work in short runs
     settings: dict[str, Any] = field(default_factory=dict)  # flat: {"optim.base_lr": 0.001, ...}
     columns: dict[str, Points] = field(default_factory=dict)  # all that the log holds
 
@@ -107,8 +105,8 @@ class Verdict:
 
 def judge(m: Measured) -> Verdict:
     """The state of a run in words. The first rule that fits decides."""
-    found = (_loss(m), _knn(m), _rank(m), _answers(m), _gradient(m), _length(m), _quiet(m))
-    evidence = [sentence for sentence in found if sentence]
+    known = (_loss(m), _knn(m), _rank(m), _answers(m), _gradient(m), _length(m), _quiet(m))
+    evidence = [sentence for sentence in known if sentence]
     if m.step is None:
         return Verdict("no metrics", "There is nothing to judge: the run has not written a line yet.")
     end = f"step {m.step:,}"
@@ -262,7 +260,7 @@ def _stuck(m: Measured) -> Fault:
     steps, ranks = m.rankme
     if m.step is None or not m.total or len(ranks) < 2 or steps[-1] < STUCK_FROM * m.total or m.pretrained:
         return None
-    if m.method == "mae" and not m.setting("objective.koleo_weight", 0):
+    if "momentum" not in m.columns and not m.setting("objective.koleo_weight", 0):
         return None  # low, and no fault: without KoLeo, mae_cifar10.yaml has the better linear probe
     if not (ranks[-1] < RANK_STUCK and ranks[-1] < RANK_RISING * ranks[-2]):
         return None
@@ -284,7 +282,7 @@ def _causes(m: Measured, spread: bool = True) -> list[str]:
         for key, low, high, words in USUAL
         if not low <= (value := m.setting(key, low)) <= high
     ]
-    weight = KOLEO.get(m.method)
+    weight = m.works.get("objective.koleo_weight")
     if spread and weight and not m.setting("objective.koleo_weight", 0):
         words = f"objective.koleo_weight={weight:g}"
         found = [one.replace("Set ", f"Set {words} ", 1) for one in found] or [f"Spread the features: {words}."]
@@ -293,7 +291,7 @@ def _causes(m: Measured, spread: bool = True) -> list[str]:
 
 def _rate(m: Measured) -> str:
     """The learning rate of the recipes, or a third of the run's own if that is not above it."""
-    usual, now = RATES.get(m.method, 1e-3), m.setting("optim.base_lr", 1e-3)
+    usual, now = m.works.get("optim.base_lr", 1e-3), m.setting("optim.base_lr", 1e-3)
     low = now * m.setting("global_batch_size", 256) / 256 < LOW_LR
     return f"optim.base_lr={usual if now > usual or low else float(f'{now / 3:.2g}'):g}"
 
@@ -344,7 +342,7 @@ def _excess(m: Measured) -> tuple[bool, Points]:
 def _collapsed(m: Measured) -> Fault:
     if m.alarm:
         reason, _, remedy = m.alarm.partition(". ")  # in all such sentences the advice comes last
-        return reason.rstrip("."), [*(_causes(m) if m.method in KOLEO else ()), *([remedy] if remedy else [])]
+        return reason.rstrip("."), [*(_causes(m) if m.works else ()), *([remedy] if remedy else [])]
     few = m.prototypes is not None and m.prototypes < PROTOTYPES
     if few and not m.setting("objective.koleo_weight", 0):
         return (

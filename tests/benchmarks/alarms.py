@@ -1,6 +1,7 @@
 """How often the alarms of report/verdict.py are right: runs that are sabotaged, and healthy ones.
 
     python -m tests.benchmarks.alarms run data=<cifar10> photos=<folder> out=<folder> [seeds=0,1] [only=<a name>]
+    python -m tests.benchmarks.alarms heal out=<folder> [seed=1] [train=false]   with the first suggestions
     python -m tests.benchmarks.alarms table out=<folder>     error rates, as in eval/README.md
     python -m tests.benchmarks.alarms store out=<folder>     the lines of all runs, for tests/report/test_alarms.py
 
@@ -377,7 +378,7 @@ def first_words(verdict: Verdict) -> list[str]:
     return next((words for words in found if words), [])
 
 
-def heal(out: Path, seed: int) -> None:
+def heal(out: Path, seed: int, train: bool) -> None:
     """Train the sabotaged runs again, with the first suggestion of the first alarm. Those that thereby become a run
     that exists already are not trained."""
     from omegaconf import OmegaConf
@@ -388,7 +389,7 @@ def heal(out: Path, seed: int) -> None:
     def resolved(case: Case) -> dict[str, Any]:
         recipe = [str(CONFIGS / word) for word in case.base if word.endswith(".yaml")]
         words = [f"{key}={value}" for key, value in given_to(case, seed, out).items()]
-        return flatten(OmegaConf.structured(settings.load([*recipe, *words, "out=run"])))
+        return flatten(OmegaConf.structured(settings.load([*recipe, *words, "out=run"], 0.0)))
 
     twins = [(case, resolved(case)) for case in healthy() if case.base and "{" not in "".join(case.words)]
     for case in sabotaged():
@@ -401,8 +402,9 @@ def heal(out: Path, seed: int) -> None:
         healed = replace(case, name=f"healed_{case.name}", words=(*case.words, *words))
         now = resolved(healed)
         twin = next((other for other, values in twins if values == now and not case.patch), None)
-        begun = shortened(run(twin or healed, seed, out))["knn"]
-        print(f"{case.name}: {' '.join(words)}: k-NN {begun}{f', is {twin.name}' if twin else ''}", flush=True)
+        known = (out / f"{(twin or healed).name}.{seed}.json").exists()
+        knn = shortened(run(twin or healed, seed, out))["knn"] if train or known else "not run"
+        print(f"{case.name}: {' '.join(words)}: k-NN {knn}{f', is {twin.name}' if twin else ''}", flush=True)
 
 
 def table(runs: list[dict[str, Any]]) -> None:
@@ -453,7 +455,7 @@ if __name__ == "__main__":
         make_images(Path(given["data"]), Path(given["photos"]), folder)
         run_all(folder, [int(seed) for seed in given.get("seeds", "0,1").split(",")], given.get("only", ""))
     elif sys.argv[1] == "heal":
-        heal(folder, int(given.get("seed", 1)))
+        heal(folder, int(given.get("seed", 1)), given.get("train") != "false")
     elif sys.argv[1] == "table":
         table(records(folder))
     elif sys.argv[1] == "store":
