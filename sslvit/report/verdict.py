@@ -105,8 +105,8 @@ class Verdict:
 
 def judge(m: Measured) -> Verdict:
     """The state of a run in words. The first rule that fits decides."""
-    known = (_loss(m), _knn(m), _rank(m), _answers(m), _gradient(m), _length(m), _quiet(m))
-    evidence = [sentence for sentence in known if sentence]
+    sentences = (_loss(m), _knn(m), _rank(m), _answers(m), _gradient(m), _length(m), _quiet(m))
+    evidence = [sentence for sentence in sentences if sentence]
     if m.step is None:
         return Verdict("no metrics", "There is nothing to judge: the run has not written a line yet.")
     end = f"step {m.step:,}"
