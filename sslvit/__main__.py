@@ -79,26 +79,32 @@ def main(argv: list[str] | None = None) -> int:
     command, *rest = arguments
     try:
         return find(command)(rest) or 0
-    except UserError as error:
+    except (UserError, OSError, Stopped, RuntimeError, KeyboardInterrupt) as error:
+        return _say_why(command, error)
+
+
+def _say_why(command: str, error: BaseException) -> int:
+    """The exit status of a command that has ended with an error, after a sentence. Raises the error again if there is
+    nothing that the user could mend."""
+    if isinstance(error, UserError):
         print(printable(f"sslvit {command}: {error}", keep="\n"), file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has read enough
+    if isinstance(error, BrokenPipeError):  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
         return 1
-    except OSError as error:
-        if not isinstance(error.filename, str):  # not about a file that the user could mend
-            raise
+    if isinstance(error, OSError) and isinstance(error.filename, str):  # about a file that the user can mend
         print(f"sslvit {command}: {error.filename} cannot be read or written: {error.strerror}.", file=sys.stderr)
         return 2
-    except Stopped as stopped:
+    if isinstance(error, Stopped):
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"{stopped} Start the same command to go on (exit status {EXIT_REQUEUE}).")
+            print(f"{error} Start the same command to go on (exit status {EXIT_REQUEUE}).")
         return EXIT_REQUEUE
-    except RuntimeError as error:
-        return _lost_process(command, error)
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         print("Interrupted.", file=sys.stderr)
         return 130
+    if isinstance(error, RuntimeError):
+        return _lost_process(command, error)
+    raise error
 
 
 def _lost_process(command: str, error: RuntimeError) -> int:
