@@ -12,6 +12,7 @@ import torch
 
 from sslvit import evaluation
 from sslvit.checkpoints import state
+from sslvit.tools import bench
 
 from . import processes
 from .conftest import words
@@ -39,7 +40,8 @@ def test_help_of_a_recipe_is_that_of_its_method(cli, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["data", "--sample=5"], ["bench", "--seconds=0.05", "--seed=1"]])
-def test_tools_take_their_keys_with_dashes_as_pretrain_does(cli, images, tmp_path, arguments):
+def test_tools_take_their_keys_with_dashes_as_pretrain_does(cli, images, tmp_path, arguments, monkeypatch):
+    monkeypatch.setattr(bench, "matmul_rate", lambda *device: 1e9)  # it takes two seconds
     command, *more = arguments
     status, printed, error = cli(command, images, *words("mae", f"out={tmp_path / 'run'}"), *more)
     assert status == 0, error
