@@ -147,8 +147,8 @@ def test_a_picture_of_a_model_without_blocks(cli, labelled, tmp_path):
     assert "is a SwinTransformer, not a plain ViT: its stages are shown, without positions, attention" in said
     assert "registers are wanted" not in said
     with Image.open(out) as image:
-        assert image.width > 800
-        assert image.height > 1500
+        assert image.width > 700
+        assert image.height > 1000
 
 
 def test_an_encoder_without_images_shows_its_weights(cli, tmp_path):
