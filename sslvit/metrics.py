@@ -1,6 +1,7 @@
 """What a run writes while it goes: metrics.jsonl and TensorBoard."""
 
 import importlib
+import io
 import json
 import os
 import socket
@@ -123,6 +124,15 @@ class MetricsLog:
             values = {key: value for key, value in record.items() if key != "step"}
             self._ask(name, "log", values, step=record["step"])
 
+    def write_pictures(self, pictures: "dict[str, Any]", step: int) -> None:
+        """{name: an image of PIL} to TensorBoard, and to the trackers that take images."""
+        if self._board is not None:
+            self._board.write_pictures(pictures, step)
+        for name in [name for name, tracker in self.trackers.items() if hasattr(tracker, "log_images")]:
+            import numpy as np
+
+            self._ask(name, "log_images", {tag: [np.asarray(image)] for tag, image in pictures.items()}, step=step)
+
     def _ask(self, name: str, what: str, *arguments: Any, **more: Any) -> None:
         """A tracker that fails is left out from then on: a run does not end because a server does."""
         try:
@@ -203,6 +213,19 @@ class Board:
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in record.items() if name != "step"]
         self.add(step=record["step"], summary=Summary(value=values))
+
+    def write_pictures(self, pictures: dict[str, Any], step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = []
+        for name, image in pictures.items():
+            png = io.BytesIO()
+            image.save(png, "PNG")
+            whole = Summary.Image(
+                height=image.height, width=image.width, colorspace=3, encoded_image_string=png.getvalue()
+            )
+            values.append(Summary.Value(tag=name, image=whole))
+        self.add(step=step, summary=Summary(value=values))
 
     def add(self, **what: object) -> None:
         self.file.write(self.event(wall_time=time.time(), **what).SerializeToString())

@@ -55,7 +55,7 @@ FILES = {"config.yaml", ".lock", "trace.json", REPORT, STARTS, *journal.NAMES}  
 FOLDERS = {"checkpoints", "tensorboard"}  # ... in its directory
 CHECKS, LEAST_STEPS = 20, 40  # how often a run is judged while it goes on; shorter ones are not
 REPORT_EVERY = 300.0  # seconds between two reports of a run that goes on
-REPORT_SHARE, REPORT_SECONDS = 0.02, 60.0  # of the time of training, and at most, for the pictures at its end
+REPORT_SHARE, REPORT_SECONDS = 0.005, 60.0  # of the time of training, and at most, for the pictures at its end
 
 
 def open_run(run_dir: Path, config: RunConfig, device: str) -> Lock | None:
@@ -289,7 +289,7 @@ class Recorder:
         self.timing = timing
         self.show(run, record)
         self._check(run.step)
-        self._refresh_report()
+        self._refresh_report(run.step)
 
     def show(self, run: RunState, record: dict[str, float] | None = None) -> None:
         """Show how far the run is, if it is time for that, or if a line of metrics.jsonl has to be shown."""
@@ -319,9 +319,11 @@ class Recorder:
         if verdict.state in ALARMS:
             self._warn(f"{verdict.headline} {verdict.advice[0]}", step, may_stop=False)
 
-    def _refresh_report(self) -> None:
-        """Write report.html again from time to time, without pictures. It takes 0.5 % of the run's time at most."""
-        from .report import of_run
+    def _refresh_report(self, step: int) -> None:
+        """Write report.html again from time to time, without pictures; these go to TensorBoard and trackers. Both
+        together take 0.5 % of the run's time at most. Measured with runs on CIFAR-10 (one core): 0.05 s for the page
+        and 0.25 s (MAE) or 0.9 s (DINO) for the pictures, every 300 s, which is 0.1 % and 0.3 %."""
+        from .report import of_run, pictures_while_training
 
         now = time.perf_counter()
         if self.next_report is None:
@@ -329,6 +331,7 @@ class Recorder:
         if self.log and self.reports and now >= self.next_report:
             with self.watch.pausing():
                 took = of_run(self.run_dir, True, self.lock, memory=self._peak_memory())
+                took += pictures_while_training(self.run_dir, self.objective, self.skipped.source, self.log, step)
             self.next_report = now + max(REPORT_EVERY, 200 * took)
 
     def _peak_memory(self) -> int:

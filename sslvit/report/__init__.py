@@ -9,12 +9,16 @@ encoder and draws. page.py puts charts.py, tables.py and map.py in order, in the
 import time
 from pathlib import Path
 
+from ..arguments import first_line
 from ..checkpoints import textfile
 from ..checkpoints.journal import REPORT
 from ..checkpoints.lock import Lock
+from ..data import Source
 from ..distributed import say
 from ..errors import UserError, check_range
 from ..evaluation.config import Report as Config
+from ..metrics import MetricsLog
+from ..objectives import Objective
 from .facts import Facts, command_name, gather, runs_in
 from .page import page
 from .pictures import Pictures
@@ -97,4 +101,18 @@ def of_run(run_dir: Path, running: bool, lock: Lock | None, seconds: float = 0.0
         write(run_dir / REPORT, text)
     except Exception as error:
         say(f"No report: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    return time.perf_counter() - began
+
+
+def pictures_while_training(run_dir: Path, objective: Objective, source: Source, log: MetricsLog, step: int) -> float:
+    """Write what the model makes of eight images to TensorBoard and trackers. Returns the seconds that it took. Never
+    raises an error."""
+    began = time.perf_counter()
+    try:
+        from .live import pictures_of
+
+        if found := pictures_of(run_dir, objective, source):
+            log.write_pictures(found, step)
+    except Exception as error:
+        say(f"No pictures: {type(error).__name__}: {first_line(error)}")
     return time.perf_counter() - began

@@ -126,7 +126,7 @@ def make(facts: Facts, seconds: float, spec: str = "") -> Pictures:
             found.crops = Grid(titles, _rows(columns), names)
         steps = _some(facts.checkpoints)
         with part("picture of predictions"):
-            if facts.checkpoints and _predicts(config.method):
+            if facts.checkpoints and predicts(config.method):
                 found.predictions = _predictions(facts, config, views_of(config, images, indices), steps, names, clock)
         if facts.checkpoints:
             with part("picture of attention"):
@@ -180,7 +180,7 @@ def _some(steps: list[int]) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (MOST_STEPS - 1))] for i in range(MOST_STEPS)]
 
 
-def _predicts(method: str) -> bool:
+def predicts(method: str) -> bool:
     """Whether a method can show what it makes of images."""
     classes = [
         one for one in vars(objectives.find(method)).values() if isinstance(one, type) and issubclass(one, Objective)
@@ -219,7 +219,7 @@ def _load(facts: Facts, step: int | None = None) -> pretrained.Pretrained:
     return pretrained.load(str(facts.path if step is None else state.folder_of(facts.path, step)))
 
 
-def _cropped(
+def cropped(
     source: Source, encoder: Any, numbers: Sequence[int], clock: Clock | None = None, least: int = 1
 ) -> tuple[list[int], list[Tensor]]:
     """The readable ones of some images, as an evaluation sees them; fewer where the time is used up."""
@@ -236,24 +236,30 @@ def _cropped(
     return kept, pixels
 
 
+def can_attend(encoder: Any) -> bool:
+    """Whether attention can be drawn."""
+    from timm.layers import Attention
+
+    if not isinstance(encoder, Encoder) or not encoder.is_vit:
+        return False
+    return all(type(getattr(block, "attn", None)) is Attention for block in encoder.model.blocks)
+
+
 def _attention(
     facts: Facts, found: Pictures, source: Source, seed: int, steps: list[int], names: list[str], clock: Clock
 ) -> None:
-    from timm.layers import Attention
-
     from ..evaluation.attention import attend, from_query, principal_colours
 
     subject = _load(facts)
     encoder = subject.encoder
-    if not isinstance(encoder, Encoder) or not encoder.is_vit:
-        raise UserError("the encoder has no patches that attend to one another.")
-    if any(type(getattr(block, "attn", None)) is not Attention for block in encoder.model.blocks):
-        raise UserError("its attention is not timm's plain one.")
+    if not can_attend(encoder):
+        raise UserError("the encoder has no patches that attend to one another, in timm's plain way.")
+    assert isinstance(encoder, Encoder)
     indices = [i for i, _ in readable(source, seed, GALLERY)][:ROWS]
     others = rng.shuffled(
         rng.fold_in(seed, "report"), len(source), torch.arange(min(FOR_COLOURS, len(source)))
     ).tolist()
-    kept, images = _cropped(
+    kept, images = cropped(
         source, encoder, [*indices, *(i for i in others if i not in indices)][:FOR_COLOURS], clock, ROWS
     )
     shown = min(ROWS, len(images))
@@ -327,7 +333,7 @@ def _map(facts: Facts, source: Source, seed: int, clock: Clock) -> Map:
     many, batch = min(MAPPED, len(source), VALUES_READ // each), max(1, min(BATCH, VALUES_RUN // each))
     order = rng.shuffled(rng.fold_in(seed, "report"), len(source), torch.arange(many)).tolist()
     half = Clock(max(0.0, (clock.end - time.monotonic()) / 2))  # for reading
-    kept, images = _cropped(source, encoder, order, half, min(many, BATCH))
+    kept, images = cropped(source, encoder, order, half, min(many, BATCH))
     parts: list[Tensor] = []
     for start in range(0, len(images), batch):
         if parts:

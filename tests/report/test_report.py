@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from sslvit import report
+from sslvit import run as run_module
 from sslvit.report import curves
 from sslvit.report.facts import gather
 
@@ -301,3 +302,33 @@ def test_a_confusion_is_a_table_and_a_damaged_one_is_none(odd, tmp_path):
     result["confusion"] = odd
     (run / "eval" / "linear.json").write_text(json.dumps({"results": result, "test": {"data": "x", "images": 20}}))
     assert '<table class="matrix">' not in text_of(run) or odd == [[1]]
+
+
+@pytest.mark.parametrize("method", ["mae", "dino"])
+def test_pictures_while_training_go_to_tensorboard_and_change_nothing(method, cli, images, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses = []
+    for name, every in (("with", 0.0), ("without", 1e9)):
+        monkeypatch.setattr(run_module, "REPORT_EVERY", every)
+        out = tmp_path / name
+        more = words(
+            method,
+            "steps=4",
+            "warmup_epochs=0",
+            "log.every_steps=1",
+            "log.tensorboard=true",
+            "log.report=true",
+            f"out={out}",
+        )
+        status, said, error = cli("pretrain", images, *more)
+        assert (status, error) == (0, "")
+        assert "No pictures" not in said
+        losses.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").open() if '"loss"' in line])
+        board = EventAccumulator(str(out / "tensorboard"))
+        board.Reload()
+        wanted = {"mae": "reconstructions", "dino": "attention"}[method]
+        assert board.Tags()["images"] == ([wanted] if name == "with" else [])
+        for event in board.Images(wanted) if name == "with" else ():
+            assert Image.open(io.BytesIO(event.encoded_image_string)).height > 8 * 100
+    assert losses[0] == losses[1]
