@@ -832,4 +832,43 @@ INSPECTION = [
     ),
 ]
 
-EVALUATION = KNN + FEATURES + PROBES + FINETUNING + OTHERS + EXPORT + INSPECTION
+REPLAY = "tests/report/test_alarms.py::"
+ALARMS = [
+    Mistake(
+        "healthy features are said to be stuck",
+        "report/verdict.py",
+        "RANK_RISING = 0.25, 18.0, 1.2",
+        "RANK_RISING = 0.25, 45.0, 1.2",
+        REPLAY + "test_no_healthy_run_has_an_alarm",
+    ),
+    Mistake(
+        "features that never spread are not said",
+        "report/verdict.py",
+        "RANK_RISING = 0.25, 18.0, 1.2",
+        "RANK_RISING = 0.25, 10.0, 1.2",
+        REPLAY + "test_every_harmed_run_is_said_and_most_of_them_early",
+    ),
+    Mistake(
+        "a wild learning rate is not said",
+        "report/verdict.py",
+        "rates.max() > HIGH_LR",
+        "rates.max() > 10 * HIGH_LR",
+        REPLAY + "test_every_harmed_run_is_said_and_most_of_them_early",
+    ),
+    Mistake(
+        "a healthy teacher's distance is said to diverge",
+        "report/verdict.py",
+        "RISEN_TAUGHT = 1.2",
+        "RISEN_TAUGHT = 0.2",
+        REPLAY + "test_no_healthy_run_has_an_alarm",
+    ),
+    Mistake(
+        "usual weight decay is said to be too high",
+        "report/verdict.py",
+        "HIGH_DECAY = 0.005",
+        "HIGH_DECAY = 2e-5",
+        REPLAY + "test_no_healthy_run_has_an_alarm",
+    ),
+]
+
+EVALUATION = KNN + FEATURES + PROBES + FINETUNING + OTHERS + EXPORT + INSPECTION + ALARMS
