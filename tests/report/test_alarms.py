@@ -4,6 +4,10 @@ The runs are those of tests/benchmarks/alarms.py, of which alarms.json.xz holds 
 moved too far makes one of these fail.
 """
 
+import dataclasses
+
+import pytest
+
 from ..benchmarks import alarms
 from ..benchmarks.alarms import first_alarm, first_words
 from ..conftest import words
@@ -61,3 +65,19 @@ def test_what_a_run_says_of_its_lines_it_says_while_it_goes_on(cli, images, tmp_
     assert len(warnings) == 1
     assert "Warning at step 2: It cannot learn like this: the learning rate is" in warnings[0]
     assert "Set optim.base_lr=" in warnings[0]
+
+
+@pytest.mark.slow
+def test_two_sabotaged_runs_and_a_healthy_one_trained_anew(tmp_path):
+    """By the campaign's own code, so a change of the training that the stored logs do not know is seen."""
+    alarms.make_fractals(tmp_path)
+    cases = {case.name: case for case in alarms.cases()}
+    said = {}
+    for name in ("healthy_mae_fractals", "mae_rate_100", "dino_center_off"):
+        case = dataclasses.replace(cases[name], images="fractals")
+        said[name] = first_alarm(alarms.shortened(alarms.run(case, 1, tmp_path)))
+    assert said.pop("healthy_mae_fractals") is None
+    for name, alarm in said.items():
+        assert alarm, name
+        assert alarm[0] <= 0.05
+        assert first_words(alarm[1])[0].startswith(KEYS[name])
