@@ -1,4 +1,4 @@
-"""The confusion matrix, accuracy and precision of each class, and a picture."""
+"""The confusion matrix, the accuracy of each class, and a picture."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,20 +24,14 @@ def confusion(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def per_class(matrix: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """[C, C] -> for each class its images, accuracy (recall) and precision in percent, and the class that it is most
-    often mistaken for. None where there is nothing to divide by, or no mistake."""
-    right, images, predicted = matrix.diagonal().tolist(), matrix.sum(dim=1).tolist(), matrix.sum(dim=0).tolist()
-    wrong, other = (part.tolist() for part in (matrix - matrix.diagonal().diag()).max(dim=1))
-    return [
-        {
-            "class": name, "images": images[c],
-            "accuracy": round(100 * right[c] / images[c], 2) if images[c] else None,
-            "precision": round(100 * right[c] / predicted[c], 2) if predicted[c] else None,
-            "mistaken_for": names[other[c]] if wrong[c] > 0 else None,
-        }
-        for c, name in enumerate(names)
-    ]  # fmt: skip
+def summary(predictions: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """[N], [N] int64 -> what a record holds: the accuracy in percent of each class that has images, and up to 20
+    classes the matrix. Images whose label is below 0 are not counted."""
+    images = torch.bincount(labels[labels >= 0], minlength=len(names)).tolist()
+    right = torch.bincount(labels[(labels >= 0) & (predictions == labels)], minlength=len(names)).tolist()
+    by_class = {name: round(100 * right[c] / images[c], 2) for c, name in enumerate(names) if images[c]}
+    few = {"confusion": confusion(predictions, labels, len(names)).tolist()} if len(names) <= NUMBERED else {}
+    return {"by_class": by_class, **few}
 
 
 def picture(matrix: Tensor, names: Sequence[str], path: str) -> None:

@@ -85,6 +85,8 @@ def run(config: Config) -> dict[str, Any]:
     index = None if config.index == "exact" else _approximate(config, bank.values)
     votes = classify(bank, queries, len(task.classes), ks, config.temperature, leave_one_out, index)
     rows = [_row(key, prediction.rank) for key, prediction in votes.items()]
+    usual, labels = (20, TEMPERATURE) if (20, TEMPERATURE) in votes else next(iter(votes)), _labels_of_all(queries)[1]
+    rows[list(votes).index(usual)] |= confusion.summary(votes[usual].label, labels, task.classes)
     results: dict[str, Any] = {"protocol": "leave-one-out" if leave_one_out else "train and test", "neighbours": rows}
     say(*records.table(
         ["k", "T", "top-1 %", "95 % interval", "top-5 %"],
@@ -92,8 +94,7 @@ def run(config: Config) -> dict[str, Any]:
           f"{r['top5']:.2f}"] for r in rows],
     ))  # fmt: skip
     if config.picture:
-        key = (20, TEMPERATURE) if (20, TEMPERATURE) in votes else next(iter(votes))
-        matrix = confusion.confusion(votes[key].label, _labels_of_all(queries)[1], len(task.classes))
+        matrix = confusion.confusion(votes[usual].label, labels, len(task.classes))
         on_first_process(lambda: confusion.picture(matrix, task.classes, config.picture))
     if index is not None:
         k = min(max(ks), 20)

@@ -169,16 +169,15 @@ def report(config: Any, classes: list[str], predictions: Tensor, labels: Tensor,
     right = predictions == labels
     top1 = 100 * right.double().mean().item()
     low, high = scores.accuracy_interval(int(right.sum()), len(right))
-    matrix = confusion.confusion(predictions, labels, len(classes))
-    by_class = {row["class"]: row["accuracy"] for row in confusion.per_class(matrix, classes) if row["images"]}
+    summary = confusion.summary(predictions, labels, classes)
+    by_class = summary["by_class"]
     worst, best = (extreme(by_class, key=lambda name: by_class[name]) for extreme in (min, max))
     say(f"test top-1 {top1:.2f} % (95 % interval {low:.1f} - {high:.1f}) {how}")
     say(f"by class from {by_class[worst]:.1f} % ({worst}) to {by_class[best]:.1f} % ({best})")
     if config.picture:
-        confusion.picture(matrix, classes, config.picture)
-    few = {"confusion": matrix.tolist()} if len(classes) <= confusion.NUMBERED else {}
+        confusion.picture(confusion.confusion(predictions, labels, len(classes)), classes, config.picture)
     return {
-        "top1": round(top1, 4), "top1_interval": (low, high), "by_class": by_class, **few,
+        "top1": round(top1, 4), "top1_interval": (low, high), **summary,
         "mean_by_class": round(sum(by_class.values()) / len(by_class), 4), "right": records.pack_bits(right),
     }  # fmt: skip
 

@@ -12,7 +12,11 @@ CURVE_BYTES = 110_000  # of all curves on a page
 MOST_POINTS, FEWEST_POINTS = 600, 24  # of a curve
 # What the log holds, in the order of the page: title, and how to read it.
 CURVES = {
-    "loss": ("Loss", "Falls fast at first, then slowly. A low loss alone does not show good features."),
+    "loss": (
+        "Loss",
+        "Falls fast at first, then slowly. A low loss alone does not show good features, and losses of two methods "
+        "cannot be compared.",
+    ),
     "knn/top1": (
         "k-NN accuracy, %",
         "Of labelled images that it never trained on. It should rise above its first value.",
@@ -35,6 +39,18 @@ CURVES = {
     "teacher_mean_entropy": (
         "Teacher's entropy, the mean answer",
         "High: many prototypes are used. Near 0: one for all images, a collapse.",
+    ),
+    "teacher_agreement": (
+        "Teacher's agreement",
+        "Share of images whose two crops get the same first answer. 1 from the first line on: the crops are equal.",
+    ),
+    "feature_spread": (
+        "Spread of the features",
+        "0: all images have the same feature. Near 1: features point in all directions.",
+    ),
+    "image_difference": (
+        "Difference of the images",
+        "About 1 for photos, near 0 if images are nearly the same. The same in all lines: one batch again and again.",
     ),
     "grad_norm": ("Gradient norm", "Should settle. Peaks that grow announce a divergence."),
     "lr": ("Learning rate", "As planned: a warm-up, then a cosine."),

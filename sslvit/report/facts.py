@@ -28,6 +28,7 @@ from .verdict import Measured, Verdict, judge
 RESULT_BYTES = 1 << 24  # of a result; knn.json of a million test images has 300 kB
 STARTS_READ, BROKEN_SHOWN = 200, 50  # lines of starts.jsonl, and of bad_images.txt
 BROKEN_COUNTED = 100_000
+PIXELS = "pixels"  # the subject of <run>/eval/pixels.json, which `sslvit knn run=pixels out=` writes
 MOST_RUNS = 200  # of a folder
 ALARM_LINES = 200  # of the log, among which the first alarm is looked for
 
@@ -37,7 +38,7 @@ class Result:
     """One number of an evaluation."""
 
     title: str
-    subject: str  # "this run", "untrained" or a checkpoint
+    subject: str  # "this run", "untrained", "pixels" or a checkpoint
     number: float
     unit: str
     interval: tuple[float, float] | None
@@ -201,49 +202,52 @@ def _results(facts: Facts, folder: Path, subject: str) -> list[Result]:
     found: list[Result] = []
     if not any(folder.glob("*.json")):  # the names of all results take a tenth of a second to find
         return found
-    for name, command in commands().items():
-        for column in command.columns:
-            file = folder / f"{column.file or name}.json"
-            try:
-                with open_regular(file) as stream:
-                    record = json.loads(stream.read(RESULT_BYTES))
-                for cell in cells_of(record, file.stem, column):
-                    results = record["results"]
-                    row = (
-                        next(
-                            (
-                                row
-                                for row in results[column.rows]
-                                if tuple(row[key] for key in column.settings) == cell.settings
-                            ),
-                            {},
-                        )
-                        if column.rows
-                        else results
+    wanted = [
+        (folder / f"{column.file or name}.json", column, subject)
+        for name, command in commands().items()
+        for column in command.columns
+    ]
+    if subject == "this run":
+        wanted += [(folder / "pixels.json", column, PIXELS) for column in commands()["knn"].columns]
+    for file, column, of in wanted:
+        try:
+            with open_regular(file) as stream:
+                record = json.loads(stream.read(RESULT_BYTES))
+            for cell in cells_of(record, file.stem, column):
+                results = record["results"]
+                row = (
+                    next(
+                        (
+                            row
+                            for row in results[column.rows]
+                            if tuple(row[key] for key in column.settings) == cell.settings
+                        ),
+                        {},
                     )
-                    test = record.get("test") if isinstance(record.get("test"), dict) else {}
-                    classes = row.get("by_class") if isinstance(row.get("by_class"), dict) else {}
-                    found.append(
-                        Result(
-                            cell.title,
-                            subject,
-                            cell.number,
-                            column.unit,
-                            _interval(row.get(f"{column.key}_interval")),
-                            test.get("images") if isinstance(test.get("images"), int) else None,
-                            printable(str(test.get("data", record.get("data", "")))[:200]),
-                            {printable(str(key)[:80]): float(value) for key, value in list(classes.items())[:1000]},
-                            _matrix(row.get("confusion")),
-                        )
-                    )
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
-                sentence = (
-                    f"{printable(str(file.relative_to(facts.path)))} is no result that can be read: evaluate again."
+                    if column.rows
+                    else results
                 )
-                if sentence not in facts.missing:
-                    facts.missing.append(sentence)
+                test = record.get("test") if isinstance(record.get("test"), dict) else {}
+                classes = row.get("by_class") if isinstance(row.get("by_class"), dict) else {}
+                found.append(
+                    Result(
+                        cell.title,
+                        of,
+                        cell.number,
+                        column.unit,
+                        _interval(row.get(f"{column.key}_interval")),
+                        test.get("images") if isinstance(test.get("images"), int) else None,
+                        printable(str(test.get("data", record.get("data", "")))[:200]),
+                        {printable(str(key)[:80]): float(value) for key, value in list(classes.items())[:1000]},
+                        _matrix(row.get("confusion")),
+                    )
+                )
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+            sentence = f"{printable(str(file.relative_to(facts.path)))} is no result that can be read: evaluate again."
+            if sentence not in facts.missing:
+                facts.missing.append(sentence)
     return found
 
 

@@ -1,5 +1,6 @@
 """Neighbours, map and clusters of images by their features, as parts of a page. pictures.py finds them."""
 
+import math
 from typing import Any
 
 from .pictures import Map
@@ -23,10 +24,12 @@ def sections(m: Map, n: int) -> list[Html]:
         rows.append(el("div", figure_of(q, class_="query"), figures, class_="near"))
     said = ""
     if m.agreement:
+        share = min(50.0, max(m.agreement.values()))
+        margin = 1.96 * math.sqrt(share * (100 - share) / len(m.names))
         said = (
             f" Of {len(m.names)} images here, the nearest other one has the same label: "
             + ", ".join(f"{name} {value:.0f} %" for name, value in m.agreement.items())
-            + ". That is a small sample: `sslvit knn` measures it."
+            + f". In so few images that can be {margin:.0f} points too high or too low: `sslvit knn` measures it."
         )
     colours = [("label", "label")] * any(label >= 0 for label in m.labels) + [
         ("cluster", "cluster"),

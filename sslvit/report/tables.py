@@ -1,15 +1,17 @@
 """The tables of a page: all runs together, and the results, the cost, broken files and settings of one."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ..arguments import format_value
 from ..errors import printable
 from ..metrics import format_bytes
 from ..progress import duration
-from .facts import Facts, Result, differing, usual_result
-from .shell import Html, el, section, share_bar, table
+from .facts import PIXELS, Facts, Result, command_name, differing, usual_result
+from .shell import Html, el, prose, section, share_bar, table
 
 UNTRAINED, FROZEN = "untrained", "frozen start (model.init)"
 MARKS = {
@@ -118,16 +120,15 @@ def results(one: Facts) -> Html | None:
         for r in one.results
         if r.confusion
     ]
-    baseline = (
-        None
-        if any(row[1] in (UNTRAINED, FROZEN) for row in rows)
-        else el(
-            "p",
-            "To compare with: `sslvit knn run=untrained:<run>` measures the encoder before training, and "
-            "`run=pixels` raw pixels.",
-            class_="help",
-        )
-    )
+    of, more = {row[1] for row in rows}, "data.train=<labelled images> data.test=<others>"
+    commands = []
+    if not of & {UNTRAINED, FROZEN}:
+        commands.append(f"`sslvit knn run=untrained:{command_name(one)} {more}` measures the encoder before training.")
+    if PIXELS not in of:
+        out = printable(shlex.quote(str(one.path / "eval" / "pixels.json")))
+        size = one.settings.get("data.image_size", 224)
+        commands.append(f"`sslvit knn run=pixels image_size={size} {more} out={out}` measures the pixels themselves.")
+    baselines = el("p", prose(" ".join(["To compare with:", *commands])), class_="help") if commands else None
     return el(
         "section",
         el("h2", "Evaluations"),
@@ -139,7 +140,7 @@ def results(one: Facts) -> Html | None:
         table(["evaluation", "of", "result", "95 % interval", "", "test images", "from"], rows),
         classes,
         matrices,
-        baseline,
+        baselines,
     )
 
 
@@ -201,7 +202,7 @@ def broken(one: Facts) -> Html | None:
 
 def settings(one: Facts) -> Html | None:
     command = str(one.starts[-1].get("command", ""))[:2000] if one.starts else ""
-    rows = [[key, str(value)[:300]] for key, value in one.settings.items()]
+    rows = [[key, format_value(value)[:300]] for key, value in one.settings.items()]
     if not rows and not command:
         return None
     return el(

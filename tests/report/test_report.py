@@ -287,7 +287,23 @@ def test_baselines_stand_beside_the_result(tmp_path):
         text = text_of(run)
         assert f"<td>{said}</td><td>31.25 %</td>" in text
         assert "<td>this run, step 10</td><td>44.50 %</td>" in text
-        assert "To compare with" not in text
+        assert "run=untrained:" not in text
+
+
+def test_pixels_stand_beside_the_result_and_a_page_without_them_says_how(cli, labelled, tmp_path):
+    run, sets = write_run(tmp_path / "run", lines(5)), f"data.train={labelled / 'train'}"
+    (run / "eval").mkdir()
+    (run / "eval" / "linear.json").write_text('{"results": {"top1": 50.0}}')
+    command = re.search("<code>(sslvit knn run=pixels [^<]*)</code>", text_of(run))[1]
+    out = command.split()[-1]
+    assert cli("knn", "run=pixels", "image_size=32", sets, "k=[3,20]", out)[0] == 0
+    text = text_of(run)
+    assert "k-NN k=20 T=0.07</td><td>pixels</td>" in text
+    assert "run=pixels" not in text
+    assert "k-NN k=20 T=0.07, pixels: by class" in text
+    assert text.count("which class is taken for which") == 1
+    (run / "eval" / "pixels.json").write_text("{}")
+    assert "eval/pixels.json is no result that can be read" in text_of(run)
 
 
 @pytest.mark.parametrize("odd", [[[1]], [[1, 2], [3]], [[1, 2], "ab"], [[1, "x"], [2, 3]], "matrix", [[[], 2], [3, 4]]])
