@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from accelerate import tracking
+from PIL import Image
 
 from sslvit import distributed, metrics
 from sslvit.metrics import Stopwatch, Window
@@ -70,6 +71,28 @@ def test_tensorboard_reads_what_is_written_and_hides_what_a_killed_run_wrote(tmp
     read.Reload()
     assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 0.5), (2, 1), (3, 1.5), (4, 5)]
     assert read.Tags()["scalars"] == ["loss", "images"]
+
+
+def test_pictures_go_to_trackers_that_take_them_and_one_that_fails_is_left_out(tmp_path, capsys):
+    class Numbers:
+        def log(self, values, step=None):
+            self.last = values
+
+    class Pictures(Numbers):
+        def log_images(self, values, step=None):
+            self.seen = {name: [image.shape for image in images] for name, images in values.items()}, step
+
+    class Full(Numbers):
+        def log_images(self, values, step=None):
+            raise OSError("no room")
+
+    trackers = {"numbers": Numbers(), "pictures": (taking := Pictures()), "full": Full()}
+    log = metrics.MetricsLog(tmp_path, 0, tensorboard=False, trackers=trackers)
+    for step in (5, 6):
+        log.write_pictures({"attention": Image.new("RGB", (12, 8))}, step)
+    assert taking.seen == ({"attention": [(8, 12, 3)]}, 6)
+    assert list(log.trackers) == ["numbers", "pictures"]
+    assert capsys.readouterr().out.count("full takes no more") == 1
 
 
 def test_a_tracker_gets_the_numbers_and_goes_on_with_its_run(cli, fails, images, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def _pictures(found: list[Facts], config: Config) -> dict[Path, Pictures]:
         )
     shown = {}
     for one in found[:PICTURES_FOR]:
-        shown[one.path] = pictures.make(one, config.seconds, config.data)
+        shown[one.path] = pictures.make(one, config.seconds, config.data, umap=True)
     return shown
 
 

@@ -70,8 +70,8 @@ def sections(m: Map, n: int) -> list[Html]:
             "groups say little."
             if m.explained is None
             else f"{len(m.names)} images along the two directions in which their features differ most (PCA); these "
-            f"have {m.explained:.0%} of the variance, so images that lie together may still differ. `pip install "
-            "'sslvit[umap]'` draws it by UMAP.",
+            f"have {m.explained:.0%} of the variance, so images that lie together may still differ. After `pip install "
+            "'sslvit[umap]'`, `sslvit report` draws it by UMAP.",
             controls,
             el("canvas", class_="map", data_run=n, role="img", aria_label="map of the images by their features"),
             el("p", class_="under", role="status"),

@@ -87,9 +87,9 @@ class Clock:
             raise TooLate
 
 
-def make(facts: Facts, seconds: float, spec: str = "") -> Pictures:
+def make(facts: Facts, seconds: float, spec: str = "", umap: bool = False) -> Pictures:
     """All pictures that can be made within about so many seconds. spec: images, where they are not those that the run
-    names."""
+    names. umap: whether the map may be drawn by UMAP, which cannot be stopped when the time is used up."""
     found, clock = Pictures(), Clock(seconds)
     again = f"`sslvit report {command_name(facts)}` makes"
 
@@ -132,7 +132,7 @@ def make(facts: Facts, seconds: float, spec: str = "") -> Pictures:
             with part("picture of attention"):
                 _attention(facts, found, source, config.seed, steps, names, clock)
             with part("map of the images"):
-                found.map = _map(facts, source, config.seed, clock)
+                found.map = _map(facts, source, config.seed, clock, umap)
     return found
 
 
@@ -322,7 +322,7 @@ def on_image(picture: Image.Image, values: Tensor) -> Image.Image:
 
 
 @torch.inference_mode()
-def _map(facts: Facts, source: Source, seed: int, clock: Clock) -> Map:
+def _map(facts: Facts, source: Source, seed: int, clock: Clock, umap: bool) -> Map:
     """Features of some images, their nearest neighbours and their clusters."""
     from ..evaluation import cluster
     from ..evaluation.knn import neighbours
@@ -385,7 +385,7 @@ def _map(facts: Facts, source: Source, seed: int, clock: Clock) -> Map:
     sheet = Image.new("RGB", (across * TILE, math.ceil(count / across) * TILE), drawing.PAPER)
     for n, image in enumerate(images):
         sheet.paste(drawing.thumbnail(image, TILE), (n % across * TILE, n // across * TILE))
-    points, explained = _layout(unit, clock)
+    points, explained = _umap(unit) if umap and _has_time_for_umap(clock) else plane(unit)
     return Map(
         encoded(sheet),
         across,
@@ -410,10 +410,13 @@ def _others(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return similarity.gather(1, rest), rows.gather(1, rest)
 
 
-def _layout(x: Tensor, clock: Clock) -> tuple[list[tuple[float, float]], float | None]:
-    """By UMAP where it is installed and there is time for it, else by `plane`."""
-    if importlib.util.find_spec("umap") is None or clock.end - time.monotonic() < UMAP_TAKES:
-        return plane(x)
+def _has_time_for_umap(clock: Clock) -> bool:
+    """Whether it is installed, too."""
+    return importlib.util.find_spec("umap") is not None and clock.end - time.monotonic() >= UMAP_TAKES
+
+
+def _umap(x: Tensor) -> tuple[list[tuple[float, float]], None]:
+    """[N, D] -> coordinates in [0, 1]."""
     umap = importlib.import_module("umap")
     y = torch.from_numpy(umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(x.numpy())).double()
     return _in_square(y), None

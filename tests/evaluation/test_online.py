@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from sslvit import data, pretrained
 from sslvit.data.augment import Normalize
-from sslvit.evaluation.online import RankMonitor, rank_alarm, unlabelled_score
+from sslvit.evaluation.online import RankMonitor, nearly_the_same, rank_alarm, unlabelled_score
 from sslvit.evaluation.quality import effective_rank
 
 from .. import processes
@@ -53,6 +53,34 @@ def test_the_rank_is_that_of_all_images_and_a_collapse_is_said_in_plain_words(im
     whole = torch.cat([encoder.features(normalize(source.read(i)[None].float() / 255)) for i in range(len(source))])
     assert rank(encoder) == pytest.approx(effective_rank(torch.linalg.svdvals(whole.double())), rel=1e-5)
     assert (rank_alarm(rank(encoder)) is not None) == collapsed
+
+
+def smooth(count: int, side: int = 32) -> torch.Tensor:
+    """Images with shapes as large as those of photos, [count, 3, side, side] uint8."""
+    coarse = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    return (255 * torch.nn.functional.interpolate(coarse, side, mode="bicubic").clamp(0, 1)).byte()
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (smooth(64), ""),
+        ("fractals", ""),
+        (255 * (torch.arange(64) % 2).view(-1, 1, 1, 1) * torch.ones(64, 3, 32, 32) / 255, "are blank"),
+        (torch.randint(0, 256, (64, 3, 1, 1)).expand(64, 3, 32, 32).byte(), "are blank, each of one colour"),
+        (smooth(1).int().add(torch.randint(-3, 4, (64, 3, 32, 32))).clamp(0, 255).byte(), "are nearly the same"),
+        (smooth(64).float() * 1e-4, ""),  # dark ones have a warning of their own
+        (smooth(2), ""),
+    ],
+    ids=["photos", "fractals", "two grays", "colours", "one scene", "dark", "two"],
+)
+def test_images_that_teach_nothing_are_told_from_others(images, said):
+    if isinstance(images, str):
+        source = data.open_source(images, data.Config(image_size=32))
+        images = torch.stack([source.read(i) for i in range(64)])
+    found = nearly_the_same(images)
+    assert said in found
+    assert bool(said) == bool(found)
 
 
 def test_features_that_are_not_finite_have_no_rank():

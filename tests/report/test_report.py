@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib.util
 import io
 import json
 import re
@@ -73,6 +74,9 @@ def test_every_picture_is_in_the_file_and_can_be_read(whole):
     for title in ("What it predicts", "What it attends to", "Nearest neighbours", "Map of the images", "Clusters"):
         assert f"<h2>{title}</h2>" in whole
     assert "There is no picture" not in whole
+    if importlib.util.find_spec("umap") is None:
+        assert "(PCA)" in whole
+        assert "After <code>pip install &#x27;sslvit[umap]&#x27;</code>, <code>sslvit report</code> draws it" in whole
 
 
 def test_labels_are_said_in_words(whole):
