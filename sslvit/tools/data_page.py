@@ -64,7 +64,7 @@ def page(
         el("header", el("h1", found.source), el("p", _counted(found), class_="made")),
         _summary(found, advice, command),
         _kinds(found, config),
-        *_images(config, source, show),
+        *_images(found, config, source, show),
         *_copies(found, show),
         _outliers(stats, show),
         _flat(found, stats, show),
@@ -142,12 +142,19 @@ def _range(found: Findings, config: RunConfig) -> str:
     return f"{deep}the brightest value is {found.largest / 255:.0%} of white"
 
 
-def _images(config: RunConfig, source: Source, show: Callable[..., Html | None]) -> Iterator[Html]:
+def _images(found: Findings, config: RunConfig, source: Source, show: Callable[..., Html | None]) -> Iterator[Html]:
     some = readable(source, config.seed, GALLERY)
     if not some:
         return
     figures = [show(index) for index, _ in some]
-    yield section("Some images", "Chosen by the seed.", el("div", figures, class_="gallery"))
+    said = [
+        "Chosen by the seed." if len(some) == GALLERY < len(source) else "All that can be read.",
+        f"The first three of their {config.data.in_chans} channels, as red, green and blue."
+        if config.data.in_chans > 3
+        else "",
+        "They are nearly black here, as an encoder would get them." if found.value_range else "",
+    ]
+    yield section("Some images", " ".join(filter(None, said)), el("div", figures, class_="gallery"))
     chosen = some[:CROPPED]
     title, text = (
         "What an encoder gets of them",

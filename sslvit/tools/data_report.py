@@ -42,7 +42,7 @@ from .config import Data as Config
 from .findings import FileKind, Findings, ImageStats, facts, share, summary
 
 THUMBNAIL = 16  # pixels a side, gray; near duplicates have similar thumbnails
-FLAT = 2.0  # standard deviation of a thumbnail, in levels of 255; below it an image shows nothing
+FLAT = 2.0  # deviation of a thumbnail, in levels of 255 or of a deep image's largest; below it, it shows nothing
 EXAMPLES = 3  # of each finding that are printed
 BLOCK = 2**20  # pixels of a large image that are measured at a time
 CHUNK = 32  # images that a process examines before it answers
@@ -92,9 +92,11 @@ class Examination:
             sum((part.double() ** power).sum(dim=(1, 2)) for part in parts) / image[0].numel() for power in (1, 2)
         )
         gray = torch.cat([part.float().mean(dim=0, keepdim=True) for part in parts], dim=1)
+        deep, largest = image.dtype != torch.uint8, float(image.max())
+        flat = FLAT * min(1.0, max(0.0, largest / 255)) if deep else FLAT
         return ImageStats(
-            index, tuple(image.shape), file, image.dtype != torch.uint8, digest.digest(), mean.numpy(),
-            mean_square.numpy(), float(image.max()), thumbnail(gray),
+            index, tuple(image.shape), file, deep, digest.digest(), mean.numpy(), mean_square.numpy(), largest,
+            thumbnail(gray, flat),
         )  # fmt: skip
 
 
@@ -120,12 +122,12 @@ def file_kind(content: bytes) -> FileKind:
     return FileKind(kind, depth, pages, len(content))
 
 
-def thumbnail(image: Tensor) -> np.ndarray | None:
+def thumbnail(image: Tensor, flat: float) -> np.ndarray | None:
     """[C, H, W] float in [0, 255] -> [256] of mean 0 and length 1, or None for an image that shows nothing."""
     small = resize(image.mean(dim=0, keepdim=True), (THUMBNAIL, THUMBNAIL)).flatten()
     small = small - small.mean()
     length = float(small.norm())
-    return (small / length).numpy() if length > FLAT * THUMBNAIL else None
+    return (small / length).numpy() if length > flat * THUMBNAIL else None
 
 
 def run(config: RunConfig, settings: Config, arguments: list[str]) -> None:

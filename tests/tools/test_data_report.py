@@ -243,6 +243,22 @@ def test_the_page_shows_what_was_found_and_escapes_names(folder, cli, fails, tmp
     assert "is no report of sslvit" in fails("data", folder, *TINY, f"out={tmp_path / 'mine.html'}")
 
 
+def test_dark_images_of_12_bits_are_not_of_one_colour_and_channels_are_named(cli, tmp_path):
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 4096, (12, 6, 6))
+    deep = np.kron(coarse, np.ones((1, 8, 8))).astype(np.uint16)  # at most 16 of 255
+    for name, pixels in [*enumerate(deep), ("flat", np.full((48, 48), 900, np.uint16))]:
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    page = tmp_path / "data.html"
+    arguments = "method=mae", "image_size=32", "data.workers=0"
+    status, said, _ = cli("data", tmp_path, *arguments, f"out={page}")
+    assert (status, "one colour   1 of 13" in said) == (0, True)
+    assert "nearly black here, as an encoder would get them" in page.read_text()
+    np.save(tmp_path / "five.npy", generator.integers(0, 256, (9, 40, 40, 5), dtype=np.uint8))
+    assert cli("data", tmp_path / "five.npy", *arguments, "in_chans=5", f"out={page}")[0] == 0
+    assert "All that can be read. The first three of their 5 channels, as red, green and blue." in page.read_text()
+
+
 def test_outliers_are_named_with_what_makes_them_so(folder):
     Image.open(folder / "000.png").resize((20, 400)).save(folder / "odd.png")
     source, stats, _ = data_report.look(config.load([str(folder), "image_size=32"]), data_report.Config())
