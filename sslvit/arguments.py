@@ -195,21 +195,31 @@ def merge(config: DictConfig, values: dict[str, Any], where: str) -> DictConfig:
 def _refusal(config: DictConfig, values: dict[str, Any], where: str, error: Exception) -> str:
     """Why a value cannot be, in the words of who wrote it."""
     key = re.sub(r"\[.*", "", str(getattr(error, "full_key", None) or ""))
-    node: Any = OmegaConf.select(config, key, throw_on_missing=False) if key else None
-    if key not in values:
+    group, _, last = key.rpartition(".")
+    parent = _node(config, group) if group else config
+    if key not in values or parent is None:
         return f"{where}: {first_line(error)}."
+    node = parent._get_node(last)
     before = "" if where.startswith(f"{key}=") else f"{where}: "
     if isinstance(node, DictConfig) and key not in OPEN:
         first = next(iter(flatten(node)), "...")
         also = ", or just the folder" if key == "data" else ""
         return f"{before}{key} is a group of keys: write {key}.{first}={format_value(values[key])}{also}."
-    parent: Any = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
-    wanted = _in_words(parent._get_node(key.rpartition(".")[2])._metadata.type_hint)
+    wanted = _in_words(node._metadata.type_hint)
     return (
         f"{before}{key} must be {wanted}, not {format_value(values[key])}."
         if wanted
         else (f"{where}: {first_line(error)}.")
     )
+
+
+def _node(config: Any, key: str) -> Any:
+    """The node of a key as it was written, where `OmegaConf.select` would follow a reference; None if there is none."""
+    for part in key.split("."):
+        if not isinstance(config, DictConfig) or config._is_interpolation() or config._is_none():
+            return None
+        config = config._get_node(part)
+    return None if not isinstance(config, DictConfig) or config._is_interpolation() or config._is_none() else config
 
 
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}

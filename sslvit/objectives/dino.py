@@ -229,7 +229,8 @@ class DINO(Objective):
         return parts
 
     def _forward_part(self, part: "Part", step: int) -> dict[str, Tensor]:
-        """What `forward` gives, as far as it comes from these crops. The first part asks the teacher."""
+        """What `forward` gives, as far as it comes from these crops, but for `differences`, which need all of them. The
+        first part asks the teacher."""
         config, batch = self.config, part.batch
         values: dict[str, Tensor] = {}
         if batch.target is None:

@@ -354,10 +354,10 @@ def test_crop_wise_backward_gives_the_same_gradients_and_values(settings, parts)
     )
     cut = build(crop_wise_backward=True, **settings)
     assert len(cut.split(batch(cut, b=9))) == parts
-    assert mine.keys() == expected.keys()
+    assert mine.keys() == expected.keys() - {"feature_spread", "image_difference"}  # of all crops at once
     assert {"teacher_entropy", "teacher_mean_entropy", "anchor"} <= mine.keys()
-    for name, value in expected.items():
-        assert mine[name].item() == pytest.approx(value.item(), rel=1e-5), name
+    for name, value in mine.items():
+        assert value.item() == pytest.approx(expected[name].item(), rel=1e-5), name
     assert ours.keys() == theirs.keys()
     largest = max(gradient.abs().max().item() for gradient in theirs.values())
     for name, gradient in theirs.items():

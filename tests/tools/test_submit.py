@@ -173,7 +173,7 @@ def test_a_mistake_is_refused_before_anything_is_queued(fails, images, tmp_path,
     ("more", "expected"),
     [
         (["submit.processes=3"], "global_batch_size=8 must be a multiple of the number of processes, 3"),
-        (["submit.gpu=8"], "There is no key gpu. Did you mean gpus? `sslvit submit --help`"),
+        (["submit.gpu=8"], "There is no key submit.gpu. Did you mean gpus? `sslvit submit --help`"),
         (["gpus=2", "processes=4"], "submit.processes=4 is for submit.gpus=0"),
         (["submit.hours=0"], "submit.hours=0.0 must be above 0"),
         (["submit.hours=0.05"], "submit.warn_minutes=5 is not less than submit.hours=0.05"),
