@@ -377,7 +377,9 @@ def stored() -> list[dict[str, Any]]:
 
 
 def first_words(verdict: Verdict) -> list[str]:
-    """The keys that the first advice with a key says to set."""
+    """The keys that the first advice with a key says to set; none if other images are advised first."""
+    if verdict.advice and "data.train" in verdict.advice[0]:
+        return []
     found = (re.findall(r"[\w.]+=[^\s;:]*[^\s;:.,]", sentence) for sentence in verdict.advice)
     return next((words for words in found if words), [])
 

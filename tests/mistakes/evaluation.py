@@ -858,8 +858,8 @@ ALARMS = [
     Mistake(
         "a healthy teacher's distance is said to diverge",
         "report/verdict.py",
-        "RISEN_TAUGHT = 1.2",
-        "RISEN_TAUGHT = 0.2",
+        "ABOVE_START = 1.2, 1.6",
+        "ABOVE_START = 0.2, 0.9",
         REPLAY + "test_no_healthy_run_has_an_alarm",
     ),
     Mistake(
