@@ -16,11 +16,6 @@ RUNS = alarms.stored()
 MISSED: list[tuple[str, int]] = []
 # Known by the rank, when 40 % of the run is over.
 LATE = {"dino_bare", "dino_paper_short", "dino_paper_fractals", "dino_16_images"}
-    "dino_bare",
-    "dino_paper_short",
-    "dino_paper_fractals",
-    "dino_16_images",
-}  # known by the rank, when 40 % of the run is over
 KEYS = {
     "mae_rate_100": "optim.base_lr=0.002", "mae_rate_low": "optim.base_lr=0.002",
     "mae_decay": "optim.weight_decay=0.05",
