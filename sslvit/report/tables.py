@@ -124,7 +124,7 @@ def results(one: Facts) -> Html | None:
     commands = []
     if not of & {UNTRAINED, FROZEN}:
         commands.append(f"`sslvit knn run=untrained:{command_name(one)} {more}` measures the encoder before training.")
-    if PIXELS not in of:
+    if PIXELS not in of and (one.path / "eval").is_dir():  # `out=` needs a folder that is there
         out = printable(shlex.quote(str(one.path / "eval" / "pixels.json")))
         size = one.settings.get("data.image_size", 224)
         commands.append(f"`sslvit knn run=pixels image_size={size} {more} out={out}` measures the pixels themselves.")

@@ -11,11 +11,12 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sslvit import report
 from sslvit import run as run_module
-from sslvit.report import curves
+from sslvit.report import curves, live
 from sslvit.report.facts import gather
 
 from ..conftest import words
@@ -295,7 +296,9 @@ def test_baselines_stand_beside_the_result(tmp_path):
 
 
 def test_pixels_stand_beside_the_result_and_a_page_without_them_says_how(cli, labelled, tmp_path):
-    run, sets = write_run(tmp_path / "run", lines(5)), f"data.train={labelled / 'train'}"
+    knn = (json.dumps({"step": step, "knn/top1": 30.0}) + "\n" for step in (0, 5))
+    run, sets = write_run(tmp_path / "run", knn), f"data.train={labelled / 'train'}"
+    assert "run=pixels" not in text_of(run), "its out= needs a folder that is there"
     (run / "eval").mkdir()
     (run / "eval" / "linear.json").write_text('{"results": {"top1": 50.0}}')
     command = re.search("<code>(sslvit knn run=pixels [^<]*)</code>", text_of(run))[1]
@@ -322,6 +325,16 @@ def test_a_confusion_is_a_table_and_a_damaged_one_is_none(odd, tmp_path):
     result["confusion"] = odd
     (run / "eval" / "linear.json").write_text(json.dumps({"results": result, "test": {"data": "x", "images": 20}}))
     assert '<table class="matrix">' not in text_of(run) or odd == [[1]]
+
+
+def test_a_model_is_as_before_when_it_has_been_drawn():
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
+    before, modes = torch.get_rng_state(), [one.training for one in model.modules()]
+    with live._as_in_evaluation(model):
+        assert not any(one.training for one in model.modules())
+        torch.rand(3)
+    assert [one.training for one in model.modules()] == modes == [True, True, False]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("method", ["mae", "dino"])
