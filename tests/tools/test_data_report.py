@@ -245,8 +245,9 @@ def test_the_page_shows_what_was_found_and_escapes_names(folder, cli, fails, tmp
 
 def test_dark_images_of_12_bits_are_not_of_one_colour_and_channels_are_named(cli, tmp_path):
     generator = np.random.default_rng(0)
-    coarse = generator.integers(0, 4096, (12, 6, 6))
-    deep = np.kron(coarse, np.ones((1, 8, 8))).astype(np.uint16)  # at most 16 of 255
+    coarse = generator.integers(0, 1200, (12, 6, 6))
+    deep = np.kron(coarse, np.ones((1, 8, 8))).astype(np.uint16)
+    deep[:, 0, 0] = 4095  # 16 of 255; the deviation is 1.3
     for name, pixels in [*enumerate(deep), ("flat", np.full((48, 48), 900, np.uint16))]:
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     page = tmp_path / "data.html"
