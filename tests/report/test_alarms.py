@@ -57,6 +57,14 @@ def test_the_first_advice_names_the_key_that_was_sabotaged():
                 assert any(word.startswith(key) for word in first_words(alarm[1])), (name, alarm[1].advice)
 
 
+def test_few_images_are_said_to_be_the_cause():
+    for run in RUNS:
+        if run["name"].endswith("_16_images"):
+            alarm = first_alarm(run)
+            assert alarm
+            assert alarm[1].advice[0] == "It has 16 images, which are too few: give more as data.train."
+
+
 def test_runs_with_the_first_advice_are_healed():
     healed = of("healed")
     assert len(healed) >= 10
