@@ -199,7 +199,7 @@ def _refusal(config: DictConfig, values: dict[str, Any], where: str, error: Exce
     parent = _node(config, group) if group else config
     if key not in values or parent is None:
         return f"{where}: {first_line(error)}."
-    node = parent._get_node(last)
+    node: Any = parent._get_node(last)
     before = "" if where.startswith(f"{key}=") else f"{where}: "
     if isinstance(node, DictConfig) and key not in OPEN:
         first = next(iter(flatten(node)), "...")
