@@ -99,4 +99,4 @@ def test_two_sabotaged_runs_and_a_healthy_one_trained_anew(tmp_path):
     for name, alarm in said.items():
         assert alarm, name
         assert alarm[0] <= 0.05
-        assert first_words(alarm[1])[0].startswith(KEYS[name])
+        assert any(word.startswith(KEYS[name]) for word in first_words(alarm[1]))
