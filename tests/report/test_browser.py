@@ -10,8 +10,11 @@ import threading
 import pytest
 
 from sslvit import report
+from sslvit.__main__ import main
 from sslvit.report import watch
+from sslvit.report.verdict import ALARMS
 
+from ..conftest import words
 from .test_report import lines, write_run
 
 pytestmark = pytest.mark.browser
@@ -140,6 +143,27 @@ def test_the_verdict_is_the_first_thing_to_read(browser, colour_run, tmp_path):
     box = browser.find_element("css selector", ".verdict")
     assert box.location["y"] < 200
     assert box.get_attribute("data-state") in box.text
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "states"),
+    [
+        ("mae", (), ("learned", "undertrained")),
+        ("dino", (), ("learned", "undertrained")),
+        ("dino", ("objective.center_momentum=1",), ALARMS),
+    ],
+)
+def test_a_run_of_each_method_and_one_that_collapses_open_with_their_verdicts(browser, tmp_path, method, more, states):
+    images = "data.train=fractals:train,classes=4,count=128"
+    arguments = [images, *words(method, "log.report=true", "epochs=12", "log.every_steps=2"), f"out={tmp_path / 'run'}"]
+    assert main(["pretrain", *arguments, *more]) == 0
+    out = tmp_path / "report.html"
+    report.report([str(tmp_path / "run")], report.Config(out=str(out)))
+    for size in SIZES:
+        assert look(browser, out, size) == ([], [])
+        assert browser.find_element("css selector", ".verdict").get_attribute("data-state") in states
+    browser.execute_script("document.querySelectorAll('details').forEach((one) => one.open = true)")
+    wait(browser, "[...document.images].every((one) => one.complete && one.naturalWidth)")
 
 
 def test_watch_loads_itself_again(browser, tmp_path):
