@@ -218,6 +218,7 @@ def _completion(arguments: list[str]) -> None:
     words = {"pretrain": run, **own, **{name: own[name] + run for name in TOOLS}}
     short = {name: [key.rpartition(".")[2] for key in keys] for name, keys in words.items()}
     words = {name: [f"{key}=" for key in sorted({*keys, *short[name]})] for name, keys in words.items()}
+    words = {name: [*(recipes() if name == "pretrain" or name in TOOLS else []), *keys] for name, keys in words.items()}
     print(completion.script(" ".join(arguments), words | {"recipes": [], "completion": list(completion.SHELLS)}))
 
 

@@ -230,17 +230,6 @@ def test_help_of_pretrain_begins_with_what_is_changed_first(cli):
     assert "objective.mask_ratio=0.75" in rest
 
 
-def test_a_shell_completes_commands_and_keys(cli, fails, tmp_path):
-    (tmp_path / "script").write_text(cli("completion", "bash")[1])
-    lines = ["source ./script", 'try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _sslvit; echo "${COMPREPLY[@]}"; }']
-    lines += ["try sslvit pretr", "try sslvit knn temp", "try sslvit pretrain objective.mask", "try sslvit bench sec"]
-    done = subprocess.run(["bash", "-ec", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split() == ["pretrain", "temperature=", "objective.mask_ratio=", "seconds="], done.stderr
-    assert "__fish_seen_subcommand_from knn' -a '" in cli("completion", "fish")[1]
-    assert "bashcompinit" in cli("completion", "zsh")[1]
-    assert "bash, zsh, fish: give one of them. Did you mean bash?" in fails("completion", "bsh")
-
-
 def test_a_reader_that_has_read_enough_is_no_error():
     code = f"{sys.executable} -m sslvit pretrain --help | true"
     assert subprocess.run(["bash", "-c", code], capture_output=True, text=True).stderr == ""
