@@ -306,15 +306,28 @@ def _alarms(facts: Facts) -> tuple[str | None, int | None]:
     return last, next((int(step) for step in some if said(step)), None)
 
 
+def _usual(facts: Facts) -> dict[str, Result]:
+    """{subject: its k-NN, k = 20}."""
+    return {r.subject: r for r in facts.results if r.title.startswith("k-NN") and "k=20 " in r.title}
+
+
 def _evaluated(facts: Facts) -> str:
-    """The usual k-NN of the run, with that of the untrained encoder where it is known."""
-    usual = {r.subject: r for r in facts.results if r.title.startswith("k-NN") and "k=20 " in r.title}
-    own, before = usual.get("this run"), usual.get("untrained")
+    """The usual k-NN of the run, with those of the untrained encoder and of pixels where they are known."""
+    usual = _usual(facts)
+    own, before, pixels = (usual.get(subject) for subject in ("this run", "untrained", PIXELS))
     if own is None:
         return ""
     interval = f" (95 % interval {own.interval[0]:.1f} to {own.interval[1]:.1f})" if own.interval else ""
     compared = f"; the untrained encoder has {before.number:.1f} %" if before else ""
+    compared += f"; raw pixels have {pixels.number:.1f} %" if pixels else ""
     return f"{own.title} of {own.images or 'the'} test images: {own.number:.1f} %{interval}{compared}."
+
+
+def _against_pixels(facts: Facts) -> tuple[float, float] | None:
+    usual = _usual(facts)
+    own, pixels = usual.get("this run"), usual.get(PIXELS)
+    same = own and pixels and (own.test, own.images) == (pixels.test, pixels.images)
+    return (own.number, pixels.number) if own and pixels and same else None
 
 
 def usual_result(facts: Facts) -> Result | None:
@@ -351,6 +364,7 @@ def measured_of(facts: Facts) -> Measured:
         knn=found.get("knn/top1"),
         knn_of=printable(str(settings.get("eval.test") or "")[:200]),
         evaluated=_evaluated(facts),
+        pixels=_against_pixels(facts),
         rankme=found.get("rankme"),
         skipped=min(1.0, recent),
         prototypes=math.exp(mean_entropy) if mean_entropy is not None and mean_entropy < 50 else None,

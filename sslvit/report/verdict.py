@@ -34,7 +34,8 @@ RISEN = 0.5  # of the fall of the loss, which it has lost again: diverged. DINO'
 RISEN_TAUGHT, ABOVE_START = 1.2, 1.6
 SKIPPED = 0.5  # of the steps of the last line: diverged
 STILL_FALLING = 0.10  # of the whole fall of the loss within the last fifth of a run that has ended: undertrained
-KNN_GAIN = 1.0  # points that k-NN must rise by, in all
+# Points that k-NN must rise by, in all, but no more than a tenth of its start; from a pretrained start half of it.
+KNN_GAIN = 2.0
 KNN_RISING = 2.0  # points within the last fifth of a run that has ended: undertrained
 RANK_LOST = 0.05  # of the highest rank so far, at the last measurement, and ...
 RANK_LOW = 4.0  # ... a rank below this: collapsed
@@ -85,6 +86,7 @@ class Measured:
     knn: Points = NONE  # percent
     knn_of: str = ""  # which images k-NN classifies
     evaluated: str = ""  # a sentence with the result of an evaluation after the run
+    pixels: tuple[float, float] | None = None  # k-NN of the encoder and of raw pixels, percent, of the same test images
     rankme: Points = NONE
     width: int | None = None  # the most that rankme can be
     skipped: float = 0.0  # share of the steps of the last line
@@ -164,8 +166,11 @@ def judge(m: Measured) -> Verdict:
                 evidence,
                 ["Wait: DINO often falls below its start at first.", *measure],
             )
-        advice = [_longer(m), "Compare with `sslvit knn run=pixels`: an encoder should be better than raw pixels."]
-        return Verdict("undertrained", f"It has ended without a gain: {worse}.", evidence, advice)
+        compare = (
+            [] if m.pixels else ["Compare with `sslvit knn run=pixels`: an encoder should be better than raw pixels."]
+        )
+        advice = [_longer(m), *compare]
+        return Verdict("undertrained", f"It has ended with little or no gain: {worse}.", evidence, advice)
     if m.running:
         return Verdict(
             "learning", f"It is learning, at {end}{f' of {m.total:,}' if m.total else ''}.", evidence, measure
@@ -415,8 +420,14 @@ def _collapsed(m: Measured) -> Fault:
 
 
 def _no_gain(m: Measured) -> str:
-    if len(m.knn[1]) > 1 and m.knn[1][-1] < m.knn[1][0] + KNN_GAIN:
-        return f"k-NN was {m.knn[1][0]:.1f} % before the first step and is {m.knn[1][-1]:.1f} %"
+    if m.pixels and m.pixels[0] <= m.pixels[1]:
+        return (
+            f"raw pixels are as good as its features: k-NN {m.pixels[1]:.1f} %, and of the encoder {m.pixels[0]:.1f} %"
+        )
+    if len(m.knn[1]) > 1:
+        before, now = m.knn[1][[0, -1]]
+        if now - before < min(KNN_GAIN, before / 10) / (2 if m.pretrained else 1):
+            return f"k-NN was {before:.1f} % before the first step and is {now:.1f} %"
     found = ends(m.loss)
     if found and not found[2] < found[0]:
         return f"the loss was {found[0]:.4g} at first and is {found[2]:.4g}"

@@ -17,7 +17,7 @@ from PIL import Image
 from sslvit import report
 from sslvit import run as run_module
 from sslvit.report import curves, live
-from sslvit.report.facts import gather
+from sslvit.report.facts import gather, measured_of
 
 from ..conftest import words
 
@@ -309,6 +309,11 @@ def test_pixels_stand_beside_the_result_and_a_page_without_them_says_how(cli, la
     assert "run=pixels" not in text
     assert "k-NN k=20 T=0.07, pixels: by class" in text
     assert text.count("which class is taken for which") == 1
+    shutil.copy(run / "eval" / "pixels.json", run / "eval" / "knn.json")
+    assert "; raw pixels have" in text_of(run)
+    found = measured_of(gather(run)).pixels
+    assert found is not None, "they are of the same test images"
+    assert found[0] == found[1]
     (run / "eval" / "pixels.json").write_text("{}")
     assert "eval/pixels.json is no result that can be read" in text_of(run)
 

@@ -37,6 +37,11 @@ def measured(**changes) -> Measured:
         ("stopped", {"step": 600}),
         ("undertrained", {"loss": curve(2.0, 1.8, 1.6, 1.4, 1.2, 1.0)}),
         ("undertrained", {"knn": (np.array([0.0, 1000.0]), np.array([20.0, 20.4]))}),
+        ("undertrained", {"knn": (np.array([0.0, 1000.0]), np.array([25.0, 26.9]))}),
+        ("learned", {"knn": (np.array([0.0, 1000.0]), np.array([1.0, 2.0]))}),  # of a thousand classes
+        ("learned", {"knn": (np.array([0.0, 1000.0]), np.array([70.0, 71.5])), "pretrained": True}),
+        ("learned", {"pixels": (47.0, 45.8)}),
+        ("undertrained", {"pixels": (44.1, 45.8)}),
         ("undertrained", {"knn": (np.array([0.0, 500.0, 1000.0]), np.array([20.0, 30.0, 40.0]))}),
         ("undertrained", {"loss": curve(1.0, 1.0, 1.0, 1.0)}),
         ("diverged", {"loss": curve(2.0, 1.2, 1.1, 1.9, 2.4, 2.5)}),
