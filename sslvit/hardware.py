@@ -2,11 +2,14 @@
 
 import ctypes
 import importlib.metadata
+import math
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -26,6 +29,8 @@ from .distributed import SILENT, SILENT_KEY, WAIT, WAIT_KEY, is_sharded, watch_p
 from .errors import UserError
 
 T = TypeVar("T")
+LOOK_EVERY, SAY_EVERY = 10.0, 3600.0  # seconds: what other processes use is measured over, and is said again after
+OTHERS, IDLE = 0.2, 0.25  # shares of the CPUs: others use so much, and so little is idle, when a run is slower for it
 PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")  # of accelerate
 
 
@@ -191,6 +196,53 @@ def compile_blocks(objective: nn.Module, work: Callable[[], None], device: torch
 def cores() -> int:
     """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class OtherProcesses:
+    """Says of a run on the CPUs that other processes make it slow.
+
+    Measured is what all processes use, less what this one and its children do. That is right only where the run may use
+    all CPUs of the machine and is one process; elsewhere nothing is said.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
+        whole = sys.platform == "linux" and cores() == psutil.cpu_count() and not _has_cpu_quota()
+        self.watches = device.type == "cpu" and alone and whole
+        self.before: tuple[float, float, float] | None = None
+        self.next = self.said = -math.inf
+
+    def sentence(self) -> str | None:
+        """Once an hour at most; None if there is nothing to say, or if the last look was just now."""
+        now = time.monotonic()
+        if not self.watches or now < self.next:
+            return None
+        before, self.before, self.next = self.before, _cpu_seconds(), now + LOOK_EVERY
+        total, idle, own = (b - a for a, b in zip(before or self.before, self.before, strict=True))
+        others = (total - idle - own) / max(total, 1e-9)
+        missing = cores() * (1 - others) < 0.9 * torch.get_num_threads()  # threads have no CPU of their own
+        if others < OTHERS or idle > IDLE * total or not missing or now < self.said + SAY_EVERY:
+            return None
+        self.said = now
+        return f"Other processes use {others:.0%} of the CPUs: this run is slower for it."
+
+
+def _cpu_seconds() -> tuple[float, float, float]:
+    """Since the machine started: of all its CPUs; of these idle; and used by this process and its children."""
+    times, own = psutil.cpu_times(), 0.0
+    for process in [*psutil.Process().children(recursive=True)[::-1], psutil.Process()]:
+        with suppress(psutil.Error):  # it has just ended, and its parent counts it
+            own += sum(process.cpu_times()[:4])  # of its ended children too
+    unused = sum(getattr(times, name, 0.0) for name in ("idle", "iowait", "steal"))
+    return times.user + times.nice + times.system + unused, unused, own
+
+
+def _has_cpu_quota() -> bool:
+    """Whether this container may use less than its CPUs."""
+    for name in ("cpu.max", "cpu/cpu.cfs_quota_us"):
+        with suppress(OSError, IndexError):
+            return (Path("/sys/fs/cgroup") / name).read_text().split()[0] not in ("max", "-1")
+    return False
 
 
 def evaluation_threads() -> int:

@@ -33,7 +33,7 @@ from .data.cache import Cached, OnDevice
 from .distributed import barrier, gather_objects, on_first_process, rank, say
 from .errors import UserError, printable
 from .evaluation.online import rank_alarm
-from .hardware import peak_memory, versions
+from .hardware import OtherProcesses, peak_memory, versions
 from .metrics import LINE_STEPS, MetricsLog, Stopwatch, Window, format_bytes, open_trackers, start_trace
 from .objectives import Objective
 from .optim import Schedule
@@ -247,6 +247,7 @@ class Recorder:
         self.run_dir, self.plan, self.schedule = run_dir, plan, schedule
         self.every = config.log.every_steps or LINE_STEPS
         self.by_time, self.progress = config.log.every_steps is None, RunProgress(run.step, plan.steps)
+        self.others = OtherProcesses(next(objective.parameters()).device)
         self.timing: dict[str, float] = {}  # of the last line
         self.facts: dict[str, str] = {}  # for the live line
         self.lock = lock  # held until close()
@@ -304,6 +305,7 @@ class Recorder:
         memory = format_bytes(self._peak_memory())
         epochs = self.plan.steps / self.plan.steps_per_epoch
         self.progress.show(record | now, self.plan.steps, epochs, [memory, *self.facts.values()])
+        say(*filter(None, [self.others.sentence()]))
 
     def _check(self, step: int) -> None:
         """Warn of what the lines so far say together, each time that a twentieth of the run is over."""
