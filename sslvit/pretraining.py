@@ -215,7 +215,7 @@ class Training:
         whole yet."""
         why = next(reason for reason in gather_objects(stop.reason) if reason)
         if not self.progress.step:
-            raise Stopped(f"Stopped by {why} in the first step: there is nothing to save yet.")
+            raise Stopped(f"Stopped by {why} in the first step: there is nothing to save yet.", why)
         if self.saved_step != self.progress.step:
             self.save()
         return why

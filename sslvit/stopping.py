@@ -21,7 +21,12 @@ PATIENCE = 10.0  # seconds that a run which was asked to stop waits for the imag
 
 
 class Stopped(Exception):
-    """A command was asked to stop and has saved its work. The text says where."""
+    """A command was asked to stop and has saved its work, if there was any. The text says where."""
+
+    def __init__(self, text: str, reason: str | None = None) -> None:
+        """reason: a signal's name or max_hours."""
+        super().__init__(text)
+        self.reason = reason
 
 
 class StopRequest:
@@ -109,10 +114,8 @@ def _end_at_second(numbers: int, wanted: set[int], stop: StopRequest) -> None:
 def leave_wait(seconds: float) -> None:
     """For who has waited so long for images. Raises Stopped if the run was asked to stop and they still do not come."""
     if _current and _current.asked and min(seconds, time.monotonic() - _current.asked) > PATIENCE:
-        raise Stopped(
-            f"Stopped by {_current.reason} while no images came for {seconds:.0f} s: nothing was saved since the last "
-            "checkpoint."
-        )
+        text = f"while no images came for {seconds:.0f} s: nothing was saved since the last checkpoint."
+        raise Stopped(f"Stopped by {_current.reason} {text}", _current.reason)
 
 
 def limit(key: str, default: float) -> float:

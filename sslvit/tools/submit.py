@@ -18,7 +18,7 @@ from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -32,9 +32,9 @@ from ..distributed import rank, say
 from ..errors import UserError, printable, require
 from ..evaluation.online import KnnMonitor
 from ..hardware import blocks_of, resolve_precision, start_accelerator
-from ..pretraining import Result, pretrain, summary
+from ..pretraining import pretrain, summary
 from ..run import check_directory, check_images
-from ..stopping import EXIT_REQUEUE
+from ..stopping import EXIT_REQUEUE, Stopped
 from .config import Submit as Config
 
 HELD = 3600  # seconds that a process waits for SLURM to end it: longer than the GraceTime of clusters
@@ -232,29 +232,35 @@ class Job:
             torch.set_num_threads(self.cpus)  # torch's default is all cores of the machine
         words = [self.recipe] + ([f"method={self.method}"] if self.method else [])
         sys.argv = ["sslvit", "pretrain", *words]  # starts.jsonl records it
+        stopped: Stopped | None = None
         try:
             result = pretrain(configuration.load(words))
+            if result.stopped:
+                saved = f"Stopped by {result.stopped} after step {result.steps}, which is saved in {result.run_dir}"
+                stopped = Stopped(saved, result.stopped)
         except UserError as error:
             print(printable(f"sslvit pretrain: {error}"), file=sys.stderr)
             sys.exit(2)
-        if result.stopped:
-            self.leave(result, environment)
+        except Stopped as error:  # in its first step, or while no images came
+            stopped = error
+        if stopped:
+            self.leave(stopped, environment)
         say(*summary(result))
 
-    def leave(self, result: Result, environment: Any) -> None:
-        """End a process after its run was asked to stop and has saved.
+    def leave(self, stopped: Stopped, environment: Any) -> NoReturn:
+        """End a process whose run was asked to stop.
 
         Inside `pretrain` the run handles the signals (stopping.py). Now submitit handles them again, and gets the one
         that makes it queue the job again. Not after SIGTERM: `scancel` sends it to end the job for good. SLURM also
         sends it when the job must make room, and queues it again itself, if it still runs after its time of grace.
         """
-        saved = f"Stopped by {result.stopped} after step {result.steps}, which is saved in {result.run_dir}"
-        if result.stopped == "SIGTERM":
-            say(f"{saved}. Submit it again to continue, if the cluster does not.")
+        sentence = str(stopped).rstrip(".")
+        if stopped.reason == "SIGTERM":
+            say(f"{sentence}. Submit it again to continue, if the cluster does not.")
             if environment.name() == "slurm":
                 time.sleep(HELD)
             sys.exit(EXIT_REQUEUE)
-        say(f"{saved}: the job is queued again.")
+        say(f"{sentence}: the job is queued again.")
         if rank() == 0:
             signal.raise_signal(getattr(signal, f"SIG{environment.USR_SIG}"))  # ends this process
         sys.exit(0)

@@ -15,9 +15,10 @@ from submitit.core.submission import process_job
 from submitit.helpers import DelayedSubmission
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
-from sslvit import config
+from sslvit import config, stopping
 from sslvit.arguments import flatten
 from sslvit.checkpoints import state
+from sslvit.stopping import Stopped
 from sslvit.tools import submit
 
 from .. import processes
@@ -109,6 +110,38 @@ def test_a_mistake_that_shows_in_the_job_ends_it_with_a_sentence_and_a_status_th
     text = processes.finish(process, tmp_path / "log", status=2)
     assert LOCAL_REQUEUE_RETURN_CODE != 2
     assert re.search(r"sslvit pretrain: \d+ images in a row cannot be read", text)
+    assert "Traceback" not in text
+
+
+def stop_in_the_first_step(reason: str, folder: str) -> int:
+    """A job whose run has nothing to save yet when it is asked to stop."""
+
+    def pretrain(_):
+        raise Stopped(f"Stopped by {reason} in the first step: there is nothing to save yet.", reason)
+
+    submit.pretrain = pretrain
+    process_job(folder)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "said"),
+    [("SIGUSR2", LOCAL_REQUEUE_RETURN_CODE, "nothing to save yet: the job is queued again."),
+     ("SIGTERM", stopping.EXIT_REQUEUE, "nothing to save yet. Submit it again to continue")],
+)  # fmt: skip
+def test_a_job_that_is_stopped_before_anything_is_saved_is_queued_again_too(tmp_path, reason, status, said):
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "job"
+    folder.mkdir()
+    recipe.write_text("seed: 3\n")
+    job = DelayedSubmission(submit.Job(str(recipe), 1))
+    job.set_timeout(60, max_num_timeout=3)
+    job.dump(folder / "1_submitted.pkl")
+    environment = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1"}
+    process = processes.begin(
+        stop_in_the_first_step, reason, str(folder), output=tmp_path / "log", environment=environment
+    )
+    text = processes.finish(process, tmp_path / "log", status=status)
+    assert said in text
     assert "Traceback" not in text
 
 
