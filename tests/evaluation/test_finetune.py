@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
+from sslvit import stopping
 from sslvit.checkpoints import state
 from sslvit.errors import UserError
 from sslvit.evaluation import finetune
@@ -227,6 +228,39 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(labelled, col
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     results = [json.loads(path.read_text())["results"] for path in (result, whole / "whole.json")]
     assert {**results[0], "seconds": 0} == {**results[1], "seconds": 0}
+
+
+@pytest.mark.parametrize("calls", [1, 4, 5, 6])
+def test_a_step_is_left_between_any_two_micro_batches(cli, labelled, colour_run, tmp_path, monkeypatch, calls):
+    """Two calls a step between its three micro-batches and one after it: the second step is left, or whole."""
+    asked = stopping.StopRequest.reason_at
+
+    def reason_at(self, step):
+        self.calls = getattr(self, "calls", 0) + 1
+        self.reason = "SIGTERM" if self.calls >= calls else None
+        return asked(self, step)
+
+    def arguments(name: str) -> list[str]:
+        more = [
+            "recipe=small",
+            "epochs=2",
+            "head_epochs=1",
+            "batch_size=4",
+            f"save={tmp_path / name}",
+            f"out={tmp_path / name}.json",
+        ]
+        return words(colour_run, labelled, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stopping.StopRequest, "reason_at", reason_at)
+        status, printed, error = cli(*arguments("cut"))
+    assert status == 75, error
+    step = {1: 0, 4: 1, 5: 1, 6: 2}[calls]
+    assert (f"after step {step} of 6, which is saved" if step else "in the first step: there is nothing") in printed
+    assert cli(*arguments("cut"))[0] == 0
+    assert cli(*arguments("whole"))[0] == 0
+    ours, theirs = weights(tmp_path / "cut" / "seed_0"), weights(tmp_path / "whole" / "seed_0")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_statistics_of_batch_norm_survive_a_stop_of_two_processes_within_an_epoch(labelled, tmp_path):

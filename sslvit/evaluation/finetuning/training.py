@@ -9,9 +9,8 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,7 @@ from ...distributed import gather_objects, on_first_process, say
 from ...errors import UserError
 from ...hardware import default_workers, versions
 from ...metrics import SKIPPED, Window
-from ...step import train_step
+from ...step import CutShort, train_step
 from ...stopping import Stopped, StopRequest
 from .. import scores
 from ..frozen import Frozen
@@ -123,11 +122,14 @@ class Training:
                 model = accelerator.prepare_model(self.classifier)
             for group in optimizer.param_groups:
                 group["lr"] = self.lr(step) * group["lr_scale"]
-            train_step(
-                accelerator, model, optimizer, islice(batches, self.layout.accumulate), step, window,
-                accumulate=self.layout.accumulate, seed=self.seed, config=optim.Config(clip=recipe.clip),
-                forward=self._loss,
-            )  # fmt: skip
+            try:
+                train_step(
+                    accelerator, model, optimizer, self._micro_batches(batches, step, stop), step, window,
+                    accumulate=self.layout.accumulate, seed=self.seed, config=optim.Config(clip=recipe.clip),
+                    forward=self._loss,
+                )  # fmt: skip
+            except CutShort:
+                self._leave_step(folder, adamw, window, stop)
             progress.step, progress.images_seen = step + 1, progress.images_seen + self.layout.global_batch_size
             progress.seconds = first_second + time.perf_counter() - clock
             epoch_ends = progress.step % self.steps_per_epoch == 0
@@ -139,11 +141,29 @@ class Training:
             if folder and (epoch_ends or reason):
                 self._save(folder, adamw, window)
             if reason:
-                raise Stopped(
-                    f"Stopped by {reason} after step {progress.step} of {self.steps}, which is saved in {folder}."
-                )
+                raise self._stopped(reason, folder)
         if lock:
             lock.close()
+
+    def _micro_batches(self, batches: Iterator[Any], step: int, stop: StopRequest | None) -> Iterator[Any]:
+        """Of one step; fewer if `stop` asks for an end."""
+        for micro in range(accumulate := self.layout.accumulate):
+            if micro and stop and stop.reason_at(step * accumulate + micro):
+                return
+            yield next(batches)
+
+    def _leave_step(self, folder: Path | None, optimizer: torch.optim.AdamW, window: Window, stop: Any) -> NoReturn:
+        """Save the last whole step, after a step that `stop` has cut short. Raises Stopped."""
+        reason = next(reason for reason in gather_objects(stop.reason) if reason)
+        if not self.progress.step:
+            raise Stopped(f"Stopped by {reason} in the first step: there is nothing to save yet.", reason)
+        if folder and self.progress.step not in state.steps_saved(folder):
+            self._save(folder, optimizer, window)
+        raise self._stopped(reason, folder)
+
+    def _stopped(self, reason: str, folder: Path | None) -> Stopped:
+        step = self.progress.step
+        return Stopped(f"Stopped by {reason} after step {step} of {self.steps}, which is saved in {folder}.", reason)
 
     def _loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], step: int) -> dict[str, Tensor]:
         images, targets, key = batch
