@@ -45,7 +45,7 @@ from .hardware import (
 from .model.encoder import Encoder
 from .objectives import Objective
 from .pace import Pace, unchanged
-from .progress import close_bars, duration
+from .progress import LongRun, close_bars, duration
 from .run import BadImages, Recorder, check_images, describe, images_record, open_run, resuming
 from .step import CutShort, train_step
 from .stopping import Stopped, StopRequest, stop_requests
@@ -140,11 +140,16 @@ class Training:
     saved_step: int | None = None  # the newest checkpoint; None: the run has never been saved
     pace: Pace | None = None  # of a run that has to end in time
 
+    def __post_init__(self) -> None:
+        steps = 0 if self.config.minutes else self.plan.steps - self.progress.step  # settings/ has said its days
+        self.long_run = LongRun(steps * self.plan.layout.accumulate)
+
     def micro_batches(self, stop: StopRequest) -> Iterator[dict[str, Tensor]]:
         """The micro-batches of one step, augmented, on the device; fewer if `stop` asks for an end."""
         for micro in range(accumulate := self.plan.layout.accumulate):
             if micro and stop.reason_at(self.progress.step * accumulate + micro):
                 return
+            say(*self.long_run.note())
             with self.recorder.watch.waiting():
                 batch = next(self.batches)
             self.bad_images.note(batch)

@@ -14,6 +14,7 @@ from typing import Any
 
 SAY_EVERY = 20.0  # seconds between two plain lines of a long work
 OFTEN, RARELY, SHARE = 30.0, 300.0, 0.05  # seconds between plain lines of a run: half its age, 30, 5 % of its age
+LONG, TRIAL = 24 * 3600.0, 10.0  # seconds: a run that takes longer says so, once its speed was measured for so long
 REDRAW = 0.5  # seconds between two states of a live line; each waits for the device once
 _bars: list[Any] = []  # on the screen
 _stderr: list[Any] = []  # the real one, while there are bars
@@ -126,6 +127,26 @@ class RunProgress:
         self.bar.total, self.bar.n = steps, int(record["step"])
         self.bar.desc = "  ".join([left, *parts, *more])
         self.bar.refresh()
+
+
+class LongRun:
+    """Says, some seconds after its start, that a run will take more than a day: before its first line, if a step of
+    many micro-batches takes long."""
+
+    def __init__(self, micro_batches: int) -> None:
+        """micro_batches: of the run from here on, on one process."""
+        self.total, self.begun, self.since = micro_batches, 0, 0.0
+
+    def note(self) -> list[str]:
+        """To be called when a micro-batch begins. Gives the sentence once, if there is one."""
+        self.begun, now = self.begun + 1, time.monotonic()
+        if self.begun <= 2:  # the first micro-batch is slower than others
+            self.since = now
+        if self.begun <= 2 or now - self.since < TRIAL or not self.total:
+            return []
+        seconds, self.total = (now - self.since) / (self.begun - 2) * self.total, 0
+        days = f"{seconds / LONG:.1f} days"
+        return [f"Warning: at the speed of its start this run takes {days}."] if seconds > LONG else []
 
 
 def fields(record: dict[str, float], steps: int, epochs: float, trend: str = "") -> list[str]:

@@ -101,3 +101,17 @@ def test_long_work_elsewhere_says_a_line_now_and_then(capsys, monkeypatch):
     with progress.counting("features", 40) as show:
         show(10)
     assert re.fullmatch(r"features: 10 of 40 images, [\d,]+ a second, 0m00s left\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("seconds", "days"), [(3.0, "3.5 days"), (0.01, None), (60.0, "69.4 days")])
+def test_a_run_of_days_says_so_after_some_seconds_and_not_by_its_first_micro_batch(monkeypatch, seconds, days):
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    run, said = progress.LongRun(100_000), []
+    for number in range(3000):
+        said += [(now, sentence) for sentence in run.note()]
+        now += 50.0 if number == 0 else seconds
+    assert len(said) == (1 if days else 0)
+    if days:
+        assert said[0][1].endswith(f"this run takes {days}.")
+        assert said[0][0] < 50 + 10 + 2 * seconds
