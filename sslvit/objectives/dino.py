@@ -7,7 +7,7 @@ teacher's distributions are added up first, so each student crop needs one. Loss
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -229,8 +229,8 @@ class DINO(Objective):
         return parts
 
     def _forward_part(self, part: "Part", step: int) -> dict[str, Tensor]:
-        """What `forward` gives, as far as it comes from these crops, but for `differences`, which need all of them. The
-        first part asks the teacher."""
+        """What `forward` gives, as far as it comes from these crops. The first part asks the teacher. The last one with
+        global crops says how they differ."""
         config, batch = self.config, part.batch
         values: dict[str, Tensor] = {}
         if batch.target is None:
@@ -249,6 +249,10 @@ class DINO(Objective):
         targets = batch.target[rows] if is_global else batch.target[rows] + batch.target[rows + batch.images]
         num_views = sum(len(crops) for crops, _ in batch.resolutions) // batch.images
         values["loss"] = -(targets * log_p).sum() / (batch.images * 2 * (num_views - 1))
+        if is_global:
+            batch.features.append(features.detach())
+            if part.rows.stop >= 2 * batch.images:
+                values |= differences(batch.resolutions[0][0][: batch.images], torch.cat(batch.features))
         if is_global and config.koleo_weight:
             values["koleo"] = koleo(features.unsqueeze(0))
             values["loss"] = values["loss"] + config.koleo_weight * values["koleo"]
@@ -336,6 +340,7 @@ class Batch:
     resolutions: Resolutions
     images: int
     target: Tensor | None = None  # [2 * B, K] of the teacher, which the first part computes
+    features: list[Tensor] = field(default_factory=list)  # of the student, of the parts of global crops so far
 
 
 @dataclass
