@@ -229,6 +229,7 @@ class Training:
         """Begin to write a checkpoint. All processes call it."""
         say(*self.bad_images.report(self.progress.images_seen))
         self.recorder.flush_skipped(self.progress)
+        self.recorder.count_energy(self.progress)
         self.progress.window = self.recorder.window.state()
         self.saver.save(self.objective, self.optimizer.optimizer, self.progress, self.record)
         self.last_save, self.saved_step = time.perf_counter(), self.progress.step
@@ -349,6 +350,7 @@ def train(training: Training, stop: StopRequest) -> Result:
         if recorder.trace:
             recorder.trace.step()
         run.seconds += time.perf_counter() - began
+        recorder.meter.poll()
         if stopped := training.after_step(stop):
             break
     training.saver.check(wait=True)  # when one process ends, a launcher ends all: first the checkpoint must be written

@@ -31,6 +31,7 @@ from .config import Plan, RunConfig
 from .data import Source
 from .data.cache import Cached, OnDevice
 from .distributed import barrier, gather_objects, on_first_process, rank, say
+from .energy import COLUMNS, Meter
 from .errors import UserError, printable
 from .evaluation.online import rank_alarm
 from .hardware import OtherProcesses, peak_memory, versions
@@ -258,6 +259,9 @@ class Recorder:
         self.trace = start_trace(run_dir / "trace.json") if config.log.profile and rank() == 0 else None
         self.window.load(run.window)
         self.seen = run.images_seen
+        self.meter = Meter(next(objective.parameters()).device)
+        if run.step == 0:
+            run.energy = dict.fromkeys(COLUMNS, 0.0)
 
     def _open_log(self, config: RunConfig, step: int) -> MetricsLog:
         found = None
@@ -272,6 +276,7 @@ class Recorder:
     def line(self, run: RunState) -> None:
         """Write the line of a step. All processes call this."""
         self.flush_skipped(run)
+        self.count_energy(run)
         timing = self.watch.lap(run.images_seen - self.seen)
         self.seen = run.images_seen
         record = {
@@ -279,6 +284,7 @@ class Recorder:
             "epoch": run.step / self.plan.steps_per_epoch,
             "images": run.images_seen,
             "seconds": run.seconds,
+            **run.energy,
             **self.window.close(),
             "lr": self.schedule.lr(run.step - 1),
             "weight_decay": self.schedule.weight_decay(run.step - 1),
@@ -291,6 +297,13 @@ class Recorder:
         self.show(run, record)
         self._check(run.step)
         self._refresh_report(run.step)
+
+    def count_energy(self, run: RunState) -> None:
+        """Add what all processes have used since the last call. All processes call this."""
+        if run.energy:
+            shares = gather_objects(self.meter.lap())
+            whole = [name for name in run.energy if all(name in share for share in shares)]
+            run.energy = {name: run.energy[name] + sum(share[name] for share in shares) for name in whole}
 
     def show(self, run: RunState, record: dict[str, float] | None = None) -> None:
         """Show how far the run is, if it is time for that, or if a line of metrics.jsonl has to be shown."""

@@ -36,7 +36,7 @@ LARGEST_TEXT = 2**24  # bytes of state.json or sha256.txt; those of a run have a
 KINDS: dict[str, Any] = {  # of what is in every state.json; older versions wrote less
     **dict.fromkeys(("step", "images_seen", "skipped", "skipped_in_a_row"), int), "seconds": int | float,
     **dict.fromkeys(("best_step", "best_knn", "knn_before", "knn_after", "knn_due"), int | float | None),
-    "window": dict, "lengths": dict | None, "images": dict | None, "run": str | None,
+    "window": dict, "energy": dict, "lengths": dict | None, "images": dict | None, "run": str | None,
 }  # fmt: skip
 
 
@@ -52,6 +52,9 @@ class RunState:
     skipped_in_a_row: int = 0  # ... and those of them that came last
     best_step: int | None = None  # of the best k-NN accuracy; that of an encoder with random weights does not count
     best_knn: float | None = None  # percent
+    energy: dict[str, float] = field(
+        default_factory=dict
+    )  # kWh since step 0, by column; only what is whole (energy.py)
 
 
 Tensors = tuple[dict[str, Tensor], dict[str, Tensor]]  # of the objective and of its optimizer, by name
@@ -219,6 +222,7 @@ def _check_record(record: dict[str, Any], folder: Path) -> None:
     """Raises Damaged for a state.json of another step or run, or with values that no run writes."""
     values = {name: record[name] for name in KINDS if name in record}
     values |= {f"window.{name}": value for name, value in record.get("window", {}).get("sums", {}).items()}
+    values |= {f"energy.{name}": value for name, value in record.get("energy", {}).items()}
     values |= {f"lengths.{name}": value for name, value in (record.get("lengths") or {}).items()}
     for name, value in values.items():
         kind = KINDS.get(name) or (int if name.startswith("lengths.") else int | float)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..arguments import format_value
+from ..energy import COLUMNS
 from ..errors import printable
 from ..metrics import format_bytes
 from ..progress import duration
@@ -178,6 +179,7 @@ def cost(one: Facts) -> Html | None:
             "waiting for images",
             f"{float(np.nanmedian(wait)):.1%} of the time" if len(wait) and np.isfinite(wait).any() else None,
         ),
+        ("energy", _energy(one)),
         ("memory at the peak", format_bytes(one.memory) if one.memory else None),
         ("starts", str(len(one.starts)) if len(one.starts) > 1 else None),
         ("machine", ", ".join(str(start[key])[:200] for key in ("device", "host") if key in start) or None),
@@ -185,6 +187,17 @@ def cost(one: Facts) -> Html | None:
     ]
     known = [row for row in rows if row[1]]
     return el("section", el("h2", "Cost"), table(["", ""], known)) if known else None
+
+
+def _energy(one: Facts) -> str | None:
+    """What the machines have counted, and until when: a counter may vanish, or a run may go on where there is none."""
+    parts, last = [], _last_step(one)
+    for name, of in zip(COLUMNS, ("whole CPU packages, without memory and fans", "GPUs"), strict=True):
+        kwh = one.curves.last(name)
+        if kwh is not None and 0 < kwh < 1e9:
+            number, step = f"{kwh:,.2f} kWh" if kwh >= 1 else f"{1000 * kwh:,.2f} Wh", one.curves.get(name)[0][-1]
+            parts.append(f"{number} ({of}{f', until step {step:,.0f}' if step != last else ''})")
+    return ", ".join(parts) or None
 
 
 def broken(one: Facts) -> Html | None:

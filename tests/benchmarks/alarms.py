@@ -47,6 +47,8 @@ UNSEEN = {
     "seconds",
     "images_per_second",
     "data_wait",
+    "cpu_kwh",
+    "gpu_kwh",
     "reconstruction",
     "feature_loss",
     "patch_loss",

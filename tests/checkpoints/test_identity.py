@@ -108,7 +108,7 @@ def test_a_number_of_steps_that_no_run_has_is_found(tmp_path):
         {"step": "3"}, {"step": -3}, {"seconds": float("inf")}, {"seconds": None}, {"images_seen": 10**400},
         {"window": []}, {"window": {"steps": 1, "sums": {"loss": "x"}}}, {"window": {"steps": 1, "sums": 3}},
         {"window": {"steps": float("nan")}}, {"lengths": 3}, {"lengths": {"metrics.jsonl": 5.5}}, {"images": "x"},
-        {"best_knn": "x"}, {"knn_after": "x"}, {"run": 3}, {"format": 2},
+        {"energy": 3}, {"energy": {"cpu_kwh": "x"}}, {"best_knn": "x"}, {"knn_after": "x"}, {"run": 3}, {"format": 2},
     ],
     ids=str,
 )  # fmt: skip

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import re
 import shutil
 import time
@@ -227,6 +228,18 @@ def test_mistakes_are_one_sentence(fails, tmp_path):
     run = write_run(tmp_path / "run", lines(3))
     assert "is no report of sslvit" in fails("report", run, f"out={tmp_path / 'mine.html'}")
     assert "must be a file in a folder that exists" in fails("report", run, f"out={tmp_path / 'none' / 'r.html'}")
+
+
+def test_the_energy_is_said_as_far_as_it_was_counted(tmp_path):
+    run = write_run(tmp_path / "run", lines(4, cpu_kwh=0.0125, gpu_kwh=3.5))
+    text = text_of(run)
+    assert "12.50 Wh (whole CPU packages, without memory and fans), 3.50 kWh (GPUs)" in text
+    assert "cpu_kwh" not in data_of(text)["curves"]["runs"][0]["columns"]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "loss": 1.0, "gpu_kwh": 4.0}) + "\n")
+    assert "12.50 Wh (whole CPU packages, without memory and fans, until step 4), 4.00 kWh (GPUs)" in text_of(run)
+    other = write_run(tmp_path / "other", lines(4, cpu_kwh=0.0, gpu_kwh=math.nan))  # a counter that stands still
+    assert "CPU packages" not in text_of(other)
 
 
 def test_peaks_survive_thinning():

@@ -1,0 +1,93 @@
+"""The energy that a run takes, where the machine counts it: CPU packages on Linux (RAPL), GPUs by NVML.
+
+A column is there only while it is whole. A counter that cannot be read, on any machine, ends it.
+"""
+
+import importlib
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # importing torch takes seconds, and a page needs the names of the columns alone
+    import torch
+
+POWERCAP = Path("/sys/class/powercap")  # its counters can often be read by root alone; those of AMD are there too
+COLUMNS = ("cpu_kwh", "gpu_kwh")  # of metrics.jsonl
+OFTEN = 30.0  # seconds between two readings at most: a package's counter starts again, after minutes at the earliest
+MICROJOULES = 3.6e12  # of a kWh
+
+Counter = Callable[[], int]  # microjoules since the last call
+
+
+class Meter:
+    """Counts the energy of this process: its GPU, and all CPU packages of its machine if it is the first one there."""
+
+    def __init__(self, device: "torch.device", powercap: Path = POWERCAP) -> None:
+        self.counters: dict[str, list[Counter]] = {}
+        self.used: dict[str, float] = {}  # kWh since the last `lap`
+        for name, find in zip(COLUMNS, (partial(_packages, powercap), partial(_gpu, device)), strict=True):
+            try:
+                self.counters[name], self.used[name] = find(), 0.0
+            except Exception:  # no such counter, no right to read it, no pynvml, or whatever NVML raises
+                continue
+        self.read()
+
+    def read(self) -> None:
+        self.next = time.monotonic() + OFTEN
+        for name, counters in list(self.counters.items()):
+            try:
+                self.used[name] += sum(counter() for counter in counters) / MICROJOULES
+            except Exception:  # it has vanished
+                del self.counters[name], self.used[name]
+
+    def poll(self) -> None:
+        """Call it often: no counter may start again twice between two readings."""
+        if time.monotonic() >= self.next:
+            self.read()
+
+    def lap(self) -> dict[str, float]:
+        """{column: kWh since the last call}, of what can be read."""
+        self.read()
+        used, self.used = self.used, dict.fromkeys(self.used, 0.0)
+        return used
+
+
+def _since_last(read: Callable[[], int], end: int = 0) -> Counter:
+    """What a counter has counted since the last call. After `end` it starts again."""
+    last = read()
+
+    def more() -> int:
+        nonlocal last
+        before, last = last, read()
+        return last - before + (end if last < before else 0)
+
+    return more
+
+
+def _packages(powercap: Path) -> list[Counter]:
+    """Beside those of whole packages lie those of their cores, of memory, and psys, which includes the packages."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return []
+    zones = [zone for zone in powercap.glob("intel-rapl:*") if (zone / "name").read_text().startswith("package")]
+    if not zones:
+        raise OSError(f"{powercap} has no counter of a package")
+    return [_since_last(partial(_number, zone / "energy_uj"), _number(zone / "max_energy_range_uj")) for zone in zones]
+
+
+def _number(path: Path) -> int:
+    return int(path.read_text(encoding="ascii"))
+
+
+def _gpu(device: "torch.device") -> list[Counter]:
+    """Found by its identity: CUDA numbers only those that the process may see."""
+    if device.type != "cuda":
+        raise OSError(f"{device} has no counter")
+    import torch
+
+    nvml: Any = importlib.import_module("pynvml")
+    nvml.nvmlInit()
+    handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    return [_since_last(lambda: 1000 * int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)))]
