@@ -2,6 +2,8 @@
 
     python -m tests.benchmarks.scaling                      the two CIFAR-10 recipes on fractals, 1 and 2 processes
     python -m tests.benchmarks.scaling --processes 1 2 4 --rounds 5
+    python -m tests.benchmarks.scaling --report mae_cifar10 --words images=100000    log.report=true beside false, in
+                                                 whole runs, which must take more than five minutes: else none is made
 
 The same global batch each time, so the same training. Rounds alternate between the numbers of processes; the ratio is
 the median over rounds. On GPUs, where processes share nothing, the efficiency is that ratio over the number of them.
@@ -36,6 +38,17 @@ def images_per_second(recipe: str, processes: int, seconds: float, words: list[s
         return json.loads(report.read_text())["images_per_second"]
 
 
+def whole_run(recipe: str, report: bool, words: list[str]) -> tuple[float, float, float]:
+    """Seconds of training, of the whole command, and of its processes' CPU time."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "sslvit", "pretrain", f"{ROOT}/configs/{recipe}.yaml", f"out={folder}/run"]
+        before, words = os.times(), ["data.train=fractals:train", f"log.report={str(report).lower()}", *words]
+        subprocess.run([*command, *words], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        after, log = os.times(), Path(folder, "run", "metrics.jsonl").read_text()
+    training = max(json.loads(line).get("seconds", 0.0) for line in log.splitlines())
+    return training, after.elapsed - before.elapsed, sum(after[2:4]) - sum(before[2:4])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", default=RECIPES, help="names of files in configs/")
@@ -43,7 +56,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--words", nargs="*", default=[], help="more key=value words for all of them")
+    parser.add_argument("--report", action="store_true", help="instead: what the report costs whole runs")
     args = parser.parse_args()
+    for recipe in args.recipes if args.report else []:
+        for n in range(args.rounds):
+            runs = {on: whole_run(recipe, on, args.words) for on in ((False, True), (True, False))[n % 2]}
+            for what, without, with_report in zip(
+                ("training", "command", "CPU time"), runs[False], runs[True], strict=True
+            ):
+                times = f"{without:.1f} s, with the report {with_report:.1f} s"
+                print(f"{recipe:14s} {what:8s} {times} ({with_report / without - 1:+.2%})", flush=True)
+    if args.report:
+        return
     shared = 1 if not torch.cuda.is_available() else None  # the cores are shared; GPUs are not
     for recipe in args.recipes:
         rates: dict[int, list[float]] = {n: [] for n in args.processes}
