@@ -33,6 +33,7 @@ from .data import check_value_range, kind_of
 from .errors import ABOVE_0, Limits, UserError, check_limits, did_you_mean
 from .evaluation.config import Online as EvalConfig
 from .metrics import Config as LogConfig
+from .metrics import check_trackers
 from .model.config import Config as ModelConfig
 from .schedule import Config as OptimConfig
 
@@ -235,6 +236,7 @@ def check(config: RunConfig) -> None:
     check_limits("", config)
     for name in ("model", "data", "log", "save", "eval", "optim"):
         check_limits(f"{name}.", getattr(config, name))
+    check_trackers(config.log.trackers)
     if (config.model.lora_rank or config.model.anchor) and (config.shard or not config.model.init):
         raise UserError("model.lora_rank and model.anchor need model.init=<weights that stay>, and cannot be sharded.")
     if config.data.value_range is not None:

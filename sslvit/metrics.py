@@ -1,14 +1,17 @@
 """What a run writes while it goes: metrics.jsonl and TensorBoard."""
 
 import importlib
+import importlib.util
 import io
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -122,21 +125,19 @@ class MetricsLog:
             self._board.write(record)
         for name in list(self.trackers):
             values = {key: value for key, value in record.items() if key != "step"}
-            self._ask(name, "log", values, step=record["step"])
+            self._ask(name, methodcaller("log", values, step=record["step"]))
 
     def write_pictures(self, pictures: "dict[str, Any]", step: int) -> None:
         """{name: an image of PIL} to TensorBoard, and to the trackers that take images."""
         if self._board is not None:
             self._board.write_pictures(pictures, step)
-        for name in [name for name, tracker in self.trackers.items() if hasattr(tracker, "log_images")]:
-            import numpy as np
+        for name in list(self.trackers):
+            self._ask(name, partial(_send_pictures, name, pictures, step))
 
-            self._ask(name, "log_images", {tag: [np.asarray(image)] for tag, image in pictures.items()}, step=step)
-
-    def _ask(self, name: str, what: str, *arguments: Any, **more: Any) -> None:
+    def _ask(self, name: str, what: Callable[[Any], object]) -> None:
         """A tracker that fails is left out from then on: a run does not end because a server does."""
         try:
-            getattr(self.trackers[name], what)(*arguments, **more)
+            what(self.trackers[name])
         except Exception as error:
             del self.trackers[name]
             progress.write(f"Warning: {name} takes no more numbers ({printable(first_line(error))}). The run goes on.")
@@ -145,32 +146,59 @@ class MetricsLog:
         if self._board is not None:
             self._board.close()
         for name in list(self.trackers):
-            self._ask(name, "finish")
+            self._ask(name, methodcaller("finish"))
 
 
-def open_trackers(names: Sequence[str], run_dir: Path, run: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """accelerate's trackers by name. run: its identity; a run that goes on continues its run in wandb, mlflow and
-    trackio. Raises UserError."""
+def _send_pictures(name: str, pictures: dict[str, Any], step: int, tracker: Any) -> None:
+    """To a tracker that takes images. accelerate sends none to mlflow and trackio, which take them too."""
+    if name == "mlflow":
+        for tag, image in pictures.items():
+            importlib.import_module(name).log_image(image, key=tag, step=step, synchronous=True)
+    elif name == "trackio":
+        trackio: Any = importlib.import_module(name)
+        tracker.log({tag: trackio.Image(image) for tag, image in pictures.items()}, step=step)
+    elif hasattr(tracker, "log_images"):
+        import numpy as np
+
+        tracker.log_images({tag: [np.asarray(image)] for tag, image in pictures.items()}, step=step)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises UserError for a tracker that is unknown or not installed, before the work begins."""
+    if not names:
+        return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    found: dict[str, Any] = {}
-    for name in dict.fromkeys(names):
+    for name in names:
         if name == "tensorboard":
             raise UserError("log.trackers: tensorboard has log.tensorboard, which is true by default: leave it out.")
         if name not in LOGGER_TYPE_TO_CLASS:
             known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
             raise UserError(f"log.trackers: {name} is not one of {', '.join(known)}.{did_you_mean(name, known)}")
+        own = LOGGER_TYPE_TO_CLASS[name].__module__ != "accelerate.tracking"  # registered by the user
+        if not own and importlib.util.find_spec(name) is None:
+            raise UserError(f"log.trackers: {name} is not installed: pip install {name}.")
+
+
+def open_trackers(names: Sequence[str], run_dir: Path, run: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """accelerate's trackers by name. run: its identity; a run that goes on continues its run in wandb, mlflow and
+    trackio. What a killed run has sent after its checkpoint stays there. Raises UserError."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(names):
         kind = LOGGER_TYPE_TO_CLASS[name]
         try:
             more = _same_run(name, run_dir, run)
             tracker = kind("sslvit", *([str(run_dir)] if kind.requires_logging_directory else []), **more)
             getattr(tracker, "start", lambda: None)()  # older versions of accelerate have started it
-            tracker.store_init_configuration(settings)
-        except ImportError as error:
-            raise UserError(f"log.trackers: {name} is not installed: pip install {name}.") from error
         except Exception as error:
             raise UserError(f"log.trackers: {name} does not start ({first_line(error)}). Or leave it out.") from error
         found[name] = tracker
+        try:
+            tracker.store_init_configuration(settings)
+        except Exception as error:  # a setting has changed, which mlflow does not take
+            progress.write(f"Warning: {name} keeps the settings that it had ({printable(first_line(error))}).")
     return found
 
 

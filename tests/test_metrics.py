@@ -1,6 +1,8 @@
 """What is written about a run, and how it is timed."""
 
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +97,25 @@ def test_pictures_go_to_trackers_that_take_them_and_one_that_fails_is_left_out(t
     assert capsys.readouterr().out.count("full takes no more") == 1
 
 
+def test_pictures_go_to_mlflow_and_trackio_which_get_none_from_accelerate(tmp_path, monkeypatch):
+    """Their own functions, of mlflow 3.17 and trackio 0.43; the packages are not among those of the tests."""
+    seen = []
+
+    class Tracker:
+        def log(self, values, step=None):
+            seen.append((values, step))
+
+    def log_image(image, artifact_file=None, key=None, step=None, timestamp=None, synchronous=False):
+        seen.append((image, key, step, synchronous))
+
+    image = Image.new("RGB", (12, 8))
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(log_image=log_image))
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda value: ("image", value)))
+    log = metrics.MetricsLog(tmp_path, 0, tensorboard=False, trackers={"mlflow": Tracker(), "trackio": Tracker()})
+    log.write_pictures({"attention": image}, 5)
+    assert seen == [(image, "attention", 5, True), ({"attention": ("image", image)}, 5)]
+
+
 def test_a_tracker_gets_the_numbers_and_goes_on_with_its_run(cli, fails, images, tmp_path, monkeypatch):
     """A tracker of accelerate in the place of W&B's, which needs its server; and one whose server fails."""
     seen: list[tuple] = []
@@ -106,6 +127,8 @@ def test_a_tracker_gets_the_numbers_and_goes_on_with_its_run(cli, fails, images,
             seen.append(("start", project, more["name"], more["id"], more["resume"]))
 
         def store_init_configuration(self, values):
+            if values["steps"] == 3:  # as mlflow does when a run goes on
+                raise ValueError("Changing param values is not allowed")
             seen.append(("settings", values["optim.warmup_epochs"]))
 
         def log(self, values, step=None, **more):
@@ -135,11 +158,15 @@ def test_a_tracker_gets_the_numbers_and_goes_on_with_its_run(cli, fails, images,
     assert start[:3] == ("start", "sslvit", "run")
     assert seen[1:] == [("settings", 0.0), ("settings", 0.0), ("log", 1, True), ("log", 2, True), ("finish",)]
     seen.clear()
-    assert cli(*command, "steps=3", "log.trackers=[wandb]")[0] == 0
+    status, printed, error = cli(*command, "steps=3", "log.trackers=[wandb]")
+    assert status == 0, error
+    assert "wandb keeps the settings that it had (Changing param values is not allowed)" in printed
     assert seen[0] == start, "the same run of the tracker"
     assert ("log", 3, True) in seen
     assert ("log", 2, True) not in seen
     others = words("mae", f"out={tmp_path / 'other'}", "steps=2", *more)
     assert "wandbb is not one of" in fails("pretrain", images, *others, "log.trackers=[wandbb]")
     assert "Did you mean wandb?" in fails("pretrain", images, *others, "log.trackers=[wandbb]")
-    assert "mlflow is not installed: pip install mlflow." in fails("pretrain", images, *others, "log.trackers=[mlflow]")
+    (empty := tmp_path / "empty").mkdir()
+    absent = fails("pretrain", empty, *others, "log.trackers=[mlflow]")
+    assert "mlflow is not installed: pip install mlflow." in absent, "before images are opened"
