@@ -33,7 +33,7 @@ def keys(choices: list[Choice]) -> dict:
                             "objective.preset": "channels"}),
         (FRACTALS, LAPTOP, {"data.image_size": 64, "model.args.patch_size": 8, "method": "mae"}),
         (CIFAR, LAPTOP, {"data.image_size": 32, "model.args.patch_size": 4, "method": "mae", "global_batch_size": 128,
-                         "model.args.embed_dim": 192, "model.args.depth": 4, "optim.base_lr": 0.002,
+                         "model.args.embed_dim": 192, "model.args.depth": 4, "optim.base_lr": 0.001,
                          "optim.lr_schedule": "hold"}),
         (PHOTOS, GPU, {"data.image_size": 224, "model.args.patch_size": 16, "method": "dino", "batch_size": "auto",
                        "objective.local_crop_size": 96}),
@@ -61,14 +61,14 @@ def test_given_keys_win_and_what_follows_adapts():
     assert (chosen["objective.prototypes"], chosen["objective.pool"]) == (1024, "mean")
     assert chosen["objective.momentum"] == chosen["objective.momentum_end"]
     assert "objective.mask_ratio" not in chosen
-    assert keys(choose(CIFAR, LAPTOP, 10, {"global_batch_size": 512}))["optim.base_lr"] == pytest.approx(1e-3)
+    assert keys(choose(CIFAR, LAPTOP, 10, {"global_batch_size": 512}))["optim.base_lr"] == pytest.approx(5e-4)
     assert "steps" not in keys(choose(CIFAR, LAPTOP, 10, {"epochs": 3.0}))
     assert keys(choose(CIFAR, LAPTOP, 10, {"model.args.patch_size": 5, "data.image_size": 30})) is not None
     assert not any(key.startswith("model.args") for key in keys(choose(CIFAR, LAPTOP, 10, {"model.name": "swin_tiny"})))
 
 
 def test_a_step_that_does_not_fit_is_cut_or_refused_with_the_arithmetic():
-    given = {"data.image_size": 224, "global_batch_size": 512, "model.name": "vit_base_patch16_224"}
+    given = {"data.image_size": 224, "objective.mask_ratio": 0.5, "model.name": "vit_base_patch16_224"}
     chosen = {choice.what: choice for choice in choose(PHOTOS, LAPTOP, 10, {**given, "global_batch_size": 128})}
     cut = next(choice for what, choice in chosen.items() if what.startswith("batch_size"))
     assert 128 % cut.keys["batch_size"] == 0
