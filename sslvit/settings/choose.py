@@ -53,7 +53,7 @@ MOMENTUM = [(3_000, 0.98), (30_000, 0.99), (math.inf, 0.996)]
 
 MAE: dict[str, Any] = {
     "objective.mask_ratio": 0.85, "objective.koleo_weight": 0.05, "objective.decoder_width": 64,
-    "objective.decoder_depth": 1, "objective.decoder_heads": 2, "objective.crop_scale": [0.5, 1.0],
+    "objective.decoder_depth": 1, "objective.decoder_heads": 2,
 }  # fmt: skip
 MAE_LONG: dict[str, Any] = {
     "objective.mask_ratio": 0.75, "objective.decoder_width": 256, "objective.decoder_depth": 4,
