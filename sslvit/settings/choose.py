@@ -42,7 +42,7 @@ MANY = {192: 0, 384: 3_000, 768: 300_000}  # width: images of the folder that it
 # Global batch: the largest of which the run has STEPS and the folder has four, but at least LEAST, of which the folder
 # has four. On CIFAR-10 MAE's 128 is good from 300 to 4,700 steps.
 BATCHES = {"mae": [1024, 512, 256, 128, 64, 32, 16, 8], "dino": [512, 256, 128, 64, 32, 16, 8]}
-STEPS = {"mae": 5_000, "dino": 1_200}
+STEPS = {"mae": 5_000, "dino": 5_000}
 LEAST = {"mae": 128, "dino": 32}
 # Learning rate at this batch, width and depth.
 PEAK = {"mae": (5e-4, 128, 192, 4), "dino": (3.75e-4, 32, 192, 4)}
@@ -212,7 +212,7 @@ def _encoder(chosen: _Choices, facts: Facts, budget: float, size: tuple[int, int
         trial = values | {"model.args.embed_dim": width, "model.args.depth": depth}
         images = budget * PFLOP / flop(trial, values["method"], size, patch)
         # A crop of DINO's is an image for the encoder.
-        if images * (1 if values["method"] == "mae" else 5) >= ENOUGH and facts.count >= MANY.get(width, 0):
+        if images * (1 if values["method"] == "mae" else 2 + values.get("objective.local_crops", 8)) >= ENOUGH and facts.count >= MANY.get(width, 0):
             fitting = [(width, depth, heads)]
     width, depth, heads = fitting[0]
     width = int(values.get("model.args.embed_dim", width))
