@@ -33,8 +33,8 @@ LARGE_IMAGES = [
     (math.inf, 224, 16, "published: the papers' own size"),
 ]
 
-# Width, depth, heads: the largest one is taken that sees ENOUGH images in the time. On held-out images of CIFAR-10 depth
-# 4 and 600,000 images have a k-NN of 56.3 %, depth 12 and 220,000 images, in 0.8 times the time, 55.5 %.
+# Width, depth, heads: the largest one is taken that sees ENOUGH images in the time. On held-out images of CIFAR-10
+# depth 4 and 600,000 images have a k-NN of 56.3 %, depth 12 and 220,000 images, in 0.8 times the time, 55.5 %.
 ENCODERS = [(128, 4, 4), (192, 4, 3), (192, 12, 3), (384, 12, 6), (768, 12, 12)]
 ENOUGH = 400_000
 MANY = {192: 0, 384: 3_000, 768: 300_000}  # width: images of the folder that it needs, a guess
@@ -211,8 +211,8 @@ def _encoder(chosen: _Choices, facts: Facts, budget: float, size: tuple[int, int
     for width, depth, heads in ENCODERS[1:]:
         trial = values | {"model.args.embed_dim": width, "model.args.depth": depth}
         images = budget * PFLOP / flop(trial, values["method"], size, patch)
-        # A crop of DINO's is an image for the encoder.
-        if images * (1 if values["method"] == "mae" else 2 + values.get("objective.local_crops", 8)) >= ENOUGH and facts.count >= MANY.get(width, 0):
+        views = 1 if values["method"] == "mae" else 2 + values.get("objective.local_crops", 8)  # the encoder's images
+        if images * views >= ENOUGH and facts.count >= MANY.get(width, 0):
             fitting = [(width, depth, heads)]
     width, depth, heads = fitting[0]
     width = int(values.get("model.args.embed_dim", width))

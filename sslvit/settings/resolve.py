@@ -42,8 +42,11 @@ def automatic(words: list[str], pairs: Pairs, began: float) -> RunConfig:
     machine, values = speed.machine(base), given_values(base, list(given))
     facts = look.look(base, values.get("data.in_chans"))
     made = gather_objects(choose.choose(facts, machine, minutes, values))[0]
-    say(*heading(base, facts, machine, minutes, by), *[choice.line() for choice in made], "")
     timed = given.keys().isdisjoint(DURATIONS)
+    time = f"{minutes:g} minute{'s' * (minutes != 1)}"
+    time = f"{time}{by}" if timed else f"settings as for {time}, and the length that you give"
+    long = _long(minutes) if timed else []
+    say(*long, *heading(base, facts, machine, time), *[choice.line() for choice in made], "")
     chosen = [f"{key}={format_value(value)}" for choice in made for key, value in choice.keys.items()]
     extra = [f"out={out}", "settings=auto", *([f"minutes={minutes:g}"] if timed else [])]
     files = [str(recipe)] if recipe else []
@@ -109,12 +112,11 @@ def given_values(base: RunConfig, named: list[str]) -> dict[str, Any]:
     return found | {f"model.args.{name}": value for name, value in args.items()}
 
 
-def heading(base: RunConfig, facts: choose.Facts, machine: choose.Machine, minutes: float, by: str) -> list[str]:
+def heading(base: RunConfig, facts: choose.Facts, machine: choose.Machine, time: str) -> list[str]:
     copies = f", {facts.copies:.0%} of a sample are copies" if facts.copies > 0.01 else ""
     return [
-        *_long(minutes),
         f"{facts.count:,} images of {base.data.train}{copies}; {machine.name}, {machine.rate / 1e9:,.0f} GFLOP/s; "
-        f"{minutes:g} minute{'s' * (minutes != 1)}{by}.",
+        f"{time}.",
         "Chosen settings (keys that you give win; settings=paper takes the papers'):",
     ]
 
