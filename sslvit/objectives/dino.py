@@ -207,9 +207,12 @@ class DINO(Objective):
         return ((teacher_logits - self.center) / teacher_temp).softmax(dim=-1)
 
     @torch.no_grad()
-    def _teach(self, resolutions: Resolutions) -> Tensor:
-        """The teacher's logits of the global crops, which count for the center."""
-        logits = self.teacher(resolutions[:1])
+    def _teach(self, resolutions: Resolutions, parts: int = 1) -> Tensor:
+        """The teacher's logits of the global crops, which count for the center. parts: in which its encoder sees them;
+        the head sees all at once, as each pass reads all prototypes."""
+        size = math.ceil(len(resolutions[0][0]) / parts)
+        pieces = zip(*(tensor.split(size) for tensor in resolutions[0]), strict=True)
+        logits: Tensor = self.teacher.head(torch.cat([self.teacher.features([piece]) for piece in pieces]))
         self.logit_sum += logits.sum(dim=0, keepdim=True)
         self.logit_count += len(logits)
         return logits
@@ -234,10 +237,7 @@ class DINO(Objective):
         config, batch = self.config, part.batch
         values: dict[str, Tensor] = {}
         if batch.target is None:
-            images, size = batch.resolutions[0], math.ceil(2 * batch.images / PARTS)
-            pieces = zip(*(tensor.split(size) for tensor in images), strict=True)
-            logits = torch.cat([self._teach([piece]) for piece in pieces])
-            batch.target = self._target(logits, self.teacher_temp(step))
+            batch.target = self._target(self._teach(batch.resolutions, PARTS), self.teacher_temp(step))
             values = _entropies(batch.target)
         crops, keys = (tensor[part.rows] for tensor in batch.resolutions[part.resolution])
         is_global = part.resolution == 0
