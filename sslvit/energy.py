@@ -1,6 +1,7 @@
 """The energy that a run takes, where the machine counts it: CPU packages on Linux (RAPL), GPUs by NVML.
 
-A column is there only while it is whole. A counter that cannot be read, on any machine, ends it.
+A column is there only while it is whole. A counter that cannot be read, on any machine, ends it. Like `seconds`, it is
+without the steps that a kill has lost.
 """
 
 import importlib
@@ -15,9 +16,10 @@ if TYPE_CHECKING:  # importing torch takes seconds, and a page needs the names o
     import torch
 
 POWERCAP = Path("/sys/class/powercap")  # its counters can often be read by root alone; those of AMD are there too
-COLUMNS = ("cpu_kwh", "gpu_kwh")  # of metrics.jsonl
+ENERGY_COLUMNS = ("cpu_kwh", "gpu_kwh")  # of metrics.jsonl
 OFTEN = 30.0  # seconds between two readings at most: a package's counter starts again, after minutes at the earliest
 MICROJOULES = 3.6e12  # of a kWh
+MOST_WATTS = 1000  # of a package
 
 Counter = Callable[[], int]  # microjoules since the last call
 
@@ -28,7 +30,7 @@ class Meter:
     def __init__(self, device: "torch.device", powercap: Path = POWERCAP) -> None:
         self.counters: dict[str, list[Counter]] = {}
         self.used: dict[str, float] = {}  # kWh since the last `lap`
-        for name, find in zip(COLUMNS, (partial(_packages, powercap), partial(_gpu, device)), strict=True):
+        for name, find in zip(ENERGY_COLUMNS, (partial(_packages, powercap), partial(_gpu, device)), strict=True):
             try:
                 self.counters[name], self.used[name] = find(), 0.0
             except Exception:  # no such counter, no right to read it, no pynvml, or whatever NVML raises
@@ -57,11 +59,13 @@ class Meter:
 
 def _since_last(read: Callable[[], int], end: int = 0) -> Counter:
     """What a counter has counted since the last call. After `end` it starts again."""
-    last = read()
+    last, when = read(), time.monotonic()
 
     def more() -> int:
-        nonlocal last
-        before, last = last, read()
+        nonlocal last, when
+        before, last, then, when = last, read(), when, time.monotonic()
+        if end and when - then > end / MOST_WATTS / 1e6:
+            raise OSError("it may have started again twice")
         return last - before + (end if last < before else 0)
 
     return more

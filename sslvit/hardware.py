@@ -29,7 +29,8 @@ from .distributed import SILENT, SILENT_KEY, WAIT, WAIT_KEY, is_sharded, watch_p
 from .errors import UserError
 
 T = TypeVar("T")
-LOOK_EVERY, SAY_EVERY = 10.0, 3600.0  # seconds: what other processes use is measured over, and is said again after
+LOOK_EVERY = 10.0  # seconds over which, at least, other processes are measured
+SAY_EVERY = 3600.0  # seconds after which they are spoken of again
 OTHERS, IDLE = 0.2, 0.25  # shares of the CPUs: others use so much, and so little is idle, when a run is slower for it
 PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")  # of accelerate
 

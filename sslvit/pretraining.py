@@ -150,6 +150,7 @@ class Training:
             if micro and stop.reason_at(self.progress.step * accumulate + micro):
                 return
             say(*self.long_run.note())
+            self.recorder.meter.poll()
             with self.recorder.watch.waiting():
                 batch = next(self.batches)
             self.bad_images.note(batch)
@@ -350,7 +351,6 @@ def train(training: Training, stop: StopRequest) -> Result:
         if recorder.trace:
             recorder.trace.step()
         run.seconds += time.perf_counter() - began
-        recorder.meter.poll()
         if stopped := training.after_step(stop):
             break
     training.saver.check(wait=True)  # when one process ends, a launcher ends all: first the checkpoint must be written

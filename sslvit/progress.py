@@ -146,7 +146,7 @@ class LongRun:
             return []
         seconds, self.total = (now - self.since) / (self.begun - 2) * self.total, 0
         days = f"{seconds / LONG:.1f} days"
-        return [f"Warning: at the speed of its start this run takes {days}."] if seconds > LONG else []
+        return [f"Warning: at its speed so far this run will take {days} from here."] if seconds > LONG else []
 
 
 def fields(record: dict[str, float], steps: int, epochs: float, trend: str = "") -> list[str]:

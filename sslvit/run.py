@@ -31,7 +31,7 @@ from .config import Plan, RunConfig
 from .data import Source
 from .data.cache import Cached, OnDevice
 from .distributed import barrier, gather_objects, on_first_process, rank, say
-from .energy import COLUMNS, Meter
+from .energy import ENERGY_COLUMNS, Meter
 from .errors import UserError, printable
 from .evaluation.online import rank_alarm
 from .hardware import OtherProcesses, peak_memory, versions
@@ -261,7 +261,7 @@ class Recorder:
         self.seen = run.images_seen
         self.meter = Meter(next(objective.parameters()).device)
         if run.step == 0:
-            run.energy = dict.fromkeys(COLUMNS, 0.0)
+            run.energy = dict.fromkeys(ENERGY_COLUMNS, 0.0)
 
     def _open_log(self, config: RunConfig, step: int) -> MetricsLog:
         found = None

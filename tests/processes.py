@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from sslvit.__main__ import main
 from sslvit.checkpoints import state
-from sslvit.energy import COLUMNS
+from sslvit.energy import ENERGY_COLUMNS
 
 CONTEXT = multiprocessing.get_context("forkserver")
 METHODS = [f"sslvit.objectives.{name}" for name in ("dino", "distill", "mae")]
@@ -128,7 +128,7 @@ def kill_at(process: BaseProcess, run_dir: Path, step: int, seconds: float = 60)
     process.join()
 
 
-TIMING = {"seconds", "images_per_second", "data_wait", *COLUMNS}
+TIMING = {"seconds", "images_per_second", "data_wait", *ENERGY_COLUMNS}
 
 
 def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:

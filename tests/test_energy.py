@@ -10,7 +10,7 @@ import torch
 
 from sslvit import energy, run
 from sslvit.checkpoints.state import RunState
-from sslvit.energy import COLUMNS, Meter
+from sslvit.energy import ENERGY_COLUMNS, Meter
 
 from .conftest import words
 
@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_counts_on_and_one_that_has_missed_some_says_no_more(
         status, _, error = cli("pretrain", images, *words("mae", *more, "report=false", "tensorboard=false"))
         assert status == 0, error
         records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-        return [[record[name] for name in COLUMNS] if "cpu_kwh" in record else None for record in records]
+        return [[record[name] for name in ENERGY_COLUMNS] if "cpu_kwh" in record else None for record in records]
 
     monkeypatch.setattr(run, "Meter", Pretended)
     found = [[0.001, 0.002], [0.002, 0.004]]

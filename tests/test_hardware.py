@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sslvit import SPINS, hardware
+from sslvit import SPIN_COUNT, hardware
 from sslvit.hardware import OtherProcesses, keep_memory
 
 from . import processes
@@ -87,7 +87,7 @@ LIBGOMP = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
 @pytest.mark.parametrize(
     ("environment", "before", "spins"),
     [
-        ({}, "", str(SPINS)),
+        ({}, "", str(SPIN_COUNT)),
         ({"GOMP_SPINCOUNT": "7"}, "", "7"),
         ({"OMP_WAIT_POLICY": "passive"}, "", "0"),
         ({}, "sys.modules['torch'] = sys", "300000"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sslvit import data, run
+from sslvit import data, energy, hardware, progress, run
 from sslvit.checkpoints import state
 
 from . import processes
@@ -41,6 +41,19 @@ def test_a_run_leaves_its_record(cli, images, tmp_path, method):
     assert lines[0]["lr"] == 0
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 and 0 <= line["data_wait"] <= 1 for line in lines)
     assert state.steps_saved(out) == [8]
+
+
+def test_what_a_run_notices_on_the_way_is_asked_for_and_said(cli, images, tmp_path, monkeypatch):
+    """Once for each micro-batch: counters of energy, and how long it will take. With each line: other processes."""
+    polls, totals = [], []
+    monkeypatch.setattr(energy.Meter, "poll", lambda self: polls.append(1))
+    monkeypatch.setattr(hardware.OtherProcesses, "sentence", lambda self: "Others are busy.")
+    monkeypatch.setattr(progress.LongRun, "note", lambda self: totals.append(self.total) or ["It is long."])
+    status, printed, _ = cli("pretrain", images, *words("mae", f"out={tmp_path / 'run'}", "batch_size=4"))
+    assert status == 0
+    assert printed.count("Others are busy.") == 8
+    assert printed.count("It is long.") == len(polls) == 16
+    assert totals == [16] * 16
 
 
 @pytest.mark.parametrize("workers", [0, 2])

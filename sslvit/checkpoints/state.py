@@ -52,9 +52,7 @@ class RunState:
     skipped_in_a_row: int = 0  # ... and those of them that came last
     best_step: int | None = None  # of the best k-NN accuracy; that of an encoder with random weights does not count
     best_knn: float | None = None  # percent
-    energy: dict[str, float] = field(
-        default_factory=dict
-    )  # kWh since step 0, by column; only what is whole (energy.py)
+    energy: dict[str, float] = field(default_factory=dict)  # kWh by column, see energy.py
 
 
 Tensors = tuple[dict[str, Tensor], dict[str, Tensor]]  # of the objective and of its optimizer, by name

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..energy import COLUMNS
+from ..energy import ENERGY_COLUMNS
 from ..metrics import SKIPPED
 from . import curves
 from .facts import Facts
@@ -62,7 +62,7 @@ CURVES = {
     "data_wait": ("Share of time waiting for images", "Above 0.1, more data.workers or data.cache help."),
     SKIPPED: ("Steps skipped in a line", "Of loss or gradient that is not finite. None is best."),
 }
-NO_CURVES = ("epoch", "images", "seconds", *COLUMNS)
+NO_CURVES = ("epoch", "images", "seconds", *ENERGY_COLUMNS)
 
 
 def charts(facts: Sequence[Facts]) -> Html | None:

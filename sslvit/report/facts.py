@@ -46,6 +46,7 @@ class Result:
     test: str
     by_class: dict[str, float]
     confusion: list[list[int]] = field(default_factory=list)  # images of a class (row) that were said to be another
+    train: str = ""  # the labelled images that it learned from
 
 
 @dataclass
@@ -240,6 +241,7 @@ def _results(facts: Facts, folder: Path, subject: str) -> list[Result]:
                         printable(str(test.get("data", record.get("data", "")))[:200]),
                         {printable(str(key)[:80]): float(value) for key, value in list(classes.items())[:1000]},
                         _matrix(row.get("confusion")),
+                        str(record.get("train"))[:400],
                     )
                 )
         except FileNotFoundError:
@@ -314,20 +316,21 @@ def _usual(facts: Facts) -> dict[str, Result]:
 def _evaluated(facts: Facts) -> str:
     """The usual k-NN of the run, with those of the untrained encoder and of pixels where they are known."""
     usual = _usual(facts)
-    own, before, pixels = (usual.get(subject) for subject in ("this run", "untrained", PIXELS))
+    own, before, pixels = usual.get("this run"), usual.get("untrained"), _against_pixels(facts)
     if own is None:
         return ""
     interval = f" (95 % interval {own.interval[0]:.1f} to {own.interval[1]:.1f})" if own.interval else ""
     compared = f"; the untrained encoder has {before.number:.1f} %" if before else ""
-    compared += f"; raw pixels have {pixels.number:.1f} %" if pixels else ""
+    compared += f"; raw pixels have {pixels[1]:.1f} %" if pixels else ""
     return f"{own.title} of {own.images or 'the'} test images: {own.number:.1f} %{interval}{compared}."
 
 
 def _against_pixels(facts: Facts) -> tuple[float, float] | None:
-    usual = _usual(facts)
-    own, pixels = usual.get("this run"), usual.get(PIXELS)
-    same = own and pixels and (own.test, own.images) == (pixels.test, pixels.images)
-    return (own.number, pixels.number) if own and pixels and same else None
+    """(k-NN of this run, that of pixels), if both were measured on the same images."""
+    own, pixels = (_usual(facts).get(subject) for subject in ("this run", PIXELS))
+    if own is None or pixels is None or (own.train, own.test, own.images) != (pixels.train, pixels.test, pixels.images):
+        return None
+    return own.number, pixels.number
 
 
 def usual_result(facts: Facts) -> Result | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..arguments import format_value
-from ..energy import COLUMNS
+from ..energy import ENERGY_COLUMNS
 from ..errors import printable
 from ..metrics import format_bytes
 from ..progress import duration
@@ -191,12 +191,12 @@ def cost(one: Facts) -> Html | None:
 
 def _energy(one: Facts) -> str | None:
     """What the machines have counted, and until when: a counter may vanish, or a run may go on where there is none."""
-    parts, last = [], _last_step(one)
-    for name, of in zip(COLUMNS, ("whole CPU packages, without memory and fans", "GPUs"), strict=True):
+    parts, lines = [], one.curves.get("seconds")[0]
+    for name, of in zip(ENERGY_COLUMNS, ("whole CPU packages, without memory and fans", "GPUs"), strict=True):
         kwh = one.curves.last(name)
         if kwh is not None and 0 < kwh < 1e9:
             number, step = f"{kwh:,.2f} kWh" if kwh >= 1 else f"{1000 * kwh:,.2f} Wh", one.curves.get(name)[0][-1]
-            parts.append(f"{number} ({of}{f', until step {step:,.0f}' if step != last else ''})")
+            parts.append(f"{number} ({of}{f', until step {step:,.0f}' if len(lines) and step < lines[-1] else ''})")
     return ", ".join(parts) or None
 
 

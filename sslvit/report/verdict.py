@@ -162,7 +162,7 @@ def judge(m: Measured) -> Verdict:
         if m.running:
             return Verdict(
                 "learning",
-                f"It is training, and not better than its start yet: {worse}.",
+                f"It is training, and has no gain yet: {worse}.",
                 evidence,
                 ["Wait: DINO often falls below its start at first.", *measure],
             )
@@ -424,7 +424,7 @@ def _no_gain(m: Measured) -> str:
         return (
             f"raw pixels are as good as its features: k-NN {m.pixels[1]:.1f} %, and of the encoder {m.pixels[0]:.1f} %"
         )
-    if len(m.knn[1]) > 1:
+    if len(m.knn[1]) > 1 and m.knn[0][0] == 0:
         before, now = m.knn[1][[0, -1]]
         if now - before < min(KNN_GAIN, before / 10) / (2 if m.pretrained else 1):
             return f"k-NN was {before:.1f} % before the first step and is {now:.1f} %"

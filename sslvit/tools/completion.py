@@ -1,7 +1,7 @@
 """Completion of commands, recipes, keys and files in a shell: bash, zsh and fish.
 
 source <(sslvit completion bash)           in ~/.bashrc
-source <(sslvit completion zsh)            in ~/.zshrc
+source <(sslvit completion zsh)            in ~/.zshrc, after compinit if it calls that
 sslvit completion fish | source            in ~/.config/fish/config.fish
 """
 
@@ -20,7 +20,7 @@ BASH = """_sslvit() {{
   fi
   COMPREPLY=($(compgen -W "$words" -- "$cur"))
   for i in "${{!COMPREPLY[@]}}"; do
-    case "${{COMPREPLY[i]}}" in *=) compopt -o nospace ;; esac
+    case "${{COMPREPLY[i]}}" in *=) compopt -o nospace 2> /dev/null ;; esac  # macOS has bash 3.2, which has no compopt
   done
 }}
 complete -o default -F _sslvit sslvit

@@ -232,19 +232,16 @@ class Job:
             torch.set_num_threads(self.cpus)  # torch's default is all cores of the machine
         words = [self.recipe] + ([f"method={self.method}"] if self.method else [])
         sys.argv = ["sslvit", "pretrain", *words]  # starts.jsonl records it
-        stopped: Stopped | None = None
         try:
             result = pretrain(configuration.load(words))
             if result.stopped:
-                saved = f"Stopped by {result.stopped} after step {result.steps}, which is saved in {result.run_dir}"
-                stopped = Stopped(saved, result.stopped)
+                saved = f"Stopped by {result.stopped} after step {result.steps}, which is saved in {result.run_dir}."
+                raise Stopped(saved, result.stopped)
         except UserError as error:
             print(printable(f"sslvit pretrain: {error}"), file=sys.stderr)
             sys.exit(2)
-        except Stopped as error:  # in its first step, or while no images came
-            stopped = error
-        if stopped:
-            self.leave(stopped, environment)
+        except Stopped as error:
+            self.leave(error, environment)
         say(*summary(result))
 
     def leave(self, stopped: Stopped, environment: Any) -> NoReturn:
@@ -254,13 +251,12 @@ class Job:
         that makes it queue the job again. Not after SIGTERM: `scancel` sends it to end the job for good. SLURM also
         sends it when the job must make room, and queues it again itself, if it still runs after its time of grace.
         """
-        sentence = str(stopped).rstrip(".")
         if stopped.reason == "SIGTERM":
-            say(f"{sentence}. Submit it again to continue, if the cluster does not.")
+            say(f"{stopped} Submit it again to continue, if the cluster does not.")
             if environment.name() == "slurm":
                 time.sleep(HELD)
             sys.exit(EXIT_REQUEUE)
-        say(f"{sentence}: the job is queued again.")
+        say(f"{stopped} The job is queued again.")
         if rank() == 0:
             signal.raise_signal(getattr(signal, f"SIG{environment.USR_SIG}"))  # ends this process
         sys.exit(0)

@@ -19,14 +19,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
-from sslvit import SPINS
+from sslvit import SPIN_COUNT
 
 CORES = os.cpu_count() or 1
 NEIGHBOURS = (0, 1, 2)
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 SETTINGS = {
     "libgomp's defaults": {"GOMP_SPINCOUNT": "300000"},  # what it takes if nothing is said; sslvit says something
-    f"sslvit, {SPINS} spins": {"GOMP_SPINCOUNT": str(SPINS)},
+    f"sslvit, {SPIN_COUNT} spins": {"GOMP_SPINCOUNT": str(SPIN_COUNT)},
     "10,000 spins": {"GOMP_SPINCOUNT": "10000"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},

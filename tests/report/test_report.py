@@ -236,7 +236,7 @@ def test_the_energy_is_said_as_far_as_it_was_counted(tmp_path):
     assert "12.50 Wh (whole CPU packages, without memory and fans), 3.50 kWh (GPUs)" in text
     assert "cpu_kwh" not in data_of(text)["curves"]["runs"][0]["columns"]
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 5, "loss": 1.0, "gpu_kwh": 4.0}) + "\n")
+        file.write(json.dumps({"step": 5, "seconds": 9.0, "gpu_kwh": 4.0}) + "\n")
     assert "12.50 Wh (whole CPU packages, without memory and fans, until step 4), 4.00 kWh (GPUs)" in text_of(run)
     other = write_run(tmp_path / "other", lines(4, cpu_kwh=0.0, gpu_kwh=math.nan))  # a counter that stands still
     assert "CPU packages" not in text_of(other)
@@ -327,6 +327,10 @@ def test_pixels_stand_beside_the_result_and_a_page_without_them_says_how(cli, la
     found = measured_of(gather(run)).pixels
     assert found is not None, "they are of the same test images"
     assert found[0] == found[1]
+    for part in ("train", "test"):
+        other = json.loads((run / "eval" / "pixels.json").read_text()) | {part: {"data": "others", "images": 7}}
+        (run / "eval" / "knn.json").write_text(json.dumps(other))
+        assert measured_of(gather(run)).pixels is None
     (run / "eval" / "pixels.json").write_text("{}")
     assert "eval/pixels.json is no result that can be read" in text_of(run)
 

@@ -67,6 +67,12 @@ def test_given_keys_win_and_what_follows_adapts():
     assert not any(key.startswith("model.args") for key in keys(choose(CIFAR, LAPTOP, 10, {"model.name": "swin_tiny"})))
 
 
+def test_tiny_images_keep_a_patch_that_is_seen():
+    tiny = keys(choose(Facts(1000, 5, 32), LAPTOP, 10, {}))
+    patches = (tiny["data.image_size"] // tiny["model.args.patch_size"]) ** 2
+    assert patches * (1 - tiny["objective.mask_ratio"]) >= 1
+
+
 def test_a_step_that_does_not_fit_is_cut_or_refused_with_the_arithmetic():
     given = {"data.image_size": 224, "objective.mask_ratio": 0.5, "model.name": "vit_base_patch16_224"}
     chosen = {choice.what: choice for choice in choose(PHOTOS, LAPTOP, 10, {**given, "global_batch_size": 128})}

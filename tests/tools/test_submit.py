@@ -71,7 +71,7 @@ def test_a_job_that_must_make_room_saves_is_started_again_and_ends_as_if_it_had_
     assert scheduler.wait(300) == 0
     processes.finish(reference, tmp_path / "log")
     text = log.read_text()
-    stopped = re.search(r"Stopped by SIGUSR2 after step (\d+), which is saved in .*: the job is queued again", text)
+    stopped = re.search(r"Stopped by SIGUSR2 after step (\d+), which is saved in .*\. The job is queued again", text)
     assert 4 <= int(stopped[1]) < 100
     assert f"Resuming {broken} at step {stopped[1]} of 100" in text
     assert text.count("Done:") == 1
@@ -126,7 +126,7 @@ def stop_in_the_first_step(reason: str, folder: str) -> int:
 
 @pytest.mark.parametrize(
     ("reason", "status", "said"),
-    [("SIGUSR2", LOCAL_REQUEUE_RETURN_CODE, "nothing to save yet: the job is queued again."),
+    [("SIGUSR2", LOCAL_REQUEUE_RETURN_CODE, "nothing to save yet. The job is queued again."),
      ("SIGTERM", stopping.EXIT_REQUEUE, "nothing to save yet. Submit it again to continue")],
 )  # fmt: skip
 def test_a_job_that_is_stopped_before_anything_is_saved_is_queued_again_too(tmp_path, reason, status, said):

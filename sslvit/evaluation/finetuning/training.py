@@ -152,9 +152,11 @@ class Training:
                 return
             yield next(batches)
 
-    def _leave_step(self, folder: Path | None, optimizer: torch.optim.AdamW, window: Window, stop: Any) -> NoReturn:
+    def _leave_step(
+        self, folder: Path | None, optimizer: torch.optim.AdamW, window: Window, stop: StopRequest | None
+    ) -> NoReturn:
         """Save the last whole step, after a step that `stop` has cut short. Raises Stopped."""
-        reason = next(reason for reason in gather_objects(stop.reason) if reason)
+        reason = next(reason for reason in gather_objects(stop and stop.reason) if reason)
         if not self.progress.step:
             raise Stopped(f"Stopped by {reason} in the first step: there is nothing to save yet.", reason)
         if folder and self.progress.step not in state.steps_saved(folder):
