@@ -4,7 +4,8 @@ FractalDB (Kataoka et al., "Pre-training without Natural Images", ACCV 2020, sec
 to 8 affine maps. A map is applied with a probability proportional to the absolute value of its determinant. The class
 is accepted if its attractor fills enough of the picture. The images of a class vary one parameter by up to 20 % and
 flip the picture. Here an image has one of the 8 symmetries of the square instead of the 4 flips, and a foreground and a
-background colour of its own. So neither pixels nor colours say which class it is. Every image is a function of
+background colour of its own, so colours do not say which class it is. But k-NN on raw pixels does: 99.3 % of 2,000
+images by 10,000. These images show whether training works, not how good a method is. Every image is a function of
 (seed, split, index): nothing is downloaded.
 """
 
