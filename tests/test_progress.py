@@ -113,5 +113,5 @@ def test_a_run_of_days_says_so_after_some_seconds_and_not_by_its_first_micro_bat
         now += 50.0 if number == 0 else seconds
     assert len(said) == (1 if days else 0)
     if days:
-        assert said[0][1].endswith(f"this run takes {days}.")
+        assert said[0][1].endswith(f"this run will take {days} from here.")
         assert said[0][0] < 50 + 10 + 2 * seconds
