@@ -523,10 +523,9 @@ def _quiet(m: Measured) -> str:
 
 
 def _longer(m: Measured) -> str:
-    return (
-        "Train for longer, which usually helps: the same command with twice the epochs=, steps= or images= goes on "
-        "from here."
-    )
+    minutes = m.setting("minutes", 0)
+    more = f"minutes={2 * minutes:g}" if minutes else "twice the epochs=, steps= or images="
+    return f"Train for longer, which usually helps: the same command with {more} goes on from here."
 
 
 def _measure(m: Measured) -> list[str]:

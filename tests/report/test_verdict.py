@@ -66,6 +66,11 @@ def test_dino_may_rise_again_in_its_first_lines():
     assert judge(measured(step=300, total=1250, running=True, loss=values)).state == "learning"
 
 
+def test_a_run_that_ends_in_time_gets_more_minutes():
+    advice = " ".join(judge(measured(loss=curve(2.0, 1.8, 1.6, 1.4, 1.2, 1.0), settings={"minutes": 10.0})).advice)
+    assert "the same command with minutes=20 goes on" in advice
+
+
 def test_what_is_not_measured_is_said():
     sentences = " ".join(judge(measured()).evidence)
     assert "k-NN was not measured" in sentences
