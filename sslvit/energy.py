@@ -1,7 +1,7 @@
 """The energy that a run takes, where the machine counts it: CPU packages on Linux (RAPL), GPUs by NVML.
 
-A column is there only while it is whole. A counter that cannot be read, on any machine, ends it. Like `seconds`, it is
-without the steps that a kill has lost.
+A column is written only while it counts everything: once a counter of any machine cannot be read, the column ends.
+Steps that are lost by a kill are not counted, as in `seconds`.
 """
 
 import importlib
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # importing torch takes seconds, and a page needs the names of the columns alone
     import torch
 
-POWERCAP = Path("/sys/class/powercap")  # its counters can often be read by root alone; those of AMD are there too
+POWERCAP = Path("/sys/class/powercap")  # Intel and AMD; often only root may read it
 ENERGY_COLUMNS = ("cpu_kwh", "gpu_kwh")  # of metrics.jsonl
-OFTEN = 30.0  # seconds between two readings at most: a package's counter starts again, after minutes at the earliest
+OFTEN = (
+    30.0  # seconds from one reading to the next. A counter of a package returns to 0, after a minute at the earliest
+)
 MICROJOULES = 3.6e12  # of a kWh
 MOST_WATTS = 1000  # of a package
 
@@ -46,33 +48,33 @@ class Meter:
                 del self.counters[name], self.used[name]
 
     def poll(self) -> None:
-        """Call it often: no counter may start again twice between two readings."""
+        """Read the counters if it is time. Call it often: a counter must not return to 0 twice between two readings."""
         if time.monotonic() >= self.next:
             self.read()
 
     def lap(self) -> dict[str, float]:
-        """{column: kWh since the last call}, of what can be read."""
+        """{column: kWh used since the last call}. Columns that cannot be read are left out."""
         self.read()
         used, self.used = self.used, dict.fromkeys(self.used, 0.0)
         return used
 
 
 def _since_last(read: Callable[[], int], end: int = 0) -> Counter:
-    """What a counter has counted since the last call. After `end` it starts again."""
+    """A function that says what a counter has counted since its last call. end: where the counter returns to 0."""
     last, when = read(), time.monotonic()
 
     def more() -> int:
         nonlocal last, when
         before, last, then, when = last, read(), when, time.monotonic()
         if end and when - then > end / MOST_WATTS / 1e6:
-            raise OSError("it may have started again twice")
+            raise OSError("it may have returned to 0 twice")
         return last - before + (end if last < before else 0)
 
     return more
 
 
 def _packages(powercap: Path) -> list[Counter]:
-    """Beside those of whole packages lie those of their cores, of memory, and psys, which includes the packages."""
+    """Only counters of whole packages. Others there are of cores, of memory, and of all together (psys)."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return []
     zones = [zone for zone in powercap.glob("intel-rapl:*") if (zone / "name").read_text().startswith("package")]
@@ -86,7 +88,7 @@ def _number(path: Path) -> int:
 
 
 def _gpu(device: "torch.device") -> list[Counter]:
-    """Found by its identity: CUDA numbers only those that the process may see."""
+    """The GPU of this process. NVML finds it by its UUID, as CUDA may number the GPUs in another way."""
     if device.type != "cuda":
         raise OSError(f"{device} has no counter")
     import torch

@@ -29,9 +29,9 @@ from .distributed import SILENT, SILENT_KEY, WAIT, WAIT_KEY, is_sharded, watch_p
 from .errors import UserError
 
 T = TypeVar("T")
-LOOK_EVERY = 10.0  # seconds over which, at least, other processes are measured
-SAY_EVERY = 3600.0  # seconds after which they are spoken of again
-OTHERS, IDLE = 0.2, 0.25  # shares of the CPUs: others use so much, and so little is idle, when a run is slower for it
+LOOK_EVERY = 10.0  # seconds at least from one look at other processes to the next
+SAY_EVERY = 3600.0  # seconds at least from one sentence about them to the next
+OTHERS, IDLE = 0.2, 0.25  # shares of the CPUs. A run is slowed if others use at least OTHERS and at most IDLE is idle
 PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")  # of accelerate
 
 
@@ -202,8 +202,8 @@ def cores() -> int:
 class OtherProcesses:
     """Says of a run on the CPUs that other processes make it slow.
 
-    Measured is what all processes use, less what this one and its children do. That is right only where the run may use
-    all CPUs of the machine and is one process; elsewhere nothing is said.
+    They use what all processes use, minus what this one and its children use. This is right only for a run of one
+    process that may use all CPUs of the machine. For other runs nothing is said.
     """
 
     def __init__(self, device: torch.device) -> None:

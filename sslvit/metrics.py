@@ -150,7 +150,7 @@ class MetricsLog:
 
 
 def _send_pictures(name: str, pictures: dict[str, Any], step: int, tracker: Any) -> None:
-    """To a tracker that takes images. accelerate sends none to mlflow and trackio, which take them too."""
+    """To a tracker that takes images. mlflow and trackio take them too, but accelerate does not send them."""
     if name == "mlflow":
         for tag, image in pictures.items():
             importlib.import_module(name).log_image(image, key=tag, step=step, synchronous=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 SAY_EVERY = 20.0  # seconds between two plain lines of a long work
 OFTEN, RARELY, SHARE = 30.0, 300.0, 0.05  # seconds between plain lines of a run: half its age, 30, 5 % of its age
-LONG, TRIAL = 24 * 3600.0, 10.0  # seconds: a run that takes longer says so, once its speed was measured for so long
+LONG, TRIAL = 24 * 3600.0, 10.0  # seconds: a run that takes longer than LONG says so, after TRIAL at its first speed
 REDRAW = 0.5  # seconds between two states of a live line; each waits for the device once
 _bars: list[Any] = []  # on the screen
 _stderr: list[Any] = []  # the real one, while there are bars
@@ -130,8 +130,7 @@ class RunProgress:
 
 
 class LongRun:
-    """Says, some seconds after its start, that a run will take more than a day: before its first line, if a step of
-    many micro-batches takes long."""
+    """Says that a run will take more than a day. It needs some seconds of micro-batches to know, not a whole step."""
 
     def __init__(self, micro_batches: int) -> None:
         """micro_batches: of the run from here on, on one process."""

@@ -98,7 +98,7 @@ def test_pictures_go_to_trackers_that_take_them_and_one_that_fails_is_left_out(t
 
 
 def test_pictures_go_to_mlflow_and_trackio_which_get_none_from_accelerate(tmp_path, monkeypatch):
-    """Their own functions, of mlflow 3.17 and trackio 0.43; the packages are not among those of the tests."""
+    """Neither package is installed for the tests. Stand-ins have the functions of mlflow 3.17 and trackio 0.43."""
     seen = []
 
     class Tracker:

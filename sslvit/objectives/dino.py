@@ -208,8 +208,8 @@ class DINO(Objective):
 
     @torch.no_grad()
     def _teach(self, resolutions: Resolutions, parts: int = 1) -> Tensor:
-        """The teacher's logits of the global crops, which count for the center. parts: in which its encoder sees them;
-        the head sees all at once, as each pass reads all prototypes."""
+        """The teacher's logits of the global crops, which count for the center. parts: the encoder takes the crops in
+        so many parts, to save memory. The head takes them together: each call reads all prototypes, which is slow."""
         size = math.ceil(len(resolutions[0][0]) / parts)
         pieces = zip(*(tensor.split(size) for tensor in resolutions[0]), strict=True)
         logits: Tensor = self.teacher.head(torch.cat([self.teacher.features([piece]) for piece in pieces]))
@@ -232,8 +232,8 @@ class DINO(Objective):
         return parts
 
     def _forward_part(self, part: "Part", step: int) -> dict[str, Tensor]:
-        """What `forward` gives, as far as it comes from these crops. The first part asks the teacher. The last one with
-        global crops says how they differ."""
+        """The share of these crops in what `forward` gives. The first part asks the teacher. The last part of global
+        crops adds the measures of `differences`."""
         config, batch = self.config, part.batch
         values: dict[str, Tensor] = {}
         if batch.target is None:

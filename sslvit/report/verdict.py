@@ -34,7 +34,7 @@ RISEN = 0.5  # of the fall of the loss, which it has lost again: diverged. DINO'
 RISEN_TAUGHT, ABOVE_START = 1.2, 1.6
 SKIPPED = 0.5  # of the steps of the last line: diverged
 STILL_FALLING = 0.10  # of the whole fall of the loss within the last fifth of a run that has ended: undertrained
-# Points that k-NN must rise by, in all, but no more than a tenth of its start; from a pretrained start half of it.
+# k-NN must rise by so many points, or by a tenth of its start if that is less. After model.init half of it is enough.
 KNN_GAIN = 2.0
 KNN_RISING = 2.0  # points within the last fifth of a run that has ended: undertrained
 RANK_LOST = 0.05  # of the highest rank so far, at the last measurement, and ...

@@ -31,7 +31,7 @@ SETTINGS = {
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-# A process that was started by the one of this number, and lives no longer than it, nor longer than an hour.
+# It counts until its parent, whose number it is given, has ended, and for an hour at most.
 LOOP = """
 import os, sys, time
 print(flush=True)
@@ -59,7 +59,7 @@ def neighbours(count: int) -> Iterator[None]:
 
 
 def _serve(pipe: Connection) -> None:
-    """Take steps for as many seconds as is asked for, at least one, and answer with the images a second."""
+    """Get a number of seconds, train for so long, one step at least, and answer with the images a second."""
     import torch
 
     from . import steps

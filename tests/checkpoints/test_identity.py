@@ -289,7 +289,7 @@ def run(finished, tmp_path) -> tuple[Path, list[str]]:
 
 
 def contents(place: Path) -> dict[Path, bytes]:
-    """Of a file, or of all files of a folder.
+    """{path: bytes} of a file, or of all files of a folder.
 
     A save that begins at the very moment in which its directory is replaced leaves an unfinished folder there, which
     the next start deletes: it does not count."""

@@ -1,4 +1,4 @@
-"""Completion, typed in the shells that this machine has."""
+"""Completion: words and TAB are typed into each shell that is installed here."""
 
 import os
 import pty

@@ -146,7 +146,7 @@ class Training:
             lock.close()
 
     def _micro_batches(self, batches: Iterator[Any], step: int, stop: StopRequest | None) -> Iterator[Any]:
-        """Of one step; fewer if `stop` asks for an end."""
+        """The micro-batches of one step; fewer if `stop` asks for an end."""
         for micro in range(accumulate := self.layout.accumulate):
             if micro and stop and stop.reason_at(step * accumulate + micro):
                 return
