@@ -6,9 +6,9 @@ Imports the pure helpers only (rng, distributed, hardware, errors), nothing of m
 """
 
 from .config import Config, check_value_range, image_size, normalization, pair
-from .sources import BadImage, Source, WrappedSource, kind_of, open_source, split_part
+from .sources import BadImage, Source, WrappedSource, kind_of, none_readable, open_source, split_part
 
 __all__ = [
-    "BadImage", "Config", "Source", "WrappedSource", "check_value_range", "image_size", "kind_of", "normalization",
-    "open_source", "pair", "split_part",
+    "BadImage", "Config", "Source", "WrappedSource", "check_value_range", "image_size", "kind_of", "none_readable",
+    "normalization", "open_source", "pair", "split_part",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data import BadImage, Source
+from ..data import BadImage, Source, none_readable
 from ..data.augment import Normalize
 from ..data.crops import centre
 from ..data.workers import in_batches
@@ -132,7 +132,7 @@ def extract(
         done += len(index)
     total = sum(gather_objects(done))
     if not total:
-        raise UserError(f"None of the {len(source)} images can be read, the first is {source.name(0)}.")
+        raise none_readable(source)
     for value in values.values():
         check_finite(value[:done], getattr(encoder, "architecture", "the encoder"))
     found = {

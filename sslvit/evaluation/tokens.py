@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import textfile
-from ..data import Source
+from ..data import Source, none_readable
 from ..distributed import any_process, gather_objects, on_first_process, rank, say
 from ..errors import UserError
 from .feature_cache import digest, place_of
@@ -70,7 +70,7 @@ def patch_tokens(frozen: Frozen, source: Source, folder: Path | None) -> Tokens:
     else:
         say(f"patch tokens of {source.name(0)} ... as computed before for these weights, {path}")
     if not stored:
-        raise UserError(f"None of the {len(source)} images can be read, the first is {source.name(0)}.")
+        raise none_readable(source)
     values = np.memmap(path, np.float16, "r", shape=shape)
     tokens = Tokens(values, torch.tensor(stored), len(source) - len(stored), temporary)
     frozen.say_unreadable(source, tokens.index, tokens.unreadable)

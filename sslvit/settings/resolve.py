@@ -13,7 +13,7 @@ from ..arguments import flatten, format_value, full_key, read_yaml
 from ..checkpoints.state import steps_saved
 from ..config import DURATIONS, RunConfig
 from ..distributed import gather_objects, say, world_size
-from ..errors import UserError
+from ..errors import UserError, check_limits
 from ..hardware import start_accelerator
 from ..pace import CLOSING
 from . import choose, look, speed
@@ -35,6 +35,8 @@ def automatic(words: list[str], pairs: Pairs, began: float) -> RunConfig:
     given = {**of_recipe, **dict(pairs)}
     base = configuration.load([word for word in words if word.partition("=")[0].lstrip("-") not in TIMES])
     configuration.check(base)
+    if hasattr(base.objective, "LIMITS"):  # the choices follow from these values
+        check_limits("objective.", base.objective)
     out = base.out if "out" in given else f"runs/{_name(base.data.train)}"
     minutes, by = _minutes(dict(pairs))
     if config := going_on(out, pairs, None if by else minutes):

@@ -34,7 +34,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..checkpoints import textfile
-from ..data import Source, split_part
+from ..data import Source, none_readable, split_part
 from ..distributed import gather_objects, on_first_process, rank, say, world_size
 from ..errors import UserError, printable, require
 from ..evaluation.feature_cache import digest, place_of
@@ -243,7 +243,7 @@ def _join(frozen: Frozen, source: Source, parts: Parts, out: Path, about: dict[s
             unreadable.extend(sorted({*parts.numbers(part).tolist()} - {*parts.readable(part).tolist()}))
         count, width = len(source) - len(unreadable), frozen.encoder.feature_dim(frozen.pool)
         if not count:
-            raise UserError(f"None of the {len(source)} images can be read, the first is {source.name(0)}.")
+            raise none_readable(source)
         dtype = np.dtype(about["dtype"])
         try:
             textfile.write(record, json.dumps({"evaluation": "embed", "results": None}))  # they are ours from now on

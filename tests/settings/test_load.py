@@ -57,6 +57,10 @@ def test_a_length_or_the_papers_settings_change_nothing(images, more):
         (["{images}", "minutes=-1"], "minutes must be a number above 0, not -1"),
         (["{images}", "minutes=5", "settings=paper", "epochs=3"], "not both"),
         (["{images}", "settings=best"], "settings must be auto or paper, not best"),
+        (
+            ["{images}", "minutes=5", "method=mae", "mask_ratio=1.5"],
+            "objective.mask_ratio=1.5 must lie between 0 and 1",
+        ),
         (["{images}", "mask_rato=1"], "Did you mean objective.mask_ratio"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -151,4 +152,5 @@ def test_what_cannot_be_written_is_one_sentence_before_the_work(photos, tmp_path
     assert (tmp_path / "mine.npy").read_bytes() == b"mine"
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.png").write_bytes(b"no image")
-    assert "None of the 1 images can be read" in fails(*command(tmp_path / "none", tmp_path / "v.npy"))
+    said = fails(*command(tmp_path / "none", tmp_path / "v.npy"))
+    assert re.search(r"None of the 1 images can be read, the first is .*a\.png \(.*identify", said)

@@ -12,10 +12,10 @@ from pathlib import Path
 from ...errors import UserError
 from ..config import Config
 from .limits import regular
-from .source import BadImage, Source, WrappedSource
+from .source import BadImage, Source, WrappedSource, none_readable
 from .syntax import is_pattern, split_part
 
-__all__ = ["BadImage", "Source", "WrappedSource", "kind_of", "open_source", "split_part"]
+__all__ = ["BadImage", "Source", "WrappedSource", "kind_of", "none_readable", "open_source", "split_part"]
 
 
 def open_source(spec: str, config: Config) -> Source:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ...errors import printable
+from ...errors import UserError, printable
 from .names import Names
 
 if TYPE_CHECKING:  # importing torch takes seconds, and --help needs no torch
@@ -25,6 +25,16 @@ class BadImage(Exception):
         text = "there is not enough memory for it" if isinstance(reason, MemoryError) else str(reason).strip()
         text = ADDRESS.sub("", (text.splitlines() or [type(reason).__name__])[0])
         super().__init__(printable(text[:200]))
+
+
+def none_readable(source: "Source") -> UserError:
+    """To raise where no image of a source can be read. Says why the first one cannot."""
+    why = ""
+    try:
+        source.read(0)
+    except BadImage as error:
+        why = f" ({error})"
+    return UserError(f"None of the {len(source)} images can be read, the first is {source.name(0)}{why}.")
 
 
 class Source(Protocol):
