@@ -6,6 +6,7 @@ Importing torch takes seconds. So a command reads its arguments first, and help 
 import ast
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -171,7 +172,8 @@ def _runs(name: str, arguments: list[str]) -> None:
     if _help(arguments):
         _print_help(name, f"{RUNS[name][1]} [key=value ...]", RUNS[name][0], "Keys with their defaults:")
         return
-    own = [word for word in arguments if "=" in word and not os.path.lexists(word.removeprefix("untrained:"))]
+    runs = {word for word in arguments if os.path.lexists(re.sub("^(untrained|pixels):", "", word))}
+    own = [word for word in arguments if "=" in word and word not in runs]
     settings = parse(own_keys(name), own, name)
     module = import_module(f".{RUNS[name][0]}", __package__)
     getattr(module, name)([word for word in arguments if word not in own], settings)

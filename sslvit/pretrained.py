@@ -1,5 +1,5 @@
 """Load the encoder that the user names: a run directory, one of its checkpoints, `untrained:<run directory>`, an
-exported folder, `timm:<name>`, `random:<name>`, or `pixels`."""
+exported folder, `timm:<name>`, `random:<name>`, `pixels:<run directory>`, or `pixels`."""
 
 import json
 import math
@@ -26,19 +26,19 @@ from .model.encoder import Encoder, Pool
 JSON_BYTES = 1 << 24  # of the config.json of an exported folder: it may name thousands of classes
 CHOICES = (
     "a run directory, one of its checkpoints, untrained:<run directory>, an exported folder, timm:<name>, "
-    "random:<name> or pixels"
+    "random:<name>, pixels:<run directory> or pixels"
 )
 
 
 class Pixels(nn.Module):
     """No encoder: the image itself is the feature. Every encoder should be better than this."""
 
-    is_vit, in_chans = False, 3
+    is_vit = False
     pool: Pool = "pooled"
 
-    def __init__(self, image_size: tuple[int, int]) -> None:
+    def __init__(self, image_size: tuple[int, int], in_chans: int = 3) -> None:
         super().__init__()
-        self.image_size = image_size
+        self.image_size, self.in_chans = image_size, in_chans
 
     def feature_dim(self, pool: Pool | None = None) -> int:
         return self.in_chans * self.image_size[0] * self.image_size[1]
@@ -108,12 +108,12 @@ def load(
         return _untrained(Path(rest).expanduser(), name, allow_method)
     if allow_method:
         raise UserError(f"allow_method={allow_method} is for untrained:, and run={name} needs no method: leave it out.")
+    if colon and kind == "pixels":
+        return _pixels_of(Path(rest).expanduser(), name)
     if colon and kind in ("timm", "random"):
         return replace(_from_timm(name, image_size, model_args or {}, seed), value_range=value_range)
     if name == "pixels":
-        mean, std = data.normalization(data.Config())
-        detail = {"weights": "none: pixels minus the mean training image"}
-        return Pretrained(Pixels(_height_width(image_size or 32)), mean, std, name, detail, value_range=value_range)
+        return _pixels(data.Config(image_size=image_size or 32, value_range=value_range), name)
     path = Path(name).expanduser()
     if path.parent.name == "checkpoints" and (path / state.STATE).is_file():
         return _from_run(path.parent.parent, path)
@@ -134,9 +134,11 @@ def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def results_folder(name: str) -> Path:
-    """Where results of a run, of one of its checkpoints, of untrained:<run> or of an exported folder are stored."""
-    if name.startswith("untrained:"):
-        return Path(name.removeprefix("untrained:")).expanduser() / "eval" / "untrained"
+    """Where results of a run, of one of its checkpoints, of untrained:<run>, of pixels:<run> or of an exported folder
+    are stored."""
+    kind, colon, run_dir = name.partition(":")
+    if colon and kind in ("untrained", "pixels"):
+        return Path(run_dir).expanduser() / "eval" / kind
     path = Path(name).expanduser()
     return path.parent.parent / "eval" / path.name if path.parent.name == "checkpoints" else path / "eval"
 
@@ -242,6 +244,20 @@ def _untrained(run_dir: Path, name: str, allow_method: str) -> Pretrained:
     detail = {"weights": f"untrained, seed {config.seed}"}
     encoder, results = objective_of(config).exported_encoder().eval(), results_folder(name)
     return Pretrained(encoder, mean, std, name, detail, results=results, value_range=config.data.value_range)
+
+
+def _pixels(config: data.Config, name: str) -> Pretrained:
+    """Images as this configuration reads them, instead of features."""
+    encoder = Pixels(data.image_size(config), config.in_chans)
+    detail = {"weights": "none: pixels minus the mean training image"}
+    return Pretrained(encoder, *data.normalization(config), name, detail, value_range=config.value_range)
+
+
+def _pixels_of(run_dir: Path, name: str) -> Pretrained:
+    """Pixels with the size, the channels and the value range of a run. Raises UserError."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"run={name}: {run_dir} has no config.yaml, so it is not a run directory.")
+    return replace(_pixels(_section(run_dir, "data", data.Config), name), results=results_folder(name))
 
 
 def _from_folder(path: Path, name: str) -> Pretrained:

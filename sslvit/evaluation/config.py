@@ -19,7 +19,7 @@ LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 class EncoderConfig:
     """Which encoder is measured, and how it is run."""
 
-    run: str = ""  # a run, its checkpoint, untrained:<run>, an exported folder, timm:<name>, random:<name>, pixels
+    run: str = ""  # a run, its checkpoint, untrained:<run>, pixels:<run>, exported folder, timm:<name>, random:<name>
     pool: Literal["auto", "cls", "mean", "cls+mean", "last4", "mean4", "pooled"] = "auto"  # of tokens; auto: as trained
     image_size: int | tuple[int, int] | None = None  # for timm:, random: and pixels only; null: the model's own
     value_range: tuple[float, float] | None = None  # of deep images, black and white; for timm:, random: and pixels
@@ -29,7 +29,7 @@ class EncoderConfig:
     precision: Precision = "auto"  # of the encoder; auto: bf16 where the hardware is fast at it, else float32
     seed: int = 0  # of the held-out part, of the heads, and of the weights of random:
     allow_method: str = ""  # for untrained: of a method of your own: its module, whose code then runs
-    out: str = ""  # file for the result; empty: <run>/eval/<name>.json, for untrained: <run>/eval/untrained/<name>.json
+    out: str = ""  # file for the result; empty: <run>/eval/<name>.json, of untrained: <run>/eval/untrained/<name>.json
 
 
 @dataclass

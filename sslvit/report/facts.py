@@ -28,7 +28,7 @@ from .verdict import Measured, Verdict, judge
 RESULT_BYTES = 1 << 24  # of a result; knn.json of a million test images has 300 kB
 STARTS_READ, BROKEN_SHOWN = 200, 50  # lines of starts.jsonl, and of bad_images.txt
 BROKEN_COUNTED = 100_000
-PIXELS = "pixels"  # the subject of <run>/eval/pixels.json, which `sslvit knn run=pixels out=` writes
+PIXELS = "pixels"  # the subject of <run>/eval/pixels/knn.json, which `sslvit knn run=pixels:<run>` writes
 MOST_RUNS = 200  # of a folder
 ALARM_LINES = 200  # of the log, among which the first alarm is looked for
 
@@ -204,13 +204,11 @@ def _results(facts: Facts, folder: Path, subject: str) -> list[Result]:
     if not any(folder.glob("*.json")):  # the names of all results take a tenth of a second to find
         return found
     wanted = [
-        (folder / f"{column.file or name}.json", column, subject)
+        (folder / f"{column.file or name}.json", column)
         for name, command in commands().items()
         for column in command.columns
     ]
-    if subject == "this run":
-        wanted += [(folder / "pixels.json", column, PIXELS) for column in commands()["knn"].columns]
-    for file, column, of in wanted:
+    for file, column in wanted:
         try:
             with open_regular(file) as stream:
                 record = json.loads(stream.read(RESULT_BYTES))
@@ -233,7 +231,7 @@ def _results(facts: Facts, folder: Path, subject: str) -> list[Result]:
                 found.append(
                     Result(
                         cell.title,
-                        of,
+                        subject,
                         cell.number,
                         column.unit,
                         _interval(row.get(f"{column.key}_interval")),

@@ -1,6 +1,5 @@
 """The tables of a page: all runs together, and the results, the cost, broken files and settings of one."""
 
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,10 +124,8 @@ def results(one: Facts) -> Html | None:
     commands = []
     if not of & {UNTRAINED, FROZEN}:
         commands.append(f"`sslvit knn run=untrained:{command_name(one)} {more}` measures the encoder before training.")
-    if PIXELS not in of and (one.path / "eval").is_dir():  # `out=` needs a folder that is there
-        out = printable(shlex.quote(str(one.path / "eval" / "pixels.json")))
-        size = one.settings.get("data.image_size", 224)
-        commands.append(f"`sslvit knn run=pixels image_size={size} {more} out={out}` measures the pixels themselves.")
+    if PIXELS not in of:
+        commands.append(f"`sslvit knn run=pixels:{command_name(one)} {more}` measures the pixels themselves.")
     baselines = el("p", prose(" ".join(["To compare with:", *commands])), class_="help") if commands else None
     return el(
         "section",

@@ -166,9 +166,7 @@ def judge(m: Measured) -> Verdict:
                 evidence,
                 ["Wait: DINO often falls below its start at first.", *measure],
             )
-        compare = (
-            [] if m.pixels else ["Compare with `sslvit knn run=pixels`: an encoder should be better than raw pixels."]
-        )
+        compare = [] if m.pixels else ["Compare with `sslvit knn run=pixels:<run>`: an encoder should beat raw pixels."]
         advice = [_longer(m), *compare]
         return Verdict("undertrained", f"It has ended with little or no gain: {worse}.", evidence, advice)
     if m.running:

@@ -91,7 +91,7 @@ class Index:
         the record names it."""
         named = self.named(key)
         kinds = "random:" if key == "run" else "fractals"
-        name = split_part(named.removeprefix("untrained:"))[0]
+        name = split_part(named.removeprefix("untrained:").removeprefix("pixels:"))[0]
         if self.given[key] or named == "pixels" or named.startswith(kinds) or Path(name).expanduser().exists():
             return named
         raise UserError(f"The index was made with {key}={named}, which is no file or folder here: give {key}=.")

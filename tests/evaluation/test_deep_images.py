@@ -83,3 +83,31 @@ def test_a_run_has_its_own_range(colour_run, labelled, fails):
     assert "value_range=[5,5] must be [low,high] with low below high" in fails(
         "knn", "run=pixels", *words, "value_range=[5,5]"
     )
+
+
+def test_pixels_of_a_run_have_its_size_channels_and_range(tmp_path, cli, fails):
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    pattern = generator.uniform(-1, 1, (3, 8, 8, 5))
+    values = 2000 + 60 * pattern[labels] + generator.normal(0, 150, (60, 8, 8, 5))
+    values += generator.normal(0, 300, (60, 1, 1, 1))  # of the whole image
+    images = values.clip(0, 4095).round().astype(np.uint16)
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "images.labels.npy", labels)
+    run, mean, std = tmp_path / "run", [0.1, 0.2, 0.3, 0.4, 0.5], [0.1, 0.2, 0.1, 0.2, 0.1]
+    data = {"image_size": 8, "in_chans": 5, "value_range": [0, 4095], "mean": mean, "std": std}
+    run.mkdir()
+    (run / "config.yaml").write_text(json.dumps({"method": "mae", "data": data}))
+
+    assert cli("knn", f"run=pixels:{run}", f"data.train={tmp_path / 'images.npy'}", "k=[1]")[0] == 0
+    (row,) = json.loads((run / "eval" / "pixels" / "knn.json").read_text())["results"]["neighbours"]
+    flat = ((images / 4095 - mean) / std).reshape(60, -1)
+    flat -= flat.mean(axis=0)
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    nearest = (flat @ flat.T - 9 * np.eye(60)).argmax(axis=1)
+    right = 100 * (labels[nearest] == labels).mean()
+    assert 45 < right < 95, "a mistake would move it"
+    assert row["top1"] == pytest.approx(right, abs=1e-3)
+    assert "has no config.yaml" in fails("knn", f"run=pixels:{tmp_path / 'none'}", "data.train=x")
+    error = fails("knn", f"run=pixels:{run}", "data.train=x", "image_size=16")
+    assert f"run=pixels:{run} has its own: leave them out" in error

@@ -310,29 +310,25 @@ def test_baselines_stand_beside_the_result(tmp_path):
 
 def test_pixels_stand_beside_the_result_and_a_page_without_them_says_how(cli, labelled, tmp_path):
     knn = (json.dumps({"step": step, "knn/top1": 30.0}) + "\n" for step in (0, 5))
-    run, sets = write_run(tmp_path / "run", knn), f"data.train={labelled / 'train'}"
-    assert "run=pixels" not in text_of(run), "its out= needs a folder that is there"
-    (run / "eval").mkdir()
-    (run / "eval" / "linear.json").write_text('{"results": {"top1": 50.0}}')
-    command = re.search("<code>(sslvit knn run=pixels [^<]*)</code>", text_of(run))[1]
-    out = command.split()[-1]
-    assert cli("knn", "run=pixels", "image_size=32", sets, "k=[3,20]", out)[0] == 0
+    run, sets = write_run(tmp_path / "run", knn, data={"image_size": 32}), f"data.train={labelled / 'train'}"
+    words = re.search("<code>sslvit (knn run=pixels:[^ <]*) [^<]*</code>", text_of(run))[1].split()
+    assert cli(*words, sets, "k=[3,20]")[0] == 0
     text = text_of(run)
     assert "k-NN k=20 T=0.07</td><td>pixels</td>" in text
     assert "run=pixels" not in text
     assert "k-NN k=20 T=0.07, pixels: by class" in text
     assert text.count("which class is taken for which") == 1
-    shutil.copy(run / "eval" / "pixels.json", run / "eval" / "knn.json")
+    shutil.copy(run / "eval" / "pixels" / "knn.json", run / "eval" / "knn.json")
     assert "; raw pixels have" in text_of(run)
     found = measured_of(gather(run)).pixels
     assert found is not None, "they are of the same test images"
     assert found[0] == found[1]
     for part in ("train", "test"):
-        other = json.loads((run / "eval" / "pixels.json").read_text()) | {part: {"data": "others", "images": 7}}
+        other = json.loads((run / "eval" / "pixels" / "knn.json").read_text()) | {part: {"data": "others", "images": 7}}
         (run / "eval" / "knn.json").write_text(json.dumps(other))
         assert measured_of(gather(run)).pixels is None
-    (run / "eval" / "pixels.json").write_text("{}")
-    assert "eval/pixels.json is no result that can be read" in text_of(run)
+    (run / "eval" / "pixels" / "knn.json").write_text("{}")
+    assert "eval/pixels/knn.json is no result that can be read" in text_of(run)
 
 
 @pytest.mark.parametrize("odd", [[[1]], [[1, 2], [3]], [[1, 2], "ab"], [[1, "x"], [2, 3]], "matrix", [[[], 2], [3, 4]]])
