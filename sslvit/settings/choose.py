@@ -85,6 +85,7 @@ class Facts:
     value_range: tuple[float, float] | None = None  # that deep images need, where the default leaves them nearly black
     mean: tuple[float, ...] = ()  # of each channel, in [0, 1], with this range
     std: tuple[float, ...] = ()
+    sided: bool = False  # mirror images are others: all shoes point to the left
     broken: float = 0.0  # share that cannot be read
     copies: float = 0.0  # share that copies others
 
@@ -188,6 +189,9 @@ def _images(chosen: _Choices, facts: Facts, budget: float) -> None:
         f"preset {preset}", {"objective.preset": preset}, f"{_channels(facts.channels)}, {depth}",
         "a guess; if no side is up, give microscopy or satellite",
     )  # fmt: skip
+    if facts.sided:
+        reason = "the images have a left and a right side: their mirror images are others"
+        chosen.make("no flips", {"objective.flip_prob": 0.0}, reason, "measured on Fashion-MNIST: +3 points")
     if facts.value_range:
         top = facts.value_range[1]
         kind = f"{math.ceil(math.log2(top + 1))}-bit values in deeper files" if top > 1 else "floats far below 1"

@@ -39,9 +39,8 @@ from ..evaluation import pictures
 from ..progress import counting
 from . import picture
 from .config import Data as Config
-from .findings import FileKind, Findings, ImageStats, facts, share, summary
+from .findings import SIDED, THUMBNAIL, FileKind, Findings, ImageStats, facts, share, summary
 
-THUMBNAIL = 16  # pixels a side, gray; near duplicates have similar thumbnails
 FLAT = 2.0  # deviation of a thumbnail, in levels of 255 or of a deep image's largest; below it, it shows nothing
 EXAMPLES = 3  # of each finding that are printed
 BLOCK = 2**20  # pixels of a large image that are measured at a time
@@ -251,6 +250,8 @@ def advice(found: Findings, config: RunConfig) -> list[str]:
             f"more images are broken than data.bad_ratio={config.data.bad_ratio:g} allows, so a run would stop: mend "
             "or remove them, or raise it."
         )
+    if found.sided > SIDED:
+        out.append("the images have a left and a right side: their mirror images are others, so flip_prob=0.")
     small = min(found.heights[1], found.widths[1])
     if small < min(data.image_size(config.data)) / 2:
         out.append(f"images of {small} pixels are enlarged to data.image_size={config.data.image_size}.")
@@ -271,6 +272,8 @@ def suggestion(found: Findings, config: RunConfig, given: list[str]) -> str:
         keys["preset"] = "gray"
     elif channels != 3:
         keys |= {"in_chans": channels} | ({"preset": "channels"} if channels > 4 else {})
+    if found.sided > SIDED:
+        keys["flip_prob"] = 0
     if found.value_range:
         top = found.value_range[1]
         keys["value_range"], gain = f"[0,{top:g}]", (65535 if top > 1 else 1) / top

@@ -16,6 +16,8 @@ from .near import near_groups
 # Correlation of thumbnails from which two images count as nearly the same. Of pairs of CIFAR-10 that were checked by
 # eye, 24 of 24 between 0.985 and 0.995 are copies; between 0.97 and 0.98, 7 of 24 are not (horizons at sea).
 NEAR = 0.985
+THUMBNAIL = 16  # pixels a side, gray; near duplicates have similar thumbnails
+SIDED = 5.0  # above it, `sided` says that mirror images are others
 MIN_CENTERED = 50  # images; their mean thumbnail is subtracted: scans of one organ are alike without being copies
 
 
@@ -69,6 +71,7 @@ class Findings:
     largest: float = 0.0  # value of all images, of 255
     deep: int = 0  # images of more than 8 bits
     value_range: tuple[float, float] | None = None  # that deep images need, which come out nearly black
+    sided: float = 0.0  # how unlike their mirror images they are, see `sided`
     where: dict[str, list[list[int]]] = field(default_factory=dict)  # indices of the images of `same` and `near`
 
     @property
@@ -110,8 +113,24 @@ def summary(spec: str, source: Source, stats: list[ImageStats], broken: list[tup
         "same": [[s.index for s in group] for group in by_digest.values() if len(group) > 1],
         "near": _near([group[0] for group in by_digest.values()]),
     }
+    found.sided = sided([s.thumbnail for s in stats if s.thumbnail is not None])
     found.same, found.near = ([[source.name(i) for i in group] for group in groups] for groups in found.where.values())
     return found
+
+
+def sided(thumbnails: list[np.ndarray]) -> float:
+    """How unlike images and their mirror images are, left to right: the square of the mean difference of the
+    thumbnails, in units of what chance makes of it. About 1 if an image is as likely as its mirror image.
+
+    200 samples of 400 images: CIFAR-10 0.4 to 2.4, fractals 0.3 to 2.9, Fashion-MNIST, whose shoes all point to the
+    left, 31 to 64; of 100 images up to 3.0, and from 3.9.
+    """
+    if len(thumbnails) < 2:
+        return 0.0
+    images = np.stack(thumbnails).reshape(-1, THUMBNAIL, THUMBNAIL)
+    difference = images - images[:, :, ::-1]
+    chance = difference.var(axis=0, ddof=1).mean() / len(images)
+    return round(float((difference.mean(axis=0) ** 2).mean() / max(chance, 1e-12)), 2)
 
 
 def _three(values: list[int]) -> list[int]:

@@ -14,6 +14,7 @@ from PIL import Image
 from sslvit import config
 from sslvit.data import Config as DataConfig
 from sslvit.data import open_source
+from sslvit.settings import look
 from sslvit.tools import data_page, data_report
 from tests.conftest import TINY, words, write_images
 from tests.data.test_broken import BROKEN
@@ -71,6 +72,26 @@ def test_scans_that_all_look_alike_are_no_copies(tmp_path):
     Image.open(tmp_path / "07.png").save(tmp_path / "copy.jpg", quality=90)
     result = found(tmp_path, "in_chans=1")
     assert [sorted(name.rsplit("/", 1)[1] for name in group) for group in result.near] == [["07.png", "copy.jpg"]]
+
+
+@pytest.mark.parametrize("mirrored", [0.0, 0.5, 1.0])
+def test_images_that_have_a_left_and_a_right_side_are_not_to_be_flipped(mirrored, tmp_path, cli):
+    """A wedge that is bright on one side, with noise; and the same, of which half are mirrored."""
+    generator = np.random.default_rng(0)
+    wedge = np.linspace(40, 80, 32)[None, :] * np.linspace(1, 2, 32)[:, None]
+    values = wedge + generator.normal(0, 40, (100, 1, 32)) + generator.normal(0, 20, (100, 32, 32))
+    turned = generator.uniform(size=100) < mirrored
+    values[turned] = values[turned][:, :, ::-1]
+    np.save(tmp_path / "images.npy", values.clip(0, 255).astype(np.uint8)[..., None])
+    words = [str(tmp_path / "images.npy"), "in_chans=1", "workers=0"]
+    one_side = mirrored != 0.5
+    sided = data_report.examine(config.load(words), data_report.Config()).sided
+    assert (sided > 15) == one_side
+    assert (sided < 3) != one_side
+    _, out, _ = cli("data", *words)
+    assert ("a left and a right side" in out) == one_side
+    assert ("flip_prob=0" in out.splitlines()[-1]) == one_side
+    assert look.look(config.load(words)).sided == one_side
 
 
 def test_images_of_one_colour_and_broken_ones_are_named(folder):
