@@ -29,7 +29,7 @@ from .checkpoints.saving import free_space, os_error_text
 from .checkpoints.state import RunState, steps_saved
 from .config import Plan, RunConfig
 from .data import Source
-from .data.cache import Cached, OnDevice
+from .data.cache import Cached, CachedMixed, OnDevice
 from .distributed import barrier, gather_objects, on_first_process, rank, say
 from .energy import ENERGY_COLUMNS, Meter
 from .errors import UserError, printable
@@ -202,7 +202,7 @@ def describe(
     layout, encoder = plan.layout, objective.exported_encoder()
     weights = sum(p.numel() for p in encoder.parameters()) / 1e6
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad) / 1e6
-    place = "images stay in memory, " if isinstance(images, Cached) else ""
+    place = "images stay in memory, " if isinstance(images, Cached | CachedMixed) else ""
     if isinstance(images, OnDevice):
         place = f"images on the device ({format_bytes(images.pixels.numel())}), "
     sharded = f"sharded among {layout.world_size} processes, " if config.shard and layout.world_size > 1 else ""

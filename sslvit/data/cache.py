@@ -21,9 +21,13 @@ from ..metrics import format_bytes
 from ..progress import counting
 from .config import Cache
 from .sources import BadImage, Source, WrappedSource
+from .sources.decode import MIN_SCALED
+from .sources.source import Reduction
 from .workers import compute
 
 CACHE_SHARE = 0.25  # of the free memory, up to which images are kept by default
+SAMPLE = 16  # images whose sizes say how much memory all of them take
+ROOM = 1.2  # times the memory that they say, for images of several sizes
 
 
 class Cached(WrappedSource):
@@ -49,6 +53,77 @@ class Cached(WrappedSource):
             self.pixels[index] = image
             self.filled[index] = 1  # after the pixels, because another process may read them
         return image
+
+
+class CachedMixed(WrappedSource):
+    """A source with images of several sizes, or of more than 8 bits, which stay in a shared buffer once they are read,
+    as long as there is room. Reading a scan or a photo takes ten times as long as cutting a small crop from it.
+
+    Images so large that they may be read at a smaller scale are read each time: their pixels depend on the crop.
+    """
+
+    def __init__(self, source: Source, buffer: "SharedBuffer") -> None:
+        super().__init__(source)
+        self.buffer = buffer
+        table = buffer.bytes[: _table_bytes(source)].view(torch.int64)
+        self.used, self.rows = table[:1], table[1:].view(len(source), 5)  # of an image: start (0: none), kind, shape
+        self.first = _table_bytes(source)
+
+    def read(self, index: int) -> Tensor:
+        kept = self._kept(index)
+        return self._keep(index, self.source.read(index)) if kept is None else kept
+
+    def read_smaller(self, index: int, reduction: Reduction) -> tuple[Tensor, tuple[int, int]]:
+        image = self._kept(index)
+        if image is None:
+            image, size = self.source.read_smaller(index, reduction)
+            return (self._keep(index, image) if image.shape[-2:] == size else image), size
+        return image, (image.shape[-2], image.shape[-1])
+
+    def _kept(self, index: int) -> Tensor | None:
+        start, kind, c, h, w = self.rows[index].tolist()
+        if not start:
+            return None
+        dtype = torch.float32 if kind % 2 else torch.uint8
+        pixels = self.buffer.bytes[start : start + c * h * w * dtype.itemsize].view(dtype)
+        return pixels.view(h, w, c).permute(2, 0, 1) if kind >= 2 else pixels.view(c, h, w)
+
+    def _keep(self, index: int, image: Tensor) -> Tensor:
+        """The same image, kept if there is room."""
+        if not _stays(image):
+            return image
+        by_pixel = image.permute(1, 2, 0)
+        last = by_pixel.is_contiguous()  # it is kept so, because torch rounds crops of the two orders differently
+        content = (by_pixel if last else image).contiguous().flatten().view(torch.uint8)
+        start = self._reserve(8 * -(-len(content) // 8))
+        if start:
+            self.buffer.bytes[start : start + len(content)] = content
+            self.rows[index, 1:] = torch.tensor([2 * last + image.is_floating_point(), *image.shape])
+            self.rows[index, 0] = start  # last, because another process may read it
+        return image
+
+    def _reserve(self, size: int) -> int:
+        """Where this process may write so many bytes; 0 if there is no room."""
+        import fcntl  # not on Windows, where no such source is made
+
+        assert self.buffer.file is not None
+        fcntl.lockf(self.buffer.file, fcntl.LOCK_EX)
+        try:
+            start = self.first + int(self.used)
+            fits = start + size <= len(self.buffer.bytes)
+            self.used += size if fits else 0
+            return start if fits else 0
+        finally:
+            fcntl.lockf(self.buffer.file, fcntl.LOCK_UN)
+
+
+def _table_bytes(source: Source) -> int:
+    """Of the table of a CachedMixed."""
+    return 8 * (1 + 5 * len(source))
+
+
+def _stays(image: Tensor) -> bool:
+    return image.shape[-2] * image.shape[-1] < MIN_SCALED
 
 
 def bytes_needed(source: Source, shape: tuple[int, ...]) -> int:
@@ -115,14 +190,17 @@ def cached(source: Source, cache: Cache, seed: int, budget: MemoryBudget) -> Sou
     """
     if cache is False:
         return source
-    shape = _shape_of_all(source, seed)
-    size = bytes_needed(source, shape) if shape else 0
-    buffer = SharedBuffer(size) if shape and (budget.reserve(size) or cache is not None) else None
+    shape, size = _shape_and_bytes(source, seed)
+    buffer = SharedBuffer(size) if size and (budget.reserve(size) or cache is not None) else None
     if cache and not any_process(buffer is not None):
-        say(f"data.cache={format_value(cache)} has no effect: it needs 8-bit images of one size, and these are not.")
+        say(f"data.cache={format_value(cache)} has no effect: images of {MIN_SCALED:,} pixels and more are not kept.")
+    elif cache == "device" and not shape:
+        say("data.cache=device has no effect: it needs 8-bit images of one size. They stay in the machine's memory.")
     if world_size() > 1:
         buffer = _buffer_of_machine(buffer, size, cache)
-    return Cached(source, shape, buffer) if shape and buffer else source
+    if not buffer:
+        return source
+    return Cached(source, shape, buffer) if shape else CachedMixed(source, buffer)
 
 
 def _buffer_of_machine(own: SharedBuffer | None, size: int, cache: Cache) -> SharedBuffer | None:
@@ -140,15 +218,21 @@ def _buffer_of_machine(own: SharedBuffer | None, size: int, cache: Cache) -> Sha
     return own or SharedBuffer(size)
 
 
-def _shape_of_all(source: Source, seed: int) -> tuple[int, int, int] | None:
-    """[C, H, W] if a sample of the images has it in common and is of 8 bits."""
-    shapes = set()
-    for index in rng.permutation(rng.fold_in(seed, "sample"), len(source))[:16].tolist():
+def _shape_and_bytes(source: Source, seed: int) -> tuple[tuple[int, int, int] | None, int]:
+    """[C, H, W] if a sample of the images has it in common and is of 8 bits, and the size of a buffer for all images;
+    0 if there can be none."""
+    shapes, sizes = set(), []
+    for index in rng.permutation(rng.fold_in(seed, "sample"), len(source))[:SAMPLE].tolist():
         with contextlib.suppress(BadImage):
             image = source.read(index)
             shapes.add((*image.shape, image.dtype))
+            sizes.append(image.nbytes if _stays(image) else 0)
     c, h, w, dtype = shapes.pop() if len(shapes) == 1 else (0, 0, 0, None)
-    return (c, h, w) if dtype == torch.uint8 else None
+    if dtype == torch.uint8:
+        return (c, h, w), bytes_needed(source, (c, h, w))
+    if not any(sizes) or not hasattr(os, "memfd_create"):  # without a file there is no lock
+        return None, 0
+    return None, _table_bytes(source) + int(ROOM * len(source) * sum(sizes) / len(sizes))
 
 
 class OnDevice(WrappedSource):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from sslvit import rng
 from sslvit.data import BadImage, Config, Source, cache, loader, open_source
-from sslvit.data.cache import Cached, MemoryBudget, SharedBuffer, cached, on_device
+from sslvit.data.cache import Cached, CachedMixed, MemoryBudget, SharedBuffer, cached, on_device
 from sslvit.data.crops import Crop
 from sslvit.data.loader import Layout, Order, make_loader
 from sslvit.errors import UserError
@@ -47,6 +47,21 @@ class Textured(Broken):
     def read(self, index: int) -> torch.Tensor:
         super().read(index)
         return torch.randint(0, 256, (3, 20, 20), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+
+
+def texture(index: int) -> torch.Tensor:
+    """Colours pixel by pixel or channel by channel, or floats, of three sizes."""
+    generator = torch.Generator().manual_seed(index)
+    pixels = torch.randint(0, 256, (20, 20 + index % 3, 3), generator=generator, dtype=torch.uint8).permute(2, 0, 1)
+    if index % 4 == 1:
+        return pixels.contiguous()
+    return pixels.float() / 3 if index % 4 == 2 else pixels
+
+
+class Mixed(Broken):
+    def read(self, index: int) -> torch.Tensor:
+        super().read(index)
+        return texture(index)
 
 
 def order(layout: Layout, first: int = 0, last: int = 9, n: int = 37) -> list[tuple[int, list[int]]]:
@@ -141,19 +156,65 @@ def test_the_cache_reads_each_image_once_and_workers_share_it():
         kept.read(4)
 
 
-def test_the_cache_is_chosen_when_sizes_agree_and_can_be_refused(images, capsys):
+def test_the_cache_is_chosen_by_the_kinds_of_images_and_can_be_refused(images, capsys, monkeypatch):
     source = open_source(str(images), Config())
     assert isinstance(cached(source, None, 0, MemoryBudget()), Cached)
-    assert cached(source, False, 0, MemoryBudget()) is source
-
-    class Mixed(Broken):
-        def read(self, index: int) -> torch.Tensor:
-            return torch.zeros(3, 20, 20 + index % 2, dtype=torch.uint8)
-
     mixed = Mixed(set())
+    assert isinstance(cached(mixed, None, 0, MemoryBudget()), CachedMixed)
+    for one in (source, mixed):
+        assert cached(one, False, 0, MemoryBudget()) is one
+    assert capsys.readouterr().out == ""
+    assert isinstance(cached(mixed, "device", 0, MemoryBudget()), CachedMixed)
+    assert "data.cache=device has no effect: it needs 8-bit images of one size" in capsys.readouterr().out
+    monkeypatch.setattr(cache, "MIN_SCALED", 1)
     assert cached(mixed, None, 0, MemoryBudget()) is mixed
     assert cached(mixed, True, 0, MemoryBudget()) is mixed
-    assert "data.cache=true has no effect" in capsys.readouterr().out
+    assert "data.cache=true has no effect: images of 1 pixels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_the_cache_of_mixed_images_are_those_of_the_source(workers):
+    source, views = Mixed({4}), {"image": [Crop((16, 16), (0.2, 1.0))] * 2}
+    plain = list(make_loader(source, views, Layout(8), 0, (0, 12), 0, CPU))
+    kept = cached(source, None, 0, MemoryBudget())
+    for a, b in zip(plain, make_loader(kept, views, Layout(8), 0, (0, 12), workers, CPU), strict=True):
+        assert torch.equal(a["image"], b["image"])
+        assert a["bad"] == b["bad"]
+    assert isinstance(kept, CachedMixed)
+    there = kept.rows[:, 0].nonzero().squeeze(1).tolist()
+    assert len(there) >= 34
+    source.reads = 0
+    for index in there:
+        again, whole = kept.read_smaller(index, lambda h, w: 8)
+        assert whole == again.shape[-2:]
+        for image in (again, kept.read(index)):
+            assert torch.equal(image, texture(index))
+            assert (image.dtype, image.stride()) == (texture(index).dtype, texture(index).stride())
+    assert source.reads == 0
+    with pytest.raises(BadImage):
+        kept.read(4)
+
+
+def test_a_full_cache_of_mixed_images_and_large_images_are_read_each_time(monkeypatch):
+    source = Mixed(set())
+    room = sum(8 * -(-texture(index).nbytes // 8) for index in (7, 8, 9))
+    kept = CachedMixed(source, SharedBuffer(cache._table_bytes(source) + room))
+    for _ in range(2):
+        assert all(torch.equal(kept.read(index), texture(index)) for index in (7, 8, 9, 10, 11))
+    assert source.reads == 7
+    monkeypatch.setattr(cache, "MIN_SCALED", 20 * 21)
+    kept = CachedMixed(source, SharedBuffer(10**6))
+    for index in range(37):
+        kept.read(index)
+    assert [bool(start) for start in kept.rows[:, 0]] == [index % 3 == 0 for index in range(37)]
+
+    class Half(Mixed):  # as a JPEG of many pixels
+        def read_smaller(self, index, reduction):
+            return texture(index)[:, ::2, ::2], tuple(texture(index).shape[-2:])
+
+    kept = CachedMixed(Half(set()), SharedBuffer(10**6))
+    assert kept.read_smaller(3, lambda h, w: 2)[0].shape == (3, 10, 10)
+    assert not kept.rows.any()
 
 
 def test_all_caches_of_a_machine_share_one_memory(images, monkeypatch):
