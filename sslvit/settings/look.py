@@ -9,7 +9,7 @@ from ..config import RunConfig
 from ..data import BadImage, Source
 from ..errors import UserError
 from ..tools import data_report
-from ..tools.findings import SIDED
+from ..tools.findings import ALIKE, SIDED
 from .choose import Facts
 
 SAMPLE = 400  # images, which take some seconds at most
@@ -38,7 +38,7 @@ def look(config: RunConfig, channels: int | None = None) -> Facts:
         mean=tuple(round(value * gain, 4) for value in mean[:channels]),
         std=tuple(max(round(value * gain, 4), 0.0039) for value in std[:channels]),
         broken=len(found.broken) / found.examined,
-        sided=found.sided > SIDED,
+        sided=found.sided > SIDED, alike=found.alike > ALIKE,
         copies=sum(len(group) - 1 for group in (*found.same, *found.near)) / found.examined,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ LAPTOP = Machine("2 CPU cores", rate=4e11, memory=8 << 30)
 GPU = Machine("a GPU", rate=5e14, memory=80 << 30, gpu=True)
 SCANS = Facts(303, 300, 310, sizes=290, channels=1, deep=True, value_range=(0.0, 4095.0), mean=(0.3,), std=(0.2,),
               broken=0.01)  # fmt: skip
-DRAWINGS = Facts(8000, 28, 28, channels=1, mean=(0.29,), std=(0.35,), sided=True)
+DRAWINGS = Facts(8000, 28, 28, channels=1, mean=(0.29,), std=(0.35,), sided=True, alike=True)
 PHOTOS = Facts(256, 375, 500, sizes=120)
 CHANNELS = Facts(400, 48, 48, channels=5, mean=(0.5,) * 5, std=(0.28,) * 5)
 FRACTALS = Facts(10_000, 64, 64)
@@ -25,16 +25,17 @@ def keys(choices: list[Choice]) -> dict:
     [
         (SCANS, LAPTOP, {"data.image_size": 64, "model.args.patch_size": 8, "data.in_chans": 1, "global_batch_size": 64,
                          "objective.preset": "xray", "data.value_range": [0.0, 4095.0], "data.bad_ratio": 0.03}),
-        (DRAWINGS, LAPTOP, {"data.image_size": 28, "model.args.patch_size": 4, "data.in_chans": 1,
-                            "objective.preset": "gray", "objective.flip_prob": 0.0, "global_batch_size": 128, "data.mean": [0.29]}),
+        (DRAWINGS, LAPTOP, {"data.image_size": 28, "model.args.patch_size": 7, "data.in_chans": 1,
+                            "objective.preset": "gray", "objective.flip_prob": 0.0, "global_batch_size": 128,
+                            "objective.mask_ratio": 0.75, "data.mean": [0.29]}),
         (PHOTOS, LAPTOP, {"data.image_size": 64, "model.args.patch_size": 8, "objective.preset": "photo",
                           "global_batch_size": 64}),
         (CHANNELS, LAPTOP, {"data.image_size": 48, "model.args.patch_size": 4, "data.in_chans": 5,
                             "objective.preset": "channels"}),
         (FRACTALS, LAPTOP, {"data.image_size": 64, "model.args.patch_size": 8, "method": "mae"}),
-        (CIFAR, LAPTOP, {"data.image_size": 32, "model.args.patch_size": 4, "method": "mae", "global_batch_size": 128, "objective.flip_prob": None,
-                         "model.args.embed_dim": 192, "model.args.depth": 4, "optim.base_lr": 0.001,
-                         "optim.lr_schedule": "hold"}),
+        (CIFAR, LAPTOP, {"data.image_size": 32, "model.args.patch_size": 4, "method": "mae", "global_batch_size": 128,
+                         "objective.flip_prob": None, "model.args.embed_dim": 192, "model.args.depth": 4,
+                         "optim.base_lr": 0.001, "optim.lr_schedule": "hold"}),
         (PHOTOS, GPU, {"data.image_size": 224, "model.args.patch_size": 16, "method": "dino", "batch_size": "auto",
                        "objective.local_crop_size": 96}),
     ],

@@ -94,6 +94,18 @@ def test_images_that_have_a_left_and_a_right_side_are_not_to_be_flipped(mirrored
     assert look.look(config.load(words)).sided == one_side
 
 
+def test_images_look_alike_if_each_has_another_one_near_it(tmp_path):
+    generator = np.random.default_rng(0)
+    kinds = generator.normal(0, 40, (5, 8, 8)).repeat(4, 1).repeat(4, 2)
+    for name, own, expected in (("alike", 20, 0.9), ("others", 400, 0.3)):
+        values = 128 + kinds[np.arange(60) % 5] + generator.normal(0, own, (60, 8, 8)).repeat(4, 1).repeat(4, 2)
+        np.save(tmp_path / f"{name}.npy", values.clip(0, 255).astype(np.uint8)[..., None])
+        words = [str(tmp_path / f"{name}.npy"), "in_chans=1", "workers=0"]
+        correlation = data_report.examine(config.load(words), data_report.Config()).alike
+        assert correlation == pytest.approx(expected, abs=0.1)
+        assert look.look(config.load(words)).alike == (name == "alike")
+
+
 def test_images_of_one_colour_and_broken_ones_are_named(folder):
     for value in (0, 255):
         Image.new("RGB", (40, 48), (value,) * 3).save(folder / f"blank{value}.png")
