@@ -44,7 +44,7 @@ ENCODERS = [(128, 4, 4), (192, 4, 3), (192, 12, 3), (384, 12, 6), (768, 12, 12)]
 ENOUGH = 400_000
 # Of images that look alike: on held-out drawings depth 4 had 85.6 % after 4 minutes (540,000 images), depth 12 84.2 %,
 # and 85.7 % after 10 minutes (570,000 images).
-ENOUGH_ALIKE = 4_000_000  # a guess
+ENOUGH_DEEP = 4_000_000  # for depth 12; a guess
 MANY = {192: 0, 384: 3_000, 768: 300_000}  # width: images of the folder that it needs, a guess
 
 # Global batch: the largest one with which the run has at least STEPS steps. If only batches below LEAST would do, it is
@@ -227,12 +227,12 @@ def _encoder(chosen: _Choices, facts: Facts, budget: float, size: tuple[int, int
     if "model.name" in values or "model.init" in values:
         return
     alike = facts.alike and values["method"] == "mae"
-    enough = ENOUGH_ALIKE if alike else ENOUGH
     fitting = ENCODERS[:1]
     for width, depth, heads in ENCODERS[1:]:
         trial = values | {"model.args.embed_dim": width, "model.args.depth": depth}
         images = budget * PFLOP / flop(trial, values["method"], size, patch)
         views = 2 + values.get("objective.local_crops", 8) if values["method"] == "dino" else 1  # of an image
+        enough = ENOUGH_DEEP if alike and depth > 4 else ENOUGH
         if images * views >= enough and facts.count >= MANY.get(width, 0):
             fitting = [(width, depth, heads)]
     width, depth, heads = fitting[0]
@@ -242,8 +242,8 @@ def _encoder(chosen: _Choices, facts: Facts, budget: float, size: tuple[int, int
     chosen.make(
         f"encoder of width {width}, depth {values.get('model.args.depth', depth)}",
         {"model.name": "vit_tiny_patch16_224", **keys},
-        f"the largest that sees {enough:,} {'crops' if values['method'] == 'dino' else 'images'} in this time, or the "
-        "smallest",
+        f"the largest that sees {ENOUGH:,} {'crops' if values['method'] == 'dino' else 'images'} in this time"
+        f"{f' ({ENOUGH_DEEP:,} if it is deep)' * alike}, or the smallest",
         f"measured with MAE on {'Fashion-MNIST' if alike else 'CIFAR-10'}, widths to 192; a guess elsewhere",
     )
 

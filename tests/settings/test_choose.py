@@ -26,7 +26,7 @@ def keys(choices: list[Choice]) -> dict:
         (SCANS, LAPTOP, {"data.image_size": 64, "model.args.patch_size": 8, "data.in_chans": 1, "global_batch_size": 64,
                          "objective.preset": "xray", "data.value_range": [0.0, 4095.0], "data.bad_ratio": 0.03}),
         (DRAWINGS, LAPTOP, {"data.image_size": 28, "model.args.patch_size": 7, "data.in_chans": 1,
-                            "objective.preset": "gray", "objective.flip_prob": 0.0, "global_batch_size": 128,
+                            "objective.preset": "gray", "objective.flip_prob": 0.0, "global_batch_size": 256,
                             "objective.mask_ratio": 0.75, "data.mean": [0.29]}),
         (PHOTOS, LAPTOP, {"data.image_size": 64, "model.args.patch_size": 8, "objective.preset": "photo",
                           "global_batch_size": 64}),
