@@ -192,5 +192,5 @@ def test_the_way_to_the_first_backward_pass_is_short(tmp_path, monkeypatch):
                     lines.setdefault(str(Path(file).relative_to(ROOT)), set()).update(range(first, node.end_lineno + 1))
     counts = {file: len(numbers) for file, numbers in sorted(lines.items(), key=lambda item: -len(item[1]))}
     # An addition that is worth its lines may raise this by them.
-    assert sum(counts.values()) <= 2140, counts  # 13 of them on machines that count energy
+    assert sum(counts.values()) <= 2157, counts  # 13 of them on machines that count energy
     assert len(counts) <= 40, counts
