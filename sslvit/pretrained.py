@@ -19,7 +19,7 @@ from . import compatibility, data, hub, objectives, rng
 from .arguments import flatten, merge, read_yaml
 from .checkpoints import state
 from .distributed import say
-from .errors import UserError
+from .errors import UserError, check_limits
 from .model import factory, lora
 from .model.encoder import Encoder, Pool
 
@@ -257,7 +257,10 @@ def _pixels_of(run_dir: Path, name: str) -> Pretrained:
     """Pixels with the size, the channels and the value range of a run. Raises UserError."""
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"run={name}: {run_dir} has no config.yaml, so it is not a run directory.")
-    return replace(_pixels(_section(run_dir, "data", data.Config), name), results=results_folder(name))
+    config = _section(run_dir, "data", data.Config)
+    check_limits(f"{run_dir / 'config.yaml'}: data.", config)
+    factory.check_size("data.image_size", data.image_size(config))
+    return replace(_pixels(config, name), results=results_folder(name))
 
 
 def _from_folder(path: Path, name: str) -> Pretrained:

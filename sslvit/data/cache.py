@@ -193,12 +193,15 @@ def cached(source: Source, cache: Cache, seed: int, budget: MemoryBudget) -> Sou
     shape, size = _shape_and_bytes(source, seed)
     buffer = SharedBuffer(size) if size and (budget.reserve(size) or cache is not None) else None
     if cache and not any_process(buffer is not None):
-        say(f"data.cache={format_value(cache)} has no effect: images of {MIN_SCALED:,} pixels and more are not kept.")
+        say(
+            f"data.cache={format_value(cache)} has no effect: images can be kept if all are of one size and 8 bits, or "
+            f"on Linux if most have less than {MIN_SCALED:,} pixels."
+        )
     elif cache == "device" and not shape:
         say("data.cache=device has no effect: it needs 8-bit images of one size. They stay in the machine's memory.")
     if world_size() > 1:
         buffer = _buffer_of_machine(buffer, size, cache)
-    if not buffer:
+    if not buffer or not (shape or buffer.file):  # without a file there is no lock
         return source
     return Cached(source, shape, buffer) if shape else CachedMixed(source, buffer)
 
@@ -230,7 +233,7 @@ def _shape_and_bytes(source: Source, seed: int) -> tuple[tuple[int, int, int] | 
     c, h, w, dtype = shapes.pop() if len(shapes) == 1 else (0, 0, 0, None)
     if dtype == torch.uint8:
         return (c, h, w), bytes_needed(source, (c, h, w))
-    if not any(sizes) or not hasattr(os, "memfd_create"):  # without a file there is no lock
+    if 2 * sum(size > 0 for size in sizes) <= len(sizes) or not hasattr(os, "memfd_create"):
         return None, 0
     return None, _table_bytes(source) + int(ROOM * len(source) * sum(sizes) / len(sizes))
 

@@ -74,7 +74,8 @@ class Frozen:
 
     def cache_folder(self, cache: bool) -> Path | None:
         """Where features are kept for the next evaluation; None: nowhere. All processes call it."""
-        return self._features_folder if cache and self.subject.results else None
+        encodes = isinstance(self.encoder, Encoder)
+        return self._features_folder if cache and encodes and self.subject.results else None
 
     @cached_property
     def _features_folder(self) -> Path | None:

@@ -42,7 +42,7 @@ def create(
         raise UserError(_why_refused(wrong[0], config.args[wrong[0]]))
     check_name(config.name)
     check_arguments(config.name, config.args, "model.args")
-    _check_size("An image size", image_size)
+    check_size("An image size", image_size)
     extra = {"in_chans": in_chans, "pretrained": pretrained} | ({"drop_path_rate": drop_path} if drop_path else {})
     model, args = _create_model(config.name, dict(config.args), image_size, extra, stored)
     if isinstance(model, VisionTransformer):
@@ -70,7 +70,7 @@ def recreate(
     """
     check_name(architecture)
     check_arguments(architecture, args, f"{where}: model_args")
-    _check_size(f"{where}: an input_size", image_size)
+    check_size(f"{where}: an input_size", image_size)
     cfg = {"input_size": (in_chans, *image_size), "fixed_input_size": fixed_size}
     with Bounded(f"{where}: the model", stored):
         model = timm.create_model(architecture, num_classes=0, in_chans=in_chans, pretrained_cfg_overlay=cfg, **args)
@@ -147,7 +147,7 @@ def _how_to_raise() -> str:
     return f"make it smaller, or set the environment variable {RAISE}=2 for twice the limits"
 
 
-def _check_size(what: str, image_size: tuple[int, int]) -> None:
+def check_size(what: str, image_size: tuple[int, int]) -> None:
     h, w = image_size
     if not (h >= 1 and w >= 1 and h * w <= _limit(MAX_PIXELS)):
         raise UserError(f"{what} of {h}x{w} does not have 1 to {_limit(MAX_PIXELS):,.0f} pixels: {_how_to_raise()}.")

@@ -19,7 +19,7 @@ DAY = 24 * 60.0  # minutes
 # Patches along a side for MAE of images that look alike (fractals, drawings, scans of one organ). A smaller patch is
 # too easily filled from its neighbours. Held-out fractals of 48 pixels had 52.8 % k-NN with patch 4, after 4 minutes on
 # one core, and 90.6 % with patch 12; with KoLeo 0.1 for 0.05, 93.6 %.
-GRID = 4
+GRID, GRIDDED = 4, (16, 64)  # pixels of the shorter side for which it holds
 
 # What is enough for DINO to overtake MAE, in PFLOP. On CIFAR-10 and two CPU cores MAE was ahead after 10 minutes (0.1
 # PFLOP; k-NN 51.6 against 44.1 %) and after 37 (48.6 %). On ImageNet, after 100 PFLOP and more, DINO's k-NN is 69 to
@@ -63,6 +63,7 @@ MAE: dict[str, Any] = {
     "objective.decoder_depth": 1, "objective.decoder_heads": 2,
 }  # fmt: skip
 ALIKE = {"objective.koleo_weight": 0.1}  # of MAE, in short runs
+ANY_SIDE_UP = ("microscopy", "satellite")  # presets that turn and mirror images
 FEW_PATCHES = 20  # with fewer, a mask of 0.85 leaves next to no patch for the encoder
 MAE_LONG: dict[str, Any] = {
     "objective.mask_ratio": 0.75, "objective.decoder_width": 256, "objective.decoder_depth": 4,
@@ -170,9 +171,6 @@ def _images(chosen: _Choices, facts: Facts, budget: float) -> None:
     if found is None:
         found = next((s, p, sure) for limit, s, p, sure in LARGE_IMAGES if budget <= limit)
     size, patch, sure = found
-    coarse = facts.alike and values["method"] == "mae" and budget <= DINO_FROM and size >= 4 * GRID
-    if coarse:
-        patch, sure = min(size, target) // GRID, "measured on Fashion-MNIST and fractals"
     name = values.get("model.name", "vit_small_patch16_224" if values.get("model.init") else "")
     patch = int(values.get("model.args.patch_size", _patch_of(name) or (32 if name else patch)))
     if given is None:
@@ -184,14 +182,23 @@ def _images(chosen: _Choices, facts: Facts, budget: float) -> None:
     height, width = _pair(values["data.image_size"])
     while given and not name and (height % patch or width % patch):
         patch -= 1
-    reason = f"{height // patch * (width // patch)} patches of an image of {width} x {height}"
-    if coarse:
-        reason += ", because many images look alike"
+    because = ""
+    if facts.alike and GRIDDED[0] <= min(height, width) <= GRIDDED[1] and _short_mae(values, budget):
+        coarse = min(height, width) // GRID
+        if height % coarse == 0 and width % coarse == 0:
+            patch, sure = coarse, "measured on Fashion-MNIST and fractals"
+            because = ", because many images look alike"
+    reason = f"{height // patch * (width // patch)} patches of an image of {width} x {height}{because}"
     if not name:
         chosen.make(f"patch {patch}", {"model.args.patch_size": patch}, reason, sure)
     if facts.channels != 3:
         text = "all of the images are gray" if facts.channels == 1 else f"the images have {facts.channels} channels"
         chosen.make(f"in_chans {facts.channels}", {"data.in_chans": facts.channels}, text, "sure")
+    sides = facts.sided and values["method"] in (*STEPS, "distill")
+    if sides and values.get("objective.preset") not in ANY_SIDE_UP and "objective.rotate_prob" not in values:
+        reason = "the images have a left and a right side: their mirror images are others"
+        sure = "measured with MAE on Fashion-MNIST: +3 points" if values["method"] == "mae" else "a guess"
+        chosen.make("no flips", {"objective.flip_prob": 0.0}, reason, sure)
     preset = "photo"
     if values["method"] not in STEPS:
         return
@@ -204,9 +211,6 @@ def _images(chosen: _Choices, facts: Facts, budget: float) -> None:
         f"preset {preset}", {"objective.preset": preset}, f"{_channels(facts.channels)}, {depth}",
         "a guess; if no side is up, give microscopy or satellite",
     )  # fmt: skip
-    if facts.sided:
-        reason = "the images have a left and a right side: their mirror images are others"
-        chosen.make("no flips", {"objective.flip_prob": 0.0}, reason, "measured on Fashion-MNIST: +3 points")
     if facts.value_range:
         top = facts.value_range[1]
         kind = f"{math.ceil(math.log2(top + 1))}-bit values in deeper files" if top > 1 else "floats far below 1"
@@ -226,7 +230,7 @@ def _encoder(chosen: _Choices, facts: Facts, budget: float, size: tuple[int, int
     values = chosen.values
     if "model.name" in values or "model.init" in values:
         return
-    alike = facts.alike and values["method"] == "mae"
+    alike = facts.alike and _short_mae(values, budget)
     fitting = ENCODERS[:1]
     for width, depth, heads in ENCODERS[1:]:
         trial = values | {"model.args.embed_dim": width, "model.args.depth": depth}
@@ -257,7 +261,7 @@ def _objective(chosen: _Choices, facts: Facts, budget: float, size: tuple[int, i
         if size[0] * size[1] < FEW_PATCHES * patch**2:
             keys["objective.mask_ratio"] = 0.75
         kind = f"{'long' if long else 'short'} runs"
-        if facts.alike and not long:
+        if facts.alike and _short_mae(values, budget):
             keys |= ALIKE
             kind, sure = "short runs of images that look alike", "measured on Fashion-MNIST and fractals"
         names = ("mask_ratio", "decoder_depth", "decoder_width", "koleo_weight")
@@ -308,6 +312,11 @@ def _batch(chosen: _Choices, facts: Facts, machine: Machine, images: float, size
         if not parts:
             raise UserError(f"A step does not fit into memory: {text}. Give a smaller image_size or model.")
         chosen.make(f"batch_size {parts}", {"batch_size": parts}, text, "an estimate")
+
+
+def _short_mae(values: Mapping[str, Any], budget: float) -> bool:
+    """Whether the rules for images that look alike hold."""
+    return values["method"] == "mae" and budget <= DINO_FROM
 
 
 def _length(chosen: _Choices, facts: Facts, images: float, an_image: float, minutes: float) -> None:

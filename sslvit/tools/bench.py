@@ -30,6 +30,7 @@ from ..data.augment import Normalize, augment
 from ..data.cache import MemoryBudget, OnDevice, cached, on_device
 from ..data.crops import Views, cut, num_pixels, reduction
 from ..data.loader import make_loader
+from ..data.sources.source import Reduction
 from ..distributed import gather_objects, rank, say
 from ..errors import UserError
 from ..hardware import (
@@ -365,6 +366,9 @@ class First(WrappedSource):
 
     def __len__(self) -> int:
         return self.count
+
+    def read_smaller(self, index: int, reduction: Reduction) -> tuple[Tensor, tuple[int, int]]:
+        return self.source.read_smaller(index, reduction)
 
 
 def _batches(

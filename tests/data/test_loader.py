@@ -166,10 +166,17 @@ def test_the_cache_is_chosen_by_the_kinds_of_images_and_can_be_refused(images, c
     assert capsys.readouterr().out == ""
     assert isinstance(cached(mixed, "device", 0, MemoryBudget()), CachedMixed)
     assert "data.cache=device has no effect: it needs 8-bit images of one size" in capsys.readouterr().out
-    monkeypatch.setattr(cache, "MIN_SCALED", 1)
+    monkeypatch.setattr(cache, "MIN_SCALED", 20 * 21)  # most are larger
     assert cached(mixed, None, 0, MemoryBudget()) is mixed
     assert cached(mixed, True, 0, MemoryBudget()) is mixed
-    assert "data.cache=true has no effect: images of 1 pixels" in capsys.readouterr().out
+    assert "data.cache=true has no effect: images can be kept if" in capsys.readouterr().out
+    monkeypatch.undo()
+
+    def refused(name: str) -> int:
+        raise OSError("not here")
+
+    monkeypatch.setattr(os, "memfd_create", refused, raising=False)
+    assert cached(mixed, True, 0, MemoryBudget()) is mixed
 
 
 @pytest.mark.parametrize("workers", [0, 2])

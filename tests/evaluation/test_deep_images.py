@@ -109,5 +109,12 @@ def test_pixels_of_a_run_have_its_size_channels_and_range(tmp_path, cli, fails):
     assert 45 < right < 95, "a mistake would move it"
     assert row["top1"] == pytest.approx(right, abs=1e-3)
     assert "has no config.yaml" in fails("knn", f"run=pixels:{tmp_path / 'none'}", "data.train=x")
+    assert not (run / "eval" / "pixels" / "features").exists()
+    for wrong, expected in (
+        ({"in_chans": 0}, "data.in_chans=0 must be 1 or above"),
+        ({"image_size": -3}, "image_size"),
+    ):
+        (run / "config.yaml").write_text(json.dumps({"method": "mae", "data": data | wrong}))
+        assert expected in fails("knn", f"run=pixels:{run}", "data.train=x")
     error = fails("knn", f"run=pixels:{run}", "data.train=x", "image_size=16")
     assert f"run=pixels:{run} has its own: leave them out" in error

@@ -27,7 +27,8 @@ def keys(choices: list[Choice]) -> dict:
                          "objective.preset": "xray", "data.value_range": [0.0, 4095.0], "data.bad_ratio": 0.03}),
         (DRAWINGS, LAPTOP, {"data.image_size": 28, "model.args.patch_size": 7, "data.in_chans": 1,
                             "objective.preset": "gray", "objective.flip_prob": 0.0, "global_batch_size": 256,
-                            "objective.mask_ratio": 0.75, "data.mean": [0.29]}),
+                            "objective.mask_ratio": 0.75, "objective.koleo_weight": 0.1, "model.args.depth": 4,
+                            "data.mean": [0.29]}),
         (PHOTOS, LAPTOP, {"data.image_size": 64, "model.args.patch_size": 8, "objective.preset": "photo",
                           "global_batch_size": 64}),
         (CHANNELS, LAPTOP, {"data.image_size": 48, "model.args.patch_size": 4, "data.in_chans": 5,
@@ -66,6 +67,38 @@ def test_given_keys_win_and_what_follows_adapts():
     assert "steps" not in keys(choose(CIFAR, LAPTOP, 10, {"epochs": 3.0}))
     assert keys(choose(CIFAR, LAPTOP, 10, {"model.args.patch_size": 5, "data.image_size": 30})) is not None
     assert not any(key.startswith("model.args") for key in keys(choose(CIFAR, LAPTOP, 10, {"model.name": "swin_tiny"})))
+
+
+def test_images_that_look_alike_get_a_grid_where_it_was_measured():
+    def patch(facts: Facts, machine: Machine = LAPTOP, minutes: float = 10, **given) -> int:
+        words = {key.replace("__", "."): value for key, value in given.items()}
+        made = choose(facts, machine, minutes, words)
+        chosen = keys(made)
+        assert any("look alike" in choice.reason for choice in made) == (chosen["objective.koleo_weight"] == 0.1)
+        return chosen["model.args.patch_size"]
+
+    alike = Facts(10_000, 48, 48, alike=True)
+    assert patch(alike) == 12
+    assert [patch(alike, data__image_size=size) for size in (32, 64, [32, 64], 16)] == [8, 16, 8, 4]
+    # Elsewhere the patch is that of other images.
+    for size in (3, 12, 46, 96, 224, [32, 44]):
+        assert patch(alike, data__image_size=size) == patch(Facts(10_000, 48, 48), data__image_size=size)
+    assert patch(alike, GPU, method="mae") == 4
+    oblong = Facts(10_000, 28, 40, alike=True)  # 28 x 40 is no grid of patches of 7
+    assert patch(oblong) == 4
+    depths = [keys(choose(alike, LAPTOP, minutes, {}))["model.args.depth"] for minutes in (10, 30, 60)]
+    assert depths == [4, 4, 12]
+    assert keys(choose(Facts(10_000, 48, 48), LAPTOP, 30, {}))["model.args.depth"] == 12
+
+
+@pytest.mark.parametrize(
+    ("given", "flips"),
+    [({}, 0.0), ({"method": "dino"}, 0.0), ({"method": "distill"}, 0.0), ({"objective.flip_prob": 0.3}, None),
+     ({"objective.preset": "satellite"}, None), ({"objective.rotate_prob": 0.75}, None)],
+)  # fmt: skip
+def test_images_with_a_left_and_a_right_side_are_not_flipped_unless_they_are_turned(given, flips):
+    sided = Facts(8000, 28, 28, channels=1, mean=(0.3,), std=(0.3,), sided=True)
+    assert keys(choose(sided, LAPTOP, 10, given)).get("objective.flip_prob") == flips
 
 
 def test_tiny_images_keep_a_patch_that_is_seen():

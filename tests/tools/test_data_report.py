@@ -104,6 +104,12 @@ def test_images_look_alike_if_each_has_another_one_near_it(tmp_path):
         correlation = data_report.examine(config.load(words), data_report.Config()).alike
         assert correlation == pytest.approx(expected, abs=0.1)
         assert look.look(config.load(words)).alike == (name == "alike")
+    images = np.load(tmp_path / "others.npy")
+    np.save(tmp_path / "copies.npy", np.concatenate([images, images, images[:, ::-1] // 2 * 2]))
+    words = [str(tmp_path / "copies.npy"), "in_chans=1", "workers=0"]
+    found = data_report.examine(config.load(words), data_report.Config())
+    assert found.alike < 0.4, "copies do not count"
+    assert found.sided < 3
 
 
 def test_images_of_one_colour_and_broken_ones_are_named(folder):
