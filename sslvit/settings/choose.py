@@ -178,7 +178,7 @@ def _images(chosen: _Choices, facts: Facts, budget: float) -> None:
         shape = _shape(facts, min(size, side), patch)
         text = f"{shape[0]} x {shape[1]}" if isinstance(shape, list) else str(shape)
         reason = f"the images are {across}{facts.width} x {facts.height} pixels"
-        chosen.make(f"image_size {text}", {"data.image_size": shape}, reason, sure.split(",")[0])
+        chosen.make(f"image_size {text}", {"data.image_size": shape}, reason, sure.split(":")[0])
     height, width = _pair(values["data.image_size"])
     while given and not name and (height % patch or width % patch):
         patch -= 1
@@ -187,7 +187,7 @@ def _images(chosen: _Choices, facts: Facts, budget: float) -> None:
         coarse = min(height, width) // GRID
         if height % coarse == 0 and width % coarse == 0:
             patch, sure = coarse, "measured on Fashion-MNIST and fractals"
-            because = ", because many images look alike"
+            because = ", because the images look alike"
     reason = f"{height // patch * (width // patch)} patches of an image of {width} x {height}{because}"
     if not name:
         chosen.make(f"patch {patch}", {"model.args.patch_size": patch}, reason, sure)

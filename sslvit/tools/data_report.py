@@ -250,7 +250,7 @@ def advice(found: Findings, config: RunConfig) -> list[str]:
             f"more images are broken than data.bad_ratio={config.data.bad_ratio:g} allows, so a run would stop: mend "
             "or remove them, or raise it."
         )
-    if found.sided > SIDED and getattr(config.objective, "flip_prob", 0):
+    if found.sided > SIDED and getattr(config.objective, "flip_prob", False):
         out.append("the images have a left and a right side: their mirror images are others, so flip_prob=0.")
     small = min(found.heights[1], found.widths[1])
     if small < min(data.image_size(config.data)) / 2:
@@ -272,7 +272,7 @@ def suggestion(found: Findings, config: RunConfig, given: list[str]) -> str:
         keys["preset"] = "gray"
     elif channels != 3:
         keys |= {"in_chans": channels} | ({"preset": "channels"} if channels > 4 else {})
-    if found.sided > SIDED and getattr(config.objective, "flip_prob", 0):
+    if found.sided > SIDED and getattr(config.objective, "flip_prob", False):
         keys["flip_prob"] = 0
     if found.value_range:
         top = found.value_range[1]
