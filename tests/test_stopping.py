@@ -1,6 +1,7 @@
 """Runs that are asked to stop: they save, say so, and go on as if they had not stopped."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import socket
@@ -14,7 +15,8 @@ import pytest
 from sslvit import distributed, pretraining, stopping
 from sslvit.__main__ import main
 from sslvit.checkpoints import state
-from sslvit.data.workers import compute
+from sslvit.data.workers import _take, compute
+from sslvit.errors import UserError
 from sslvit.evaluation import features
 
 from . import processes
@@ -128,6 +130,22 @@ def test_a_loader_process_that_is_killed_ends_the_run_with_a_sentence(tmp_path, 
     assert "sslvit pretrain: A loader process was killed (SIGKILL), as the system does when memory runs out" in printed
     assert "Traceback" not in printed
     assert not psutil.wait_procs(loaders, timeout=5)[1]
+
+
+@pytest.mark.parametrize("kind", [ConnectionResetError, EOFError, FileNotFoundError])
+def test_a_loader_process_that_is_killed_while_it_hands_a_result_over_is_named_too(kind):
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+
+    class Running:  # as torch's iterator
+        _workers = [process]
+
+        def __next__(self):
+            process.kill()
+            raise kind
+
+    with pytest.raises(UserError, match=r"A loader process was killed \(SIGKILL\)"):
+        next(_take(Running(), 1.0))
 
 
 @pytest.mark.slow  # waits ten seconds

@@ -95,6 +95,10 @@ def _take(running: Any, limit: float) -> Iterator[Any]:
                 result = next(running)
             except StopIteration:
                 return
+            except (ConnectionError, EOFError, FileNotFoundError) as error:  # killed while it handed a result over
+                for process in running._workers:
+                    process.join(0.1)
+                raise UserError(_how_it_ended(running, error)) from error
             except RuntimeError as error:
                 if "timed out" not in str(error):
                     raise UserError(_how_it_ended(running, error)) from error
@@ -115,7 +119,7 @@ def _take(running: Any, limit: float) -> Iterator[Any]:
             process.kill()
 
 
-def _how_it_ended(running: Any, error: RuntimeError) -> str:
+def _how_it_ended(running: Any, error: Exception) -> str:
     codes = [process.exitcode for process in running._workers if process.exitcode]
     if not codes:
         return f"The loader processes cannot go on: {first_line(error)}."
