@@ -138,7 +138,7 @@ def test_a_loader_process_that_is_killed_while_it_hands_a_result_over_is_named_t
     process.start()
 
     class Running:  # as torch's iterator
-        _workers = [process]
+        _workers = (process,)
 
         def __next__(self):
             process.kill()
