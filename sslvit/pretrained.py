@@ -260,6 +260,8 @@ def _pixels_of(run_dir: Path, name: str) -> Pretrained:
     config = _section(run_dir, "data", data.Config)
     check_limits(f"{run_dir / 'config.yaml'}: data.", config)
     factory.check_size("data.image_size", data.image_size(config))
+    if config.value_range:
+        data.check_value_range("data.value_range", config.value_range)
     return replace(_pixels(config, name), results=results_folder(name))
 
 

@@ -26,8 +26,8 @@ from .sources.source import Reduction
 from .workers import compute
 
 CACHE_SHARE = 0.25  # of the free memory, up to which images are kept by default
-SAMPLE = 16  # images whose sizes say how much memory all of them take
-ROOM = 1.2  # times the memory that they say, for images of several sizes
+SAMPLE = 16  # images from whose sizes the memory for all images is estimated
+ROOM = 1.2  # the buffer for images of several sizes is so many times larger than the estimate
 
 
 class Cached(WrappedSource):

@@ -22,7 +22,7 @@ class Config:
     download_dir: str = "~/.cache/sslvit"  # folder for downloads and for what is unpacked
     value_range: tuple[float, float] | None = None  # black and white of 16-bit and float images; null: [0,65535], [0,1]
     workers: int | None = None  # loader processes for each training process; null: by the number of cores
-    cache: Cache = None  # keep decoded images: ram (or true), device, false; null: in ram if they fit a quarter of it
+    cache: Cache = None  # keep decoded images: ram (or true), device, false; null: in ram if a quarter of it is enough
     jpeg_scaling: bool = True  # decode JPEGs of 2 million pixels and more at 1/2, 1/4 or 1/8 if all crops are smaller
     bad_ratio: float = 0.01  # the run stops if a larger share of the images cannot be read
 

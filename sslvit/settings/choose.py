@@ -16,10 +16,11 @@ PFLOP = 1e15
 REACHED = 0.5  # of the rate of matrix products, by a training loop (`sslvit bench`: 0.4 to 0.55 on CPUs)
 DAY = 24 * 60.0  # minutes
 
-# Patches along a side for MAE of images that look alike (fractals, drawings, scans of one organ). A smaller patch is
-# too easily filled from its neighbours. Held-out fractals of 48 pixels had 52.8 % k-NN with patch 4, after 4 minutes on
-# one core, and 90.6 % with patch 12; with KoLeo 0.1 for 0.05, 93.6 %.
-GRID, GRIDDED = 4, (16, 64)  # pixels of the shorter side for which it holds
+# For MAE, images that look alike (fractals, drawings, scans of one organ) are cut into 4 x 4 patches. Smaller patches
+# are too easy to predict from their neighbours. On held-out fractals of 48 pixels, after 4 minutes on one core, k-NN was
+# 52.8 % with patch 4 and 90.6 % with patch 12. With patch 12 and KoLeo 0.1 in place of 0.05 it was 93.6 %.
+GRID = 4
+GRID_SIDES = 16, 64  # pixels: the smallest and the largest shorter side of an image that gets this grid
 
 # What is enough for DINO to overtake MAE, in PFLOP. On CIFAR-10 and two CPU cores MAE was ahead after 10 minutes (0.1
 # PFLOP; k-NN 51.6 against 44.1 %) and after 37 (48.6 %). On ImageNet, after 100 PFLOP and more, DINO's k-NN is 69 to
@@ -42,9 +43,9 @@ LARGE_IMAGES = [
 # one core: depth 4 reached 56.3 % k-NN in 9.4 minutes (600,000 images), depth 12 55.5 % in 7.5 minutes (220,000).
 ENCODERS = [(128, 4, 4), (192, 4, 3), (192, 12, 3), (384, 12, 6), (768, 12, 12)]
 ENOUGH = 400_000
-# Of images that look alike: on held-out drawings depth 4 had 85.6 % after 4 minutes (540,000 images), depth 12 84.2 %,
-# and 85.7 % after 10 minutes (570,000 images).
-ENOUGH_DEEP = 4_000_000  # for depth 12; a guess
+# For images that look alike, depth 12 is taken only if it sees so many images (a guess). On held-out drawings depth 4
+# had 85.6 % k-NN after 4 minutes, and depth 12 had 84.2 %. Depth 12 needed 10 minutes to reach 85.7 %.
+ENOUGH_DEEP = 4_000_000
 MANY = {192: 0, 384: 3_000, 768: 300_000}  # width: images of the folder that it needs, a guess
 
 # Global batch: the largest one with which the run has at least STEPS steps. If only batches below LEAST would do, it is
@@ -62,7 +63,7 @@ MAE: dict[str, Any] = {
     "objective.mask_ratio": 0.85, "objective.koleo_weight": 0.05, "objective.decoder_width": 64,
     "objective.decoder_depth": 1, "objective.decoder_heads": 2,
 }  # fmt: skip
-ALIKE = {"objective.koleo_weight": 0.1}  # of MAE, in short runs
+MAE_ALIKE = {"objective.koleo_weight": 0.1}  # of images that look alike, in short runs
 ANY_SIDE_UP = ("microscopy", "satellite")  # presets that turn and mirror images
 FEW_PATCHES = 20  # with fewer, a mask of 0.85 leaves next to no patch for the encoder
 MAE_LONG: dict[str, Any] = {
@@ -183,7 +184,7 @@ def _images(chosen: _Choices, facts: Facts, budget: float) -> None:
     while given and not name and (height % patch or width % patch):
         patch -= 1
     because = ""
-    if facts.alike and GRIDDED[0] <= min(height, width) <= GRIDDED[1] and _short_mae(values, budget):
+    if facts.alike and GRID_SIDES[0] <= min(height, width) <= GRID_SIDES[1] and _short_mae(values, budget):
         coarse = min(height, width) // GRID
         if height % coarse == 0 and width % coarse == 0:
             patch, sure = coarse, "measured on Fashion-MNIST and fractals"
@@ -262,7 +263,7 @@ def _objective(chosen: _Choices, facts: Facts, budget: float, size: tuple[int, i
             keys["objective.mask_ratio"] = 0.75
         kind = f"{'long' if long else 'short'} runs"
         if facts.alike and _short_mae(values, budget):
-            keys |= ALIKE
+            keys |= MAE_ALIKE
             kind, sure = "short runs of images that look alike", "measured on Fashion-MNIST and fractals"
         names = ("mask_ratio", "decoder_depth", "decoder_width", "koleo_weight")
         mask, depth, width, weight = ((keys | values)[f"objective.{name}"] for name in names)

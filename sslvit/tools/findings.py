@@ -127,9 +127,9 @@ def sided(thumbnails: list[np.ndarray]) -> float:
     """How unlike images and their mirror images are, left to right: the square of the mean difference of the
     thumbnails, in units of what chance makes of it. About 1 if an image is as likely as its mirror image.
 
-    200 samples of 400 images: CIFAR-10 0.4 to 2.4, fractals 0.3 to 2.9, Fashion-MNIST, whose shoes all point to the
-    left, 31 to 64; of 100 images up to 3.0, and from 3.9. Images should not be copies of one another: frames of one
-    film count as if each were new.
+    Measured on 200 samples of 400 images: 0.4 to 2.4 for CIFAR-10, 0.3 to 2.9 for fractals, and 31 to 64 for
+    Fashion-MNIST, whose shoes all point to the left. The images must not depend on one another: many frames of one
+    film can make it too large.
     """
     if len(thumbnails) < 2:
         return 0.0
@@ -142,7 +142,7 @@ def sided(thumbnails: list[np.ndarray]) -> float:
 def alike(thumbnails: list[np.ndarray]) -> float:
     """The correlation of a thumbnail with the nearest other one, mean over the images.
 
-    Of 400 images: Fashion-MNIST 0.90, fractals 0.85, CIFAR-10 0.60, photos 0.56.
+    Of 400 images: Fashion-MNIST 0.90, fractals of 20 classes 0.85 and of 200 classes 0.72, CIFAR-10 0.60, photos 0.56.
     """
     if len(thumbnails) < 2:
         return 0.0

@@ -252,7 +252,7 @@ class Job:
         sends it when the job must make room, and queues it again itself, if it still runs after its time of grace.
         """
         if stopped.reason == "SIGTERM":
-            say(f"{stopped} Submit it again to continue, if the cluster does not.")
+            say(f"{stopped} Submit it again to continue, unless the cluster does so by itself.")
             if environment.name() == "slurm":
                 time.sleep(HELD)
             sys.exit(EXIT_REQUEUE)

@@ -50,7 +50,7 @@ class Textured(Broken):
 
 
 def texture(index: int) -> torch.Tensor:
-    """Colours pixel by pixel or channel by channel, or floats, of three sizes."""
+    """An image of one of three sizes. It is uint8, stored pixel by pixel or channel by channel, or float32."""
     generator = torch.Generator().manual_seed(index)
     pixels = torch.randint(0, 256, (20, 20 + index % 3, 3), generator=generator, dtype=torch.uint8).permute(2, 0, 1)
     if index % 4 == 1:

@@ -113,6 +113,7 @@ def test_pixels_of_a_run_have_its_size_channels_and_range(tmp_path, cli, fails):
     for wrong, expected in (
         ({"in_chans": 0}, "data.in_chans=0 must be 1 or above"),
         ({"image_size": -3}, "image_size"),
+        ({"value_range": [5, 5]}, "data.value_range=[5,5] must be [low,high]"),
     ):
         (run / "config.yaml").write_text(json.dumps({"method": "mae", "data": data | wrong}))
         assert expected in fails("knn", f"run=pixels:{run}", "data.train=x")
