@@ -17,8 +17,8 @@ REACHED = 0.5  # of the rate of matrix products, by a training loop (`sslvit ben
 DAY = 24 * 60.0  # minutes
 
 # For MAE, images that look alike (fractals, drawings, scans of one organ) are cut into 4 x 4 patches. Smaller patches
-# are too easy to predict from their neighbours. On held-out fractals of 48 pixels, after 4 minutes on one core, k-NN was
-# 52.8 % with patch 4 and 90.6 % with patch 12. With patch 12 and KoLeo 0.1 in place of 0.05 it was 93.6 %.
+# are too easy to predict from their neighbours. On held-out fractals of 48 pixels, after 4 minutes on one core, k-NN
+# was 52.8 % with patch 4 and 90.6 % with patch 12. With patch 12 and KoLeo 0.1 in place of 0.05 it was 93.6 %.
 GRID = 4
 GRID_SIDES = 16, 64  # pixels: the smallest and the largest shorter side of an image that gets this grid
 
